@@ -1,0 +1,44 @@
+"""The faults a user can cause. Each message says what, where, what is allowed and what to do.
+
+The command line turns every `LabError` into that one message and exit code 2; anything else is a bug of ours
+and keeps its traceback.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class LabError(Exception):
+    """Base class of all faults which the user can mend."""
+
+
+class ConfigError(LabError):
+    """A config file or override that cannot be meant."""
+
+
+class TargetError(LabError):
+    """Targets, layers or patterns that do not fit the model."""
+
+
+class IncompatibleError(LabError):
+    """Parts that exist but cannot work together."""
+
+
+class DataError(LabError):
+    """A data set that is missing, broken or empty."""
+
+
+class CheckpointError(LabError):
+    """A checkpoint, adapter folder or run folder that cannot be read or written."""
+
+
+class AssetError(LabError):
+    """A model or data set that could be fetched from nowhere."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Returns `; did you mean 'x'? Known: a, b, x`, without the question where nothing is close."""
+    known = sorted(known)
+    close = get_close_matches(name, known, n=1)
+    question = f"; did you mean '{close[0]}'?" if close else "."
+    return f"{question} Known: {', '.join(known)}"
