@@ -1,0 +1,366 @@
+"""What an adapter is: a trainable edit of one module of a frozen model, standing in that module's place.
+
+A method states its mathematics once, as `adapted_weight` or one of its fast forms:
+
+    LinearAdapter       W' = f(W)         y = x f(W)ᵀ + b
+    AdditiveAdapter     W' = W + ΔW       y = base(x) + x ΔWᵀ
+    InputAdapter        W' = W T          y = base(T x)
+    OutputAdapter       W' = S W          y = S base(x),  b' = S b
+    HiddenStateAdapter  h' = f(h)         on the output of a whole block
+
+The base is never written to. Trainable tensors are float32 where the base is in half precision or quantised,
+else of the base's type.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lora_lab.adapters.sites import Site, site_spec
+from lora_lab.adapters.spec import AdapterSpec
+from lora_lab.errors import IncompatibleError
+from lora_lab.linalg.rank import widened
+
+
+@dataclass(frozen=True)
+class PeftLayout:
+    """How a method's tensors and options are named in PEFT's two files."""
+
+    peft_type: str | None
+    """PEFT's name of the method; None where PEFT has no such method and only lora_lab opens the folder."""
+
+    tensors: Mapping[str, str]
+    """PEFT's tensor name → attribute of the adapter; attributes that are None are left out."""
+
+    config: Callable[[Any], dict[str, Any]]
+    """Spec → the method's fields of `adapter_config.json`."""
+
+    spec: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda config: {}
+    """Fields of an `adapter_config.json` of this `peft_type` → fields of our spec; None where the file means
+    another of our methods (PEFT calls LoRA, DoRA and PiSSA all LORA)."""
+
+    shared: Mapping[str, str] = field(default_factory=dict)
+    """Tensor name at the root of the file → attribute that every adapter shares."""
+
+
+class Adapter(nn.Module):
+    """A trainable edit of one module of a frozen model; stands in that module's place."""
+
+    Spec: ClassVar[type[AdapterSpec]]
+    family: ClassVar[str]
+    """Kind of method, for tables: low-rank, orthogonal, activation, hidden state, baseline …"""
+    paper: ClassVar[str]
+    """Authors, year and arXiv id."""
+    mergeable: ClassVar[bool] = True
+    identity_at_start: ClassVar[bool] = True
+    peft: ClassVar[PeftLayout]
+
+    base: nn.Module
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """Whether the method can edit this module."""
+        raise NotImplementedError
+
+    @classmethod
+    def build(cls, sites: list[Site], spec: Any) -> dict[str, Adapter]:
+        """Makes the adapters for these sites, by path. The default makes one each and shares nothing.
+
+        Args:
+            sites: where the adapters will stand.
+            spec: the method's spec; `site_spec` gives the one that holds at a site.
+        """
+        return {site.path: cls.at(site, site_spec(spec, site)) for site in sites}
+
+    @classmethod
+    def at(cls, site: Site, spec: Any, *shared: Any) -> Adapter:
+        """Constructs the adapter of one site: seeded by the site, then moved to the base's device."""
+        with site.seeded(), torch.no_grad():
+            adapter = cls(site.module, spec, *shared)
+        tensor = next(iter(site.module.parameters()), next(iter(site.module.buffers()), None))
+        return adapter if tensor is None else adapter.to(tensor.device)
+
+    @property
+    def rank(self) -> int | None:
+        """The rank now in use; None where the word has no meaning for the method."""
+        return None
+
+    def singular_values(self) -> Float[Tensor, "k"] | None:
+        """Returns the singular values of W' − W in falling order; None where no matrix is edited."""
+        return None
+
+    def penalty(self) -> Tensor | float:
+        """Returns a term for the training loss (an orthogonality penalty, say); 0 for most methods."""
+        return 0.0
+
+    def merged_module(self) -> nn.Module:
+        """Returns a new plain module that computes what base and adapter compute together."""
+        raise IncompatibleError(
+            f"{self.Spec().method} cannot be merged: it edits hidden states, which no weight of the model can "
+            "express. Keep the adapter in place, or choose a method that edits weights."
+        )
+
+    def decay_exempt(self) -> list[nn.Parameter]:
+        """Returns the trainable tensors for which 0 is not "no change", and which weight decay must spare."""
+        return []
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        """Returns this adapter's tensors under PEFT's names."""
+        named = {name: getattr(self, attribute) for name, attribute in self.peft.tensors.items()}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns a file's tensors for this adapter in the form of `peft_tensors`.
+
+        For methods whose files by PEFT leave out what PEFT computes again, or hold more than is needed.
+        """
+        return tensors
+
+    def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes over tensors under PEFT's names; `storage` has checked names and shapes against `peft_tensors`."""
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                getattr(self, self.peft.tensors[name]).copy_(tensor)
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """Returns the adapter's own parameters and persistent buffers by name, the base's excluded."""
+        state = self.state_dict(keep_vars=True)
+        return {name: tensor for name, tensor in state.items() if not name.startswith("base.")}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear map: it lends a floating (out, in) `weight`, dequantised where need be."""
+    if not (hasattr(module, "in_features") and hasattr(module, "out_features")):
+        return False
+    weight = getattr(module, "weight", None)
+    return (
+        isinstance(weight, Tensor)
+        and weight.is_floating_point()
+        and weight.shape == (module.out_features, module.in_features)
+    )
+
+
+class LinearAdapter(Adapter):
+    """Edits a linear map. `adapted_weight` is the method; all else follows from it."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__(base)
+        self.in_features: int = base.in_features
+        self.out_features: int = base.out_features
+        self.dtype: torch.dtype = torch.promote_types(base.weight.dtype, torch.float32)
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """See `Adapter.accepts`."""
+        return is_linear(module)
+
+    # Model code looks at these of the linear maps it calls (T5 asks for `wo.weight.dtype`).
+    @property
+    def weight(self) -> Float[Tensor, "out in"]:
+        """The frozen base's weight."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Float[Tensor, "out"] | None:
+        """The frozen base's bias."""
+        return self.base.bias
+
+    def adapted_weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """Returns W' from W: the method's definition, and the oracle of every faster form."""
+        raise NotImplementedError
+
+    def adapted_bias(self, bias: Float[Tensor, "out"] | None) -> Float[Tensor, "out"] | None:
+        """Returns b' from b."""
+        return bias
+
+    def delta_weight(self) -> Float[Tensor, "out in"]:
+        """Returns W' − W, in float32 or wider."""
+        weight = widened(self.base.weight)
+        return self.adapted_weight(weight) - weight
+
+    def singular_values(self) -> Float[Tensor, "k"]:
+        """Returns the singular values of W' − W in falling order."""
+        return torch.linalg.svdvals(self.delta_weight())
+
+    def cast(self, x: Tensor) -> Tensor:
+        """Casts an activation to the adapter's type, unless autocast chooses the types."""
+        return x if torch.is_autocast_enabled(x.device.type) else x.to(self.dtype)
+
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        """Applies the adapted map; the slow form, for methods without a better one."""
+        weight, bias = widened(self.base.weight), self.base.bias
+        bias = self.adapted_bias(None if bias is None else widened(bias))
+        return F.linear(self.cast(x), self.adapted_weight(weight), bias).to(x.dtype)
+
+    @torch.no_grad()
+    def merged_module(self) -> nn.Module:
+        """See `Adapter.merged_module`. Computed in float32 or wider and rounded once.
+
+        Raises:
+            IncompatibleError: if a merged number is not finite.
+        """
+        base = self.base
+        weight = self.adapted_weight(widened(base.weight))
+        bias = self.adapted_bias(None if base.bias is None else widened(base.bias))
+        if not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
+            raise IncompatibleError(
+                "the merged weight is not finite; the adapter's training has diverged. Nothing was merged: "
+                "train again with a smaller learning rate, or load an earlier checkpoint."
+            )
+        merged = nn.Linear(base.in_features, base.out_features, bias is not None, device="meta")
+        merged.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
+        if bias is not None:
+            merged.bias = nn.Parameter(bias.to(base.weight.dtype), requires_grad=False)
+        return merged.train(self.training)
+
+
+class AdditiveAdapter(LinearAdapter):
+    """W' = W + ΔW, hence y = base(x) + x ΔWᵀ."""
+
+    def delta_weight(self) -> Float[Tensor, "out in"]:
+        """Returns ΔW."""
+        raise NotImplementedError
+
+    def adapted_weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """See `LinearAdapter.adapted_weight`."""
+        return weight + self.delta_weight()
+
+    def delta_output(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        """Returns x ΔWᵀ; low-rank methods never form ΔW for it."""
+        return F.linear(x, self.delta_weight())
+
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        """Applies base and update side by side."""
+        y = self.base(x)
+        return (y + self.delta_output(self.cast(x))).to(y.dtype)
+
+
+class InputAdapter(LinearAdapter):
+    """W' = W T, hence y = base(T x)."""
+
+    def transform_input(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... in"]:
+        """Returns T x for every row of x."""
+        raise NotImplementedError
+
+    def adapted_weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """See `LinearAdapter.adapted_weight`: W' = W T, with the columns of T from the identity's rows."""
+        identity = torch.eye(self.in_features, dtype=weight.dtype, device=weight.device)
+        return weight @ self.transform_input(identity).T
+
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        """Transforms the input, then applies the base."""
+        return self.base(self.transform_input(self.cast(x)).to(x.dtype))
+
+
+class OutputAdapter(LinearAdapter):
+    """W' = S W and b' = S b, hence y = S base(x)."""
+
+    def transform_output(self, y: Float[Tensor, "... out"]) -> Float[Tensor, "... out"]:
+        """Returns S y for every row of y."""
+        raise NotImplementedError
+
+    def adapted_weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """See `LinearAdapter.adapted_weight`: S acts on the columns of W."""
+        return self.transform_output(weight.T).T
+
+    def adapted_bias(self, bias: Float[Tensor, "out"] | None) -> Float[Tensor, "out"] | None:
+        """See `LinearAdapter.adapted_bias`: the base's bias passes through S too."""
+        return None if bias is None else self.transform_output(bias)
+
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        """Applies the base, then transforms its output."""
+        y = self.base(x)
+        return self.transform_output(self.cast(y)).to(y.dtype)
+
+
+class BorrowingAdapter(Adapter):
+    """An adapter of a module that is no linear map: whatever it does not have itself, its base lends."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Looks a name up in the adapter, then in the module it stands for."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._modules["base"], name)
+
+
+class HiddenStateAdapter(BorrowingAdapter):
+    """h' = f(h) on a block's output. Not a map of weights, hence never mergeable."""
+
+    mergeable = False
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """Whether the module is a block (it has parts of its own)."""
+        return any(True for _ in module.children())
+
+    def transform_hidden(self, hidden: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
+        """Returns the edited hidden states."""
+        raise NotImplementedError
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        """Runs the block as its model calls it and edits its hidden states, the first of its outputs."""
+        output = self.base(*arguments, **options)
+        if isinstance(output, tuple):
+            return (self.transform_hidden(output[0]), *output[1:])
+        return self.transform_hidden(output)
+
+
+class TrainedCopy(BorrowingAdapter):
+    """A whole module trained in place of its frozen original, which is kept aside for `remove`.
+
+    This is how task heads are trained beside adapters, and what full fine-tuning is made of.
+    """
+
+    trained: nn.Module
+
+    def __init__(self, base: nn.Module, copies: dict[int, Any]):
+        super().__init__(base)
+        # One `copies` (deepcopy's memo) for all sites keeps tied parameters tied.
+        self.trained = copy.deepcopy(base, copies).requires_grad_(True)
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """Whether the module owns a floating parameter."""
+        return any(p.is_floating_point() for p in module.parameters(recurse=False))
+
+    def __getattr__(self, name: str) -> Any:
+        """Lends the trained copy's attributes: model code that looks at a weight must see the one in use."""
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            return getattr(self._modules["trained"], name)
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        """Runs the trained copy."""
+        return self.trained(*arguments, **options)
+
+    def merged_module(self) -> nn.Module:
+        """Returns the trained copy."""
+        return self.trained
+
+    def singular_values(self) -> Float[Tensor, "k"] | None:
+        """See `Adapter.singular_values`: those of what training changed, for a linear map."""
+        if not is_linear(self.base):
+            return None
+        return torch.linalg.svdvals(widened(self.trained.weight) - widened(self.base.weight))
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        """See `Adapter.peft_tensors`: the module's own names."""
+        return dict(self.trained.state_dict())
+
+    def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `Adapter.load_peft_tensors`."""
+        self.trained.load_state_dict(dict(tensors))

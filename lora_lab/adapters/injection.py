@@ -1,0 +1,241 @@
+"""Putting adapters into a model, and the one object that callbacks, storage and reports talk to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_lab.adapters.base import Adapter, TrainedCopy
+from lora_lab.adapters.sites import find_sites, saved_modules
+from lora_lab.adapters.spec import AdapterSpec
+from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError, suggest
+
+P = TypeVar("P")
+
+
+def inject(model: nn.Module, spec: AdapterSpec, seed: int = 0) -> AdapterSet:
+    """Freezes a model and puts the spec's adapters in the places of its targets.
+
+    Everything is found and built before anything is placed: a model that raises is left as it was.
+
+    Args:
+        model: any module; transformers' models also understand roles as targets.
+        spec: the method's spec, `LoRASpec(rank=4)`.
+        seed: seed of the adapters' random start; each site derives its own from it.
+
+    Returns:
+        The set of adapters now in the model.
+
+    Raises:
+        ConfigError: if the spec is at fault.
+        TargetError: if the targets do not fit the model.
+        IncompatibleError: if the model holds adapters already.
+    """
+    from lora_lab.adapters import METHODS
+
+    if spec.method not in METHODS:
+        raise ConfigError(f"adapter.method: no method '{spec.method}'{suggest(spec.method, METHODS)}")
+    faults = spec.faults()
+    if faults:
+        raise ConfigError("\n".join(f"adapter.{fault}" for fault in faults))
+    for path, module in model.named_modules():
+        if isinstance(module, Adapter):
+            raise IncompatibleError(
+                f"the model holds adapters already ({path}: {type(module).__name__}); call remove() or merge() "
+                "of their AdapterSet before you inject others."
+            )
+    method = METHODS[spec.method]
+    sites = find_sites(model, spec, method.accepts, seed) if spec.targets else []
+    adapters = method.build(sites, spec)
+    copies: dict = {}
+    heads = {path: TrainedCopy(model.get_submodule(path), copies) for path in saved_modules(model, spec)}
+    requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.requires_grad_(False)
+    adapter_set = AdapterSet(model, spec, adapters, heads, requires_grad)
+    adapter_set._place({path: adapter for path, adapter in adapter_set._all.items()})
+    return adapter_set
+
+
+class AdapterSet:
+    """The adapters of one model. Iterating gives them in the model's order.
+
+    Attributes:
+        model: the adapted model.
+        spec: the spec they were made from.
+        adapters: the method's adapters, by path of the module they stand for.
+        saved: the modules trained whole beside them (task heads), by path.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: AdapterSpec,
+        adapters: Mapping[str, Adapter],
+        saved: Mapping[str, TrainedCopy],
+        requires_grad: Mapping[str, bool],
+    ):
+        self.model = model
+        self.spec = spec
+        self.adapters = dict(adapters)
+        self.saved = dict(saved)
+        self._requires_grad = dict(requires_grad)
+        self._all: dict[str, Adapter] = {**self.adapters, **self.saved}
+
+    def __iter__(self) -> Iterator[Adapter]:
+        return iter(self.adapters.values())
+
+    def __len__(self) -> int:
+        return len(self.adapters)
+
+    def items(self) -> Iterator[tuple[str, Adapter]]:
+        """Iterates over (path, adapter)."""
+        return iter(self.adapters.items())
+
+    def implementing(self, protocol: type[P]) -> dict[str, P]:
+        """Returns the adapters that offer a protocol of `adapters.protocols`, by path."""
+        return {path: adapter for path, adapter in self.adapters.items() if isinstance(adapter, protocol)}
+
+    # Tensors ------------------------------------------------------------------------------------------
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Returns parameters and persistent buffers of adapters and saved modules, shared ones once.
+
+        The base's tensors are not among them. Names are paths in the adapted model.
+        """
+        found, seen = {}, set()
+        for path, adapter in self._all.items():
+            for name, tensor in adapter.adapter_tensors().items():
+                if id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    found[f"{path}.{name}"] = tensor
+        return found
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Returns the trainable tensors, by path in the adapted model; shared ones once."""
+        return {
+            name: tensor
+            for name, tensor in self.named_tensors().items()
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad
+        }
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Returns the trainable tensors, each once."""
+        return list(self.named_parameters().values())
+
+    def trainable_count(self, saved: bool = True) -> int:
+        """Returns how many numbers are trained; without `saved`, those of the method alone."""
+        heads = tuple(f"{path}.trained." for path in self.saved)
+        return sum(
+            p.numel() for name, p in self.named_parameters().items() if saved or not name.startswith(heads)
+        )
+
+    def base_count(self) -> int:
+        """Returns the number of parameters of the model without adapters, shared ones once."""
+        own = {id(tensor) for tensor in self.named_tensors().values()}
+        return sum(p.numel() for p in self.model.parameters() if id(p) not in own)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns `named_tensors` detached: all that training changes, nothing of the base."""
+        return {name: tensor.detach() for name, tensor in self.named_tensors().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over a `state_dict` of a set made from the same spec on the same model.
+
+        Raises:
+            CheckpointError: if names, shapes or kinds of numbers differ; nothing is changed then.
+        """
+        load_tensors(self.named_tensors(), state, "the checkpoint")
+
+    def penalty(self) -> Tensor | float:
+        """Returns the sum of the adapters' penalties."""
+        return sum((adapter.penalty() for adapter in self), start=0.0)
+
+    # Merging and removing -----------------------------------------------------------------------------
+
+    def merge(self) -> nn.Module:
+        """Puts plain modules with the merged weights in the adapters' places, for good.
+
+        Returns:
+            The model, without a trace of lora_lab in it.
+
+        Raises:
+            IncompatibleError: if the method cannot be merged, or a merged weight is not finite; the model is
+                unchanged then.
+        """
+        self._place(self._merged_modules())
+        return self.model
+
+    @contextmanager
+    def merged(self) -> Iterator[nn.Module]:
+        """Merges inside the context. Leaving it puts the adapters back: nothing is subtracted or drifts."""
+        plain = self._merged_modules()
+        self._place(plain)
+        try:
+            yield self.model
+        finally:
+            self._place(self._all)
+
+    def remove(self) -> nn.Module:
+        """Puts the base's own modules back, bitwise as they were, and unfreezes what was trainable before."""
+        self._place({path: adapter.base for path, adapter in self._all.items()})
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._requires_grad.get(name, True))
+        return self.model
+
+    def _merged_modules(self) -> dict[str, nn.Module]:
+        if not self._in_place():
+            raise IncompatibleError("the adapters are not in the model (merged or removed already).")
+        return {path: adapter.merged_module() for path, adapter in self._all.items()}
+
+    def _in_place(self) -> bool:
+        modules = {id(module) for module in self.model.modules()}
+        return all(id(adapter) in modules for adapter in self._all.values())
+
+    def _place(self, modules: Mapping[str, nn.Module]) -> None:
+        """Puts modules at their paths, and at every other path under which the same module is reached."""
+        replacement = {id(self.model.get_submodule(path)): module for path, module in modules.items()}
+        inside = {id(part) for module in modules.values() for part in module.modules()}
+        for parent in list(self.model.modules()):
+            if id(parent) in inside:
+                continue
+            for name, child in list(parent._modules.items()):
+                if child is not None and id(child) in replacement:
+                    parent._modules[name] = replacement[id(child)]
+
+
+def load_tensors(
+    own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str, write: bool = True
+) -> None:
+    """Copies given tensors into own ones of the same names and shapes, all or nothing.
+
+    Args:
+        own: the tensors to write.
+        given: the tensors to read.
+        what: the source, for messages.
+        write: whether to copy after checking.
+
+    Raises:
+        CheckpointError: if names, shapes or kinds of numbers differ.
+    """
+    faults = [f"has no '{name}'" for name in own.keys() - given.keys()]
+    faults += [f"has '{name}', which this model does not" for name in given.keys() - own.keys()]
+    for name in own.keys() & given.keys():
+        if own[name].shape != given[name].shape:
+            shapes = f"{tuple(given[name].shape)}, not {tuple(own[name].shape)}"
+            faults.append(f"has '{name}' of shape {shapes}")
+        elif own[name].is_floating_point() != given[name].is_floating_point():
+            faults.append(f"has '{name}' of type {given[name].dtype}, not {own[name].dtype}")
+    if faults:
+        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+        raise CheckpointError(
+            f"{what} {'; it '.join(sorted(faults)[:3])}{more}. It belongs to another model, method or spec: "
+            "use the config it was made with."
+        )
+    if write:
+        with torch.no_grad():
+            for name, tensor in given.items():
+                own[name].copy_(tensor)

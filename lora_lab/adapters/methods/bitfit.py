@@ -1,0 +1,67 @@
+"""BitFit: train the biases alone (Ben Zaken et al. 2021, arXiv:2106.10199).
+
+    b' = b + δ       y = base(x) + δ
+
+    delta   (width,)   learned; zeros at the start, hence b' = b
+
+Any module whose last step adds a bias can be edited: linear maps and layer norms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Union  # noqa: UP035
+
+import torch
+from torch import Tensor, nn
+
+from lora_lab.adapters.base import BorrowingAdapter, PeftLayout, is_linear
+from lora_lab.adapters.spec import AdapterSpec
+from lora_lab.linalg.rank import widened
+
+
+@dataclass
+class BitFitSpec(AdapterSpec):
+    """BitFit has no options of its own; `targets` and `layers` may restrict it."""
+
+    method: str = "bitfit"
+
+    targets: Union[str, list[str]] = "all"  # noqa: UP007
+    """See `AdapterSpec.targets`; `all` means every linear map and layer norm that has a bias."""
+
+
+class BitFit(BorrowingAdapter):
+    """The shift of one module's bias."""
+
+    Spec = BitFitSpec
+    family = "baseline"
+    paper = "Ben Zaken et al. 2021, arXiv:2106.10199"
+    peft = PeftLayout(None, tensors={"bitfit_delta": "delta"}, config=lambda spec: {})
+
+    def __init__(self, base: nn.Module, spec: BitFitSpec):
+        super().__init__(base)
+        self.delta = nn.Parameter(torch.zeros_like(widened(base.bias), device="cpu"))  # (width,)
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """Whether the module is a linear map or layer norm with a bias."""
+        known = is_linear(module) or isinstance(module, nn.LayerNorm)
+        return known and getattr(module, "bias", None) is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shifts the base's output."""
+        y = self.base(x)
+        return (y + self.delta).to(y.dtype)
+
+    @torch.no_grad()
+    def merged_module(self) -> nn.Module:
+        """See `Adapter.merged_module`."""
+        base: Any = self.base
+        if isinstance(base, nn.LayerNorm):
+            merged: nn.Module = nn.LayerNorm(base.normalized_shape, base.eps, device="meta")
+        else:
+            merged = nn.Linear(base.in_features, base.out_features, device="meta")
+        merged.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+        bias = (widened(base.bias) + self.delta).to(base.bias.dtype)
+        merged.bias = nn.Parameter(bias, requires_grad=False)
+        return merged.train(self.training)

@@ -1,0 +1,49 @@
+"""Full fine-tuning, as the baseline which every adapter is measured against.
+
+    W' = W*        every module that owns parameters is trained in a copy
+
+    trained   the module's own shapes; learned; a copy of the base at the start, hence W' = W
+
+The frozen original is kept, so that `remove()` is bitwise and a run can say what changed. That costs the base's
+memory once more; tied parameters stay tied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Union  # noqa: UP035
+
+from torch import nn
+
+from lora_lab.adapters.base import Adapter, PeftLayout, TrainedCopy
+from lora_lab.adapters.sites import Site
+from lora_lab.adapters.spec import AdapterSpec
+
+
+@dataclass
+class FullSpec(AdapterSpec):
+    """Full fine-tuning has no options of its own; `targets` and `layers` may restrict it."""
+
+    method: str = "full"
+
+    targets: Union[str, list[str]] = "all"  # noqa: UP007
+    """See `AdapterSpec.targets`; `all` trains every parameter."""
+
+
+class Full(TrainedCopy):
+    """A trained copy of one module."""
+
+    Spec = FullSpec
+    family = "baseline"
+    paper = "-"
+    peft = PeftLayout(None, tensors={}, config=lambda spec: {})
+
+    @classmethod
+    def build(cls, sites: list[Site], spec: Any) -> dict[str, Adapter]:
+        """See `Adapter.build`. A module that owns parameters beside its parts is copied with its parts."""
+        whole: dict[str, nn.Module] = {}
+        copies: dict[int, Any] = {}
+        for site in sites:
+            if not any(site.path.startswith(f"{path}.") for path in whole):
+                whole[site.path] = site.module
+        return {path: cls(module, copies) for path, module in whole.items()}

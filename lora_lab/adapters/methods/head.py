@@ -1,0 +1,44 @@
+"""The head alone, on frozen features: the baseline which every adapter has to beat.
+
+    W' = W everywhere; only the task head (`modules_to_save`) is trained
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Union  # noqa: UP035
+
+from torch import nn
+
+from lora_lab.adapters.base import Adapter, PeftLayout
+from lora_lab.adapters.spec import AdapterSpec
+
+
+@dataclass
+class HeadSpec(AdapterSpec):
+    """The head baseline has no options of its own."""
+
+    method: str = "head"
+
+    targets: Union[str, list[str]] = field(default_factory=list)  # noqa: UP007
+    """Empty: no module of the base is adapted."""
+
+    def faults(self) -> list[str]:
+        """See `AdapterSpec.faults`."""
+        if self.targets or self.layers is not None:
+            return ["targets: head adapts no module of the base; leave targets and layers out"]
+        return ["modules_to_save: head trains nothing else; name a module"] if self.modules_to_save == [] else []
+
+
+class Head(Adapter):
+    """Stands nowhere: the head's training is `modules_to_save`'s work."""
+
+    Spec = HeadSpec
+    family = "baseline"
+    paper = "-"
+    peft = PeftLayout(None, tensors={}, config=lambda spec: {})
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """No module."""
+        return False

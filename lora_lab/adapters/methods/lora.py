@@ -1,0 +1,346 @@
+"""LoRA: a low-rank update beside the frozen map (Hu et al. 2021, arXiv:2106.09685).
+
+    W' = W + s B A          s = alpha / rank, or alpha / √rank with rslora (Kalajdzievski 2023, arXiv:2312.03732)
+    y  = base(x) + s (drop(x) Aᵀ) Bᵀ  [+ s c]
+
+    A   (rank, in)    learned; U(±1/√in) at the start
+    B   (out, rank)   learned; zeros at the start, hence W' = W
+    c   (out,)        learned, with lora_bias; zeros at the start
+
+A start that is not zero (`orthogonal`, `olora`) freezes a copy A₀ (rank, in), B₀ (out, rank) and learns
+W' = W + s (B A − B₀ A₀): again W' = W, and the base's tensors stay as they are. PEFT rewrites the base instead
+and its file holds A and B alone; ours opens there as the plain LoRA of rank 2·rank that it is.
+
+On an embedding of shape (vocabulary, width), ΔWᵀ = s B A with A (rank, vocabulary) = 0 and B (width, rank) ~ N(0, 1).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_lab.adapters.base import Adapter, AdditiveAdapter, PeftLayout
+from lora_lab.adapters.protocols import Droppable, RankAllocatable
+from lora_lab.adapters.spec import LowRankSpec
+from lora_lab.errors import IncompatibleError
+from lora_lab.linalg.rank import product_singular_values, widened
+from lora_lab.linalg.start import kaiming_uniform
+
+
+@dataclass
+class LoRASpec(LowRankSpec):
+    """LoRA's options; the paper uses rank 4 to 8 on query and value."""
+
+    method: str = "lora"
+
+    rslora: bool = False
+    """Scale by alpha / √rank, which keeps the update's size as the rank grows."""
+
+    lora_bias: bool = False
+    """Learn a bias c beside B."""
+
+    init: Literal["default", "gaussian", "scaled_gaussian", "orthogonal", "olora", "random"] = "default"
+    """Start of A: `default` U(±1/√in), `gaussian` N(0, 1/rank²), `scaled_gaussian` N(0, 1/rank), all with B = 0;
+    `orthogonal` (even rank) and `olora` (QR of W; Büyükakyüz 2024, arXiv:2406.01775) start both; `random` starts
+    both at random and is not the identity."""
+
+    def faults(self) -> list[str]:
+        """See `AdapterSpec.faults`."""
+        found = super().faults()
+        if self.init == "orthogonal":
+            ranks = {"rank": self.rank, **{f"rank_pattern.{k}": v for k, v in self.rank_pattern.items()}}
+            found += [
+                f"{name}: must be even for init: orthogonal; got {rank}" for name, rank in ranks.items() if rank % 2
+            ]
+        if self.lora_bias and self.init not in ("default", "random"):
+            found.append(f"lora_bias: goes with init: default or random; got init: {self.init}")
+        return found
+
+    @property
+    def scale(self) -> float:
+        """The factor s."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def lora_config(spec: LoRASpec, factor: int = 1) -> dict[str, Any]:
+    """Returns PEFT's fields for a sum of `factor` updates of one scale stacked into one.
+
+    PEFT scales by alpha / rank, so alpha grows with the stacked rank to keep s (by √factor under rsLoRA).
+    """
+    alpha = factor if not spec.rslora else math.sqrt(factor)
+    return {
+        "r": spec.rank * factor,
+        "lora_alpha": spec.alpha * alpha,
+        "lora_dropout": spec.dropout,
+        "use_rslora": spec.rslora,
+        "lora_bias": getattr(spec, "lora_bias", False),
+        "init_lora_weights": True,
+        "rank_pattern": {key: rank * factor for key, rank in spec.rank_pattern.items()},
+        "alpha_pattern": {key: value * alpha for key, value in spec.alpha_pattern.items()},
+    }
+
+
+def lora_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns our spec's fields for the fields that every file of PEFT's type LORA has."""
+    return {
+        "rank": config["r"],
+        "alpha": float(config["lora_alpha"]),
+        "dropout": config.get("lora_dropout", 0.0),
+        "rslora": config.get("use_rslora", False),
+        "rank_pattern": config.get("rank_pattern") or {},
+        "alpha_pattern": {key: float(value) for key, value in (config.get("alpha_pattern") or {}).items()},
+    }
+
+
+def _read_config(config: dict[str, Any]) -> dict[str, Any] | None:
+    init = config.get("init_lora_weights", True)
+    if config.get("use_dora") or str(init).startswith("pissa"):
+        return None
+    if isinstance(init, str) and init not in ("gaussian", "orthogonal"):
+        raise IncompatibleError(
+            f"init_lora_weights: {init!r} changed the base model when PEFT made this adapter, and the file does "
+            "not hold that base. Convert it in PEFT first: save_pretrained(path_initial_model_for_weight_conversion=…)."
+        )
+    return {**lora_fields(config), "lora_bias": config.get("lora_bias", False)}
+
+
+class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
+    """ΔW = s (B A − B₀ A₀): the update that LoRA, its starts and its relatives share.
+
+    Attributes:
+        A: (rank, in), learned.
+        B: (out, rank), learned.
+        start_A: (rank, in), frozen; None where the update starts at zero.
+        start_B: (out, rank), frozen; None where the update starts at zero.
+        kept: (rank,), flags of the components that no controller has silenced.
+    """
+
+    def __init__(self, base: nn.Module, spec: LowRankSpec, scale: float, A: Tensor, B: Tensor, subtract: bool):  # noqa: N803
+        super().__init__(base)
+        self.spec = spec
+        self.scale = scale
+        self.A = nn.Parameter(A)  # (rank, in)
+        self.B = nn.Parameter(B)  # (out, rank)
+        self.register_buffer("start_A", A.clone() if subtract else None)
+        self.register_buffer("start_B", B.clone() if subtract else None)
+        self.register_buffer("kept", torch.ones(spec.rank, dtype=torch.bool))
+        self.dropout = nn.Dropout(spec.dropout) if spec.dropout else nn.Identity()
+
+    @property
+    def rank(self) -> int:
+        """The number of components not silenced."""
+        return int(self.kept.sum())
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Returns L (out, k) and R (k, in) with ΔW = s L R; k is 2·rank where a start is subtracted."""
+        if self.start_A is None:
+            return self.B, self.A
+        return torch.cat([self.B, -self.start_B], dim=1), torch.cat([self.A, self.start_A])
+
+    def delta_weight(self) -> Tensor:
+        """See `AdditiveAdapter.delta_weight`."""
+        left, right = self.factors()
+        return self.scale * (widened(left) @ widened(right))
+
+    def delta_output(self, x: Tensor) -> Tensor:
+        """See `AdditiveAdapter.delta_output`."""
+        left, right = self.factors()
+        # The scale goes onto the (..., rank) product: a pass over the (..., out) output costs far more.
+        return F.linear(F.linear(self.dropout(x), right) * self.scale, left)
+
+    def singular_values(self) -> Tensor:
+        """See `LinearAdapter.singular_values`."""
+        left, right = self.factors()
+        return abs(self.scale) * product_singular_values(left, right)
+
+    def rank_components(self) -> list[tuple[nn.Parameter, int]]:
+        """See `RankAllocatable`."""
+        return [(self.A, 0), (self.B, 1)]
+
+    @torch.no_grad()
+    def keep_components(self, keep: Tensor) -> None:
+        """See `RankAllocatable`. B's columns are what is zeroed: with A alone zero, B would still decay."""
+        self.kept.copy_(keep)
+        self.B[:, ~keep] = 0
+
+    def kept_components(self) -> Tensor:
+        """See `RankAllocatable`."""
+        return self.kept
+
+    def drop(self) -> None:
+        """See `Droppable`."""
+        self.keep_components(torch.zeros_like(self.kept))
+
+    @property
+    def dropped(self) -> bool:
+        """See `Droppable`."""
+        return not self.kept.any()
+
+
+class LoRA(LowRankAdapter):
+    """The adapter of one linear map."""
+
+    Spec = LoRASpec
+    family = "low-rank"
+    paper = "Hu et al. 2021, arXiv:2106.09685"
+    peft = PeftLayout(
+        "LORA",
+        tensors={"lora_A.weight": "A", "lora_B.weight": "B", "lora_B.bias": "c"},
+        config=lambda spec: lora_config(spec, 2 if spec.init in ("orthogonal", "olora") else 1),
+        spec=_read_config,
+    )
+
+    def __init__(self, base: nn.Module, spec: LoRASpec):
+        A, B = start(base, spec)  # noqa: N806
+        super().__init__(base, spec, spec.scale, A, B, subtract=spec.init in ("orthogonal", "olora"))
+        self.c = nn.Parameter(torch.zeros(self.out_features, dtype=self.dtype)) if spec.lora_bias else None
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """Linear maps and embeddings."""
+        return super().accepts(module) or isinstance(module, nn.Embedding)
+
+    @classmethod
+    def at(cls, site, spec: Any, *shared: Any) -> Adapter:
+        """See `Adapter.at`."""
+        if cls is LoRA and isinstance(site.module, nn.Embedding):
+            return LoRAEmbedding.at(site, spec)
+        return super().at(site, spec, *shared)
+
+    def delta_output(self, x: Tensor) -> Tensor:
+        """See `AdditiveAdapter.delta_output`."""
+        delta = super().delta_output(x)
+        return delta if self.c is None else delta + self.scale * self.c
+
+    def adapted_bias(self, bias: Tensor | None) -> Tensor | None:
+        """See `LinearAdapter.adapted_bias`."""
+        if self.c is None:
+            return bias
+        return self.scale * self.c if bias is None else bias + self.scale * self.c
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        """See `Adapter.peft_tensors`: the stacked factors where a start is subtracted."""
+        left, right = self.factors()
+        return {**super().peft_tensors(), "lora_A.weight": right, "lora_B.weight": left}
+
+    def load_peft_tensors(self, tensors) -> None:
+        """See `Adapter.load_peft_tensors`."""
+        load_stacked(self, tensors)
+        if self.c is not None:
+            self.c.data.copy_(tensors["lora_B.bias"])
+
+
+@torch.no_grad()
+def load_stacked(adapter: LowRankAdapter, tensors) -> None:
+    """Takes apart the factors that `LowRankAdapter.factors` stacks."""
+    rank = adapter.spec.rank
+    left, right = tensors["lora_B.weight"], tensors["lora_A.weight"]
+    adapter.A.copy_(right[:rank])
+    adapter.B.copy_(left[:, :rank])
+    if adapter.start_A is not None:
+        adapter.start_A.copy_(right[rank:])
+        adapter.start_B.copy_(-left[:, rank:])
+
+
+def start(base: nn.Module, spec: LoRASpec) -> tuple[Tensor, Tensor]:
+    """Returns A (rank, in) and B (out, rank) as `spec.init` says.
+
+    Raises:
+        IncompatibleError: if `olora` is asked for a rank above min(in, out).
+    """
+    rank, dtype = spec.rank, torch.promote_types(base.weight.dtype, torch.float32)
+    rows, columns = base.out_features, base.in_features
+    zeros = torch.zeros(rows, rank, dtype=dtype)
+    if spec.init == "default":
+        return kaiming_uniform(rank, columns, dtype=dtype), zeros
+    if spec.init == "random":
+        return kaiming_uniform(rank, columns, dtype=dtype), kaiming_uniform(rows, rank, dtype=dtype)
+    if spec.init in ("gaussian", "scaled_gaussian"):
+        deviation = 1 / rank if spec.init == "gaussian" else 1 / math.sqrt(rank)
+        return torch.randn(rank, columns, dtype=dtype) * deviation, zeros
+    if spec.init == "orthogonal":
+        # A's and B's rows lie in complementary halves of one random basis, so that B A is zero.
+        basis = torch.linalg.qr(torch.randn(rank, rank, dtype=dtype)).Q
+        A = (torch.randn(columns, rank // 2, dtype=dtype) @ basis[0::2]).T / 10  # noqa: N806
+        return A, torch.randn(rank // 2, rows, dtype=dtype).T @ basis[1::2] / 10
+    refuse_rank_above(rank, base, "init: olora")
+    Q, R = torch.linalg.qr(base.weight.to(dtype))  # noqa: N806
+    return R[:rank].contiguous(), Q[:, :rank].contiguous()
+
+
+def refuse_rank_above(rank: int, base: nn.Module, what: str) -> None:
+    """Raises for a rank that a decomposition of W cannot give."""
+    most = min(base.in_features, base.out_features)
+    if rank > most:
+        raise IncompatibleError(
+            f"adapter.rank: {what} takes its start from W and allows at most min(in, out) = {most} here; got {rank}. "
+            "Lower the rank, or use rank_pattern for this module."
+        )
+
+
+class LoRAEmbedding(Adapter, RankAllocatable):
+    """The adapter of one embedding: out-of-place rows of A are looked up, then mapped by B."""
+
+    Spec = LoRASpec
+    peft = PeftLayout("LORA", {"lora_embedding_A": "A", "lora_embedding_B": "B"}, LoRA.peft.config)
+
+    def __init__(self, base: nn.Embedding, spec: LoRASpec):
+        super().__init__(base)
+        if spec.lora_bias or spec.dropout or spec.init not in ("default", "gaussian"):
+            raise IncompatibleError(
+                "LoRA on an embedding has no dropout, no lora_bias and one start (init: default); "
+                "drop the embedding from targets, or those options."
+            )
+        dtype = torch.promote_types(base.weight.dtype, torch.float32)
+        self.spec, self.scale = spec, spec.scale
+        self.A = nn.Parameter(torch.zeros(spec.rank, base.num_embeddings, dtype=dtype))
+        self.B = nn.Parameter(torch.randn(base.embedding_dim, spec.rank, dtype=dtype))
+        self.register_buffer("kept", torch.ones(spec.rank, dtype=torch.bool))
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen base's weight."""
+        return self.base.weight
+
+    @property
+    def rank(self) -> int:
+        """The number of components not silenced."""
+        return int(self.kept.sum())
+
+    def delta_weight(self) -> Tensor:
+        """Returns ΔW (vocabulary, width)."""
+        return self.scale * (self.B @ self.A).T
+
+    def singular_values(self) -> Tensor:
+        """Returns the singular values of ΔW in falling order."""
+        return abs(self.scale) * product_singular_values(self.B, self.A)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Looks up base and update."""
+        y = self.base(tokens)
+        return (y + F.linear(F.embedding(tokens, self.A.T) * self.scale, self.B)).to(y.dtype)
+
+    @torch.no_grad()
+    def merged_module(self) -> nn.Module:
+        """See `Adapter.merged_module`."""
+        weight = (widened(self.base.weight) + self.delta_weight()).to(self.base.weight.dtype)
+        return nn.Embedding.from_pretrained(weight, freeze=True, padding_idx=self.base.padding_idx)
+
+    def rank_components(self) -> list[tuple[nn.Parameter, int]]:
+        """See `RankAllocatable`."""
+        return [(self.A, 0), (self.B, 1)]
+
+    @torch.no_grad()
+    def keep_components(self, keep: Tensor) -> None:
+        """See `RankAllocatable`."""
+        self.kept.copy_(keep)
+        self.A[~keep] = 0
+
+    def kept_components(self) -> Tensor:
+        """See `RankAllocatable`."""
+        return self.kept

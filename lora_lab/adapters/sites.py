@@ -1,0 +1,229 @@
+"""Where adapters stand: from what the user calls a place to the modules of a model."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from lora_lab.adapters.spec import AdapterSpec, LowRankSpec
+from lora_lab.errors import TargetError, suggest
+from lora_lab.models.architectures import find_roles, head_paths, layer_of, roles_of
+
+Value = TypeVar("Value")
+SpecType = TypeVar("SpecType", bound=AdapterSpec)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a model where an adapter may stand."""
+
+    path: str
+    """Path of the module in the model, `model.layers.3.self_attn.q_proj`."""
+
+    module: nn.Module
+    """The frozen module that stands there."""
+
+    role: str | None = None
+    """What the module does (`query`), where the architecture is known."""
+
+    layer: int | None = None
+    """Index of its block, counted from 0."""
+
+    seed: int = 0
+    """Seed of the random start of the adapter here; a function of the run's seed and the path alone."""
+
+    @contextmanager
+    def seeded(self) -> Iterator[None]:
+        """Starts torch's CPU generator at this site's seed inside, and leaves no trace of it outside."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed)
+            yield
+
+
+def find_sites(
+    model: nn.Module, spec: AdapterSpec, accepts: Callable[[nn.Module], bool], seed: int = 0
+) -> list[Site]:
+    """Resolves a spec's `targets` and `layers` on a model.
+
+    Args:
+        model: the model, not yet adapted.
+        spec: gives `targets`, `layers` and `modules_to_save`.
+        accepts: whether the method can edit a module.
+        seed: the run's seed.
+
+    Returns:
+        The sites in the model's own order, each module once.
+
+    Raises:
+        TargetError: if a target matches nothing, or something that the method cannot edit; if a layer does
+            not exist; if a target lies inside a module that is trained whole.
+    """
+    modules = {path: module for path, module in model.named_modules() if path}
+    roles = {found.path: found for found in find_roles(model)}
+    saved = saved_modules(model, spec)
+    targets = [spec.targets] if isinstance(spec.targets, str) else spec.targets
+    matched: dict[str, str] = {}
+    for target in targets:
+        paths = [path for path in _matching(target, model, modules, roles, saved, accepts)]
+        if not paths:
+            raise TargetError(_no_match(target, model, modules))
+        matched.update(dict.fromkeys(paths, target))
+    for path, target in matched.items():
+        _refuse_impossible(path, target, modules, saved, accepts, spec.method)
+    layers = {path: roles[path].layer if path in roles else layer_of(path) for path in matched}
+    if spec.layers is not None:
+        missing = sorted(set(spec.layers) - {layer for layer in layers.values() if layer is not None})
+        if missing:
+            known = sorted({layer for layer in layers.values() if layer is not None})
+            raise TargetError(
+                f"adapter.layers: the targets {targets} have no layer {missing}; their layers are {known}."
+            )
+    order = {path: index for index, path in enumerate(modules)}
+    sites = [
+        Site(path, modules[path], roles[path].role if path in roles else None, layers[path], _seed(seed, path))
+        for path in sorted(matched, key=order.__getitem__)
+        if spec.layers is None or layers[path] in spec.layers
+    ]
+    if isinstance(spec, LowRankSpec):
+        _check_patterns(spec, sites)
+    return sites
+
+
+def saved_modules(model: nn.Module, spec: AdapterSpec) -> list[str]:
+    """Returns the paths of the modules to train whole: those asked for, or else the model's fresh task head.
+
+    Raises:
+        TargetError: if a name in `modules_to_save` matches no module.
+    """
+    if spec.modules_to_save is None:
+        return head_paths(model)
+    found = []
+    for name in spec.modules_to_save:
+        paths = [path for path, _ in model.named_modules() if path and _ends_with(path, name)]
+        if not paths:
+            names = {path.rpartition(".")[2] for path, _ in model.named_modules() if path}
+            raise TargetError(f"adapter.modules_to_save: no module '{name}'{suggest(name, names)}")
+        found += paths
+    # A module inside another one of the list is trained with it.
+    return [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
+
+
+def match_pattern(pattern: Mapping[str, Value], site: Site) -> Value | None:
+    """Returns the value of the first key that is the site's role, path ending or a regex of it; None if none."""
+    for key, value in pattern.items():
+        if key == site.role or re.match(rf"(.*\.)?({key})$", site.path):
+            return value
+    return None
+
+
+def site_spec(spec: SpecType, site: Site) -> SpecType:
+    """Returns the spec that holds at one site, with its `rank_pattern` and `alpha_pattern` resolved."""
+    found: dict[str, Any] = {}
+    for name in ("rank", "alpha"):
+        value = match_pattern(getattr(spec, f"{name}_pattern", {}), site)
+        if value is not None:
+            found[name] = value
+    return spec.for_site(found) if found else spec
+
+
+def _matching(
+    target: str,
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    roles: Mapping[str, Any],
+    saved: list[str],
+    accepts: Callable[[nn.Module], bool],
+) -> list[str]:
+    """Returns the paths that one target names."""
+    if target in ("all", "all-linear"):
+        linear = target == "all-linear"
+        head = {id(_output_head(model))} if linear else set()
+        return [
+            path
+            for path, module in modules.items()
+            if accepts(module)
+            and (not linear or hasattr(module, "in_features"))
+            and id(module) not in head
+            and not _inside(path, saved)
+        ]
+    if target.startswith("regex:"):
+        try:
+            pattern = re.compile(target.removeprefix("regex:"))
+        except re.error as error:
+            raise TargetError(f"adapter.targets: '{target}' is no regular expression: {error}.") from None
+        return [path for path in modules if pattern.fullmatch(path)]
+    by_role = [path for path, found in roles.items() if found.role == target]
+    return by_role or [path for path in modules if _ends_with(path, target)]
+
+
+def _refuse_impossible(
+    path: str,
+    target: str,
+    modules: Mapping[str, nn.Module],
+    saved: list[str],
+    accepts: Callable[[nn.Module], bool],
+    method: str,
+) -> None:
+    """Raises for a matched module on which an adapter could not work."""
+    parent = modules.get(path.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        raise TargetError(
+            f"adapter.targets: '{target}' matches {path}, a part of nn.MultiheadAttention, which reads the "
+            "weight and never calls the module: an adapter there would be silently dead. Name other targets."
+        )
+    if not accepts(modules[path]):
+        raise TargetError(
+            f"adapter.targets: '{target}' matches {path}, a {type(modules[path]).__name__}, which {method} "
+            "cannot edit. Name the modules inside it, or narrow the pattern."
+        )
+    if _inside(path, saved):
+        raise TargetError(
+            f"adapter.targets: '{target}' matches {path}, which is trained whole (modules_to_save: {saved}). "
+            "Take it out of one of the two."
+        )
+
+
+def _no_match(target: str, model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
+    roles = roles_of(model)
+    names = {path.rpartition(".")[2] for path in modules if not path.rpartition(".")[2].isdigit()}
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    told = f"its roles are {', '.join(roles)}" if roles else "it has no table of roles"
+    return f"adapter.targets: {kind} has no '{target}' ({told}){suggest(target, names | set(roles))}"
+
+
+def _check_patterns(spec: LowRankSpec, sites: list[Site]) -> None:
+    """Raises for a pattern that matches no site: it would be silently ignored."""
+    for name in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(spec, name):
+            try:
+                used = any(match_pattern({key: True}, site) for site in sites)
+            except re.error as error:
+                raise TargetError(f"adapter.{name}: '{key}' is no regular expression: {error}.") from None
+            if not used:
+                known = {site.role or site.path.rpartition(".")[2] for site in sites}
+                raise TargetError(f"adapter.{name}: '{key}' matches no adapted module{suggest(key, known)}")
+
+
+def _ends_with(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _inside(path: str, parents: list[str]) -> bool:
+    return any(path == parent or path.startswith(f"{parent}.") for parent in parents)
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if callable(getter) else None
+
+
+def _seed(seed: int, path: str) -> int:
+    """Mixes seed and path, so that a site's start depends on neither the order of wrapping nor other sites."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{path}".encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,100 @@
+"""What a user may say about an adapter: one dataclass per method, all of them built on the two here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, Self, Union  # noqa: UP035  (omegaconf reads typing.Union)
+
+# The names other libraries use, for the "did you mean" of a config error.
+FOREIGN_NAMES = {
+    "r": "rank",
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
+    "randlora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "vera_dropout": "dropout",
+    "target_modules": "targets",
+    "target_pattern": "targets",
+    "layers_to_transform": "layers",
+    "init_lora_weights": "init",
+    "init_weights": "init",
+    "loraplus_lr_ratio": "optimization.loraplus_ratio",
+}
+
+
+@dataclass
+class AdapterSpec:
+    """What every method shares: where its adapters stand and which whole modules are trained beside them."""
+
+    method: str = ""
+    """Name of the method, a key of METHODS."""
+
+    targets: Union[str, list[str]] = field(default_factory=lambda: ["query", "value"])  # noqa: UP007
+    """Where adapters stand: roles (`query`), module names or path endings (`q_proj`, `mlp.down_proj`), one
+    pattern for whole paths (`regex:.*layers\\.[0-3]\\..*q_proj`), `all-linear` (every linear map except heads),
+    or `all` (every module the method can edit)."""
+
+    layers: list[int] | None = None
+    """Indices of the blocks to adapt, counted from 0; null means all."""
+
+    modules_to_save: list[str] | None = None
+    """Modules trained whole and stored beside the adapters, by path or path ending; null means the model's
+    freshly initialised task head, [] means none."""
+
+    def faults(self) -> list[str]:
+        """Returns every fault that can be seen without a model, as `field: what is wrong and what is allowed`."""
+        found = []
+        if not self.targets:
+            found.append("targets: is empty; name at least one role, module or pattern")
+        if self.layers is not None and (not self.layers or min(self.layers) < 0):
+            found.append(f"layers: needs indices >= 0, or null for all layers; got {self.layers}")
+        return found
+
+    def for_site(self, patterns: dict[str, dict[str, Any]]) -> Self:
+        """Returns this spec with the values that the `…_pattern` fields give for one site.
+
+        Args:
+            patterns: field name (`rank`) to the values that matched the site, at most one each.
+        """
+        return replace(self, **{name: value for name, value in patterns.items()})
+
+
+@dataclass
+class LowRankSpec(AdapterSpec):
+    """Adds what all low-rank methods share."""
+
+    rank: int = 8
+    """Number of rank-one components; at least 1."""
+
+    alpha: float = 8.0
+    """Strength of the update: it is scaled by alpha / rank."""
+
+    dropout: float = 0.0
+    """Probability of zeroing an input of the adapter's branch while training, in [0, 1)."""
+
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Rank for some sites: role, path ending or regex → rank."""
+
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Alpha for some sites: role, path ending or regex → alpha."""
+
+    def faults(self) -> list[str]:
+        """See `AdapterSpec.faults`."""
+        found = super().faults()
+        for name, rank in {"rank": self.rank, **_keyed("rank_pattern", self.rank_pattern)}.items():
+            if rank < 1:
+                found.append(f"{name}: must be at least 1; got {rank}")
+        for name, alpha in {"alpha": self.alpha, **_keyed("alpha_pattern", self.alpha_pattern)}.items():
+            if not math.isfinite(alpha) or alpha == 0:
+                found.append(f"{name}: must be finite and not 0; got {alpha}")
+        return found + probability_fault("dropout", self.dropout)
+
+
+def probability_fault(name: str, value: float) -> list[str]:
+    """Returns the fault of a probability outside [0, 1), or nothing."""
+    return [] if 0 <= value < 1 else [f"{name}: must lie in [0, 1); got {value}"]
+
+
+def _keyed(name: str, pattern: dict[str, Any]) -> dict[str, Any]:
+    return {f"{name}.{key}": value for key, value in pattern.items()}

@@ -1,0 +1,227 @@
+"""Adapters on disk, in PEFT's layout: two files that PEFT opens, and one that says all that we know.
+
+    adapter_config.json          PEFT's fields of the method
+    adapter_model.safetensors    `base_model.model.<path>.<PEFT's tensor name>`
+    lora_lab.yaml                the full spec; PEFT ignores unknown files
+
+A method says how its tensors and options are called there in its `PeftLayout`; nothing here knows a method.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lora_lab.adapters.injection import AdapterSet, inject, load_tensors
+from lora_lab.adapters.spec import AdapterSpec
+from lora_lab.errors import CheckpointError, IncompatibleError, suggest
+from lora_lab.files import new_folder
+
+PREFIX = "base_model.model."
+CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", "lora_lab.yaml"
+
+
+def save_adapter(
+    adapters: AdapterSet, folder: Path, base_model: str | None = None, task_type: str | None = None
+) -> None:
+    """Writes an adapter folder, whole or not at all.
+
+    Args:
+        adapters: the adapters, with their saved modules.
+        folder: where; an older folder of this name is replaced.
+        base_model: hub name or path of the base, for PEFT's Auto classes.
+        task_type: PEFT's `SEQ_CLS` or `CAUSAL_LM`, for the same.
+
+    Raises:
+        CheckpointError: if the folder cannot be written to.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _file_tensors(adapters).items()}
+    layout = _layout(adapters)
+    config = {
+        "peft_type": layout.peft_type,
+        "base_model_name_or_path": base_model,
+        "task_type": task_type,
+        "inference_mode": True,
+        "bias": "none",
+        "target_modules": list(adapters.adapters),
+        "modules_to_save": list(adapters.saved) or None,
+        **layout.config(adapters.spec),
+        **_patterns(adapters),
+    }
+    spec = replace(adapters.spec, modules_to_save=list(adapters.saved))
+    with new_folder(folder) as fresh:
+        save_file(tensors, fresh / TENSORS, metadata={"format": "pt"})
+        (fresh / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (fresh / OWN).write_text(OmegaConf.to_yaml(OmegaConf.create({"adapter": asdict(spec)})))
+
+
+def load_adapter(model: nn.Module, folder: Path) -> AdapterSet:
+    """Puts the adapters of a folder, ours or PEFT's, into a model.
+
+    Args:
+        model: the base model; it is left as it was if anything is wrong.
+        folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+
+    Returns:
+        The set of adapters now in the model.
+
+    Raises:
+        CheckpointError: if a file is missing or broken, or the folder belongs to another model.
+        IncompatibleError: if the folder uses an option of PEFT that lora_lab does not have.
+    """
+    tensors = read_tensors(folder)
+    spec = read_spec(folder, tensors)
+    adapters = inject(model, spec)
+    try:
+        by_path = _by_path(adapters, tensors)
+        given = {
+            f"{PREFIX}{path}.{name}": tensor
+            for path, own in by_path.items()
+            for name, tensor in adapters._all[path].complete_peft_tensors(own).items()
+        }
+        given |= {name: tensor for name, tensor in tensors.items() if not _belongs(name, by_path)}
+        load_tensors(_file_tensors(adapters), given, str(folder), write=False)
+        for path, adapter in adapters._all.items():
+            start = f"{PREFIX}{path}."
+            adapter.load_peft_tensors({name: given[f"{start}{name}"] for name in adapter.peft_tensors()})
+        for name, tensor in _shared_tensors(adapters).items():
+            tensor.data.copy_(given[name])
+    except Exception:
+        adapters.remove()
+        raise
+    return adapters
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Reads `adapter_model.safetensors`.
+
+    Raises:
+        CheckpointError: if it is missing, truncated, or a pickle.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder. Name the folder that holds {CONFIG} and {TENSORS}.")
+    path = folder / TENSORS
+    if not path.is_file():
+        pickles = ", ".join(sorted(file.name for file in folder.glob("*.bin")))
+        why = (
+            f"only {pickles}, a pickle, which can run code when it is opened. Save it again as safetensors"
+            if pickles
+            else f"no {TENSORS}. Name the folder that a run wrote as adapter/, or PEFT's save_pretrained"
+        )
+        raise CheckpointError(f"{folder}: holds {why}.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: is truncated or no safetensors file ({error}). Copy it again.") from error
+
+
+def read_spec(folder: Path, tensors: Mapping[str, Tensor]) -> AdapterSpec:
+    """Reads the spec of a folder from `lora_lab.yaml`, or else from PEFT's config.
+
+    Raises:
+        CheckpointError: if neither file is there and readable.
+        IncompatibleError: if PEFT's config asks for what lora_lab does not have.
+    """
+    from lora_lab.adapters import METHODS
+
+    own, foreign = folder / OWN, folder / CONFIG
+    if own.is_file():
+        try:
+            given = OmegaConf.load(own).adapter
+            schema = OmegaConf.structured(METHODS[given.method].Spec)
+            return OmegaConf.to_object(OmegaConf.merge(schema, given))
+        except (OmegaConfBaseException, AttributeError, KeyError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{own}: cannot be read as the spec of a method ({error}). Delete the file to read {CONFIG} instead."
+            ) from error
+    try:
+        return _spec_from_peft(json.loads(foreign.read_text()), tensors)
+    except (OSError, json.JSONDecodeError, KeyError) as error:
+        raise CheckpointError(f"{foreign}: is missing or no config of PEFT ({error}).") from error
+
+
+def _spec_from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterSpec:
+    from lora_lab.adapters import METHODS
+
+    layouts = [(method, method.peft) for method in METHODS.values() if method.peft.peft_type]
+    known = {layout.peft_type for _, layout in layouts}
+    peft_type = str(config["peft_type"])
+    if peft_type not in known:
+        raise IncompatibleError(f"peft_type: no method here is PEFT's '{peft_type}'{suggest(peft_type, known)}")
+    for name, allowed in {"bias": ("none", None), "exclude_modules": (None, [])}.items():
+        if config.get(name) not in allowed:
+            raise IncompatibleError(f"{name}: {config[name]!r} of PEFT's config has no counterpart in lora_lab.")
+    targets, saved = config["target_modules"], config.get("modules_to_save") or []
+    if isinstance(targets, str) and targets != "all-linear":
+        targets = f"regex:{targets}"
+    common = {
+        "targets": targets,
+        "layers": config.get("layers_to_transform"),
+        # PEFT lists names of heads that a model may have (`score` beside `classifier`); the file tells which it has.
+        "modules_to_save": [name for name in saved if any(f".{name}." in key for key in tensors)],
+    }
+    if isinstance(common["layers"], int):
+        common["layers"] = [common["layers"]]
+    for method, layout in layouts:
+        own = layout.spec(dict(config)) if layout.peft_type == peft_type else None
+        if own is not None:
+            return method.Spec(**common, **own)
+    raise IncompatibleError(f"peft_type: this kind of PEFT's '{peft_type}' is none of our methods.")
+
+
+def _layout(adapters: AdapterSet) -> Any:
+    from lora_lab.adapters import METHODS
+
+    return METHODS[adapters.spec.method].peft
+
+
+def _file_tensors(adapters: AdapterSet) -> dict[str, Tensor]:
+    found = dict(_shared_tensors(adapters))
+    for path, adapter in adapters._all.items():
+        found |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in adapter.peft_tensors().items()}
+    return found
+
+
+def _by_path(adapters: AdapterSet, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Sorts a file's tensors by the adapter that they belong to."""
+    found: dict[str, dict[str, Tensor]] = {path: {} for path in adapters._all}
+    for key, tensor in tensors.items():
+        for path, own in found.items():
+            if key.startswith(f"{PREFIX}{path}."):
+                own[key.removeprefix(f"{PREFIX}{path}.")] = tensor
+    return found
+
+
+def _belongs(key: str, paths: Mapping[str, Any]) -> bool:
+    return any(key.startswith(f"{PREFIX}{path}.") for path in paths)
+
+
+def _shared_tensors(adapters: AdapterSet) -> dict[str, Tensor]:
+    first = next(iter(adapters), None)
+    shared = _layout(adapters).shared.items()
+    return {} if first is None else {name: getattr(first, attribute) for name, attribute in shared}
+
+
+def _patterns(adapters: AdapterSet) -> dict[str, Any]:
+    """Spells patterns out as PEFT understands them: ours may name roles, which PEFT does not know."""
+    if not any(field.name == "rank_pattern" for field in fields(adapters.spec)):
+        return {}
+    layout, found = _layout(adapters), {"rank_pattern": {}, "alpha_pattern": {}}
+    general = layout.config(adapters.spec)
+    names = {"rank_pattern": "r", "alpha_pattern": next((n for n in general if n.endswith("alpha")), "alpha")}
+    for path, adapter in adapters.items():
+        own = layout.config(adapter.spec)
+        for pattern, name in names.items():
+            if own.get(name) != general.get(name):
+                found[pattern][re.escape(path)] = own[name]
+    return found

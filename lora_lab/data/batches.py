@@ -1,0 +1,118 @@
+"""The order of the examples: batches of like length, the same for any number of processes."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from lora_lab.errors import DataError
+
+BATCHES_PER_BUCKET = 50
+"""Global batches that are sorted by length together: more pads less, but mixes less."""
+
+
+def seeded_generator(*seeds: int) -> torch.Generator:
+    """Returns a generator of its own for these non-negative seeds; torch's global one stays untouched."""
+    state = np.random.SeedSequence(seeds).generate_state(1)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+def training_order(lengths: Tensor, size: int, bucketed: bool, seed: int, epoch: int) -> list[Tensor]:
+    """Shuffles one epoch into global batches; a pure function of its arguments.
+
+    The rows left over by the last incomplete batch are dropped before sorting, so that they are a random
+    choice and not the longest rows.
+
+    Args:
+        lengths: Tokens of each example, `(examples,)`.
+        size: Examples in a global batch.
+        bucketed: Whether a batch holds examples of like length.
+        seed: The run's seed.
+        epoch: Which epoch, counted from 0.
+
+    Returns:
+        The batches in their order, each `(size,)` indices. A set smaller than one batch is one short batch.
+    """
+    generator = seeded_generator(seed, epoch)
+    order = torch.randperm(len(lengths), generator=generator)
+    whole = len(lengths) - len(lengths) % size
+    if whole:
+        order = order[:whole]
+    if not bucketed:
+        return list(order.split(size))
+    buckets = order.split(size * BATCHES_PER_BUCKET)
+    sorted_buckets = [bucket[lengths[bucket].argsort(stable=True)] for bucket in buckets]
+    batches = [batch for bucket in sorted_buckets for batch in bucket.split(size)]
+    return [batches[position] for position in torch.randperm(len(batches), generator=generator)]
+
+
+class BucketedBatches(Sampler[list[int]]):
+    """The training batches of one process; stands as a DataLoader's `batch_sampler`.
+
+    Global batches of `batch_size * world_size` are formed first, and process `rank` takes every
+    `world_size`-th row of each. Two processes with batches of 16 hence train on the same global batches as one
+    process with batches of 32.
+
+    Attributes:
+        skip: Batches left out at the front of the epoch, because an interrupted run has had them.
+
+    Raises:
+        DataError: If there are several processes and not enough examples for one global batch.
+    """
+
+    def __init__(
+        self,
+        lengths: Tensor,
+        batch_size: int,
+        seed: int,
+        bucketed: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.lengths = lengths
+        self.size = batch_size * world_size
+        self.seed = seed
+        self.bucketed = bucketed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.skip = 0
+        if world_size > 1 and len(lengths) < self.size:
+            raise DataError(
+                f"data: {len(lengths)} training examples do not fill one global batch of {batch_size} on each of "
+                f"{world_size} devices; lower data.batch_size to at most {len(lengths) // world_size} "
+                "or use fewer devices"
+            )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch whose order the next iteration follows."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = training_order(self.lengths, self.size, self.bucketed, self.seed, self.epoch)
+        for batch in batches[self.skip :]:
+            yield batch[self.rank :: self.world_size].tolist()
+
+    def __len__(self) -> int:
+        """Returns the batches of a whole epoch, those to skip included: Lightning counts on from them."""
+        return max(1, len(self.lengths) // self.size)
+
+
+class EvaluationBatches(Sampler[list[int]]):
+    """Every example once over all processes, sorted by length, always in the same order.
+
+    The last batch may be short, and a process may have one batch fewer than another.
+    """
+
+    def __init__(self, lengths: Tensor, batch_size: int, rank: int = 0, world_size: int = 1):
+        order = lengths.argsort(stable=True)
+        shares = [batch[rank::world_size].tolist() for batch in order.split(batch_size * world_size)]
+        self.batches = [share for share in shares if share]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)

@@ -1,0 +1,168 @@
+"""From table columns to checked texts and labels."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lora_lab.data.table import Table
+from lora_lab.errors import DataError
+
+NAMES_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table mean what."""
+
+    text: list[str]
+    """One column, or two for pairs of texts."""
+    label: str | None = None
+    """Class or number; not read for causal language modelling."""
+    prompt: str | None = None
+    """Text before the one to learn; causal language modelling only."""
+
+
+def texts_of(table: Table, column: str, required: bool = True) -> list[str]:
+    """Returns the column's texts.
+
+    Raises:
+        DataError: If a value is not text, or is blank although `required`.
+    """
+    values = table.column(column)
+    for row, value in values.items():
+        if isinstance(value, str) and (value.strip() or not required):
+            continue
+        what = "is blank" if isinstance(value, str) else f"holds {value!r}, which is not text"
+        raise DataError(f"{table.origin}: row {row}: text column '{column}' {what}; mend or remove the row")
+    return values.tolist()
+
+
+def is_missing(value: object) -> bool:
+    """Tells whether a label cell is empty: None, not-a-number or a blank string."""
+    return value is None or (isinstance(value, str) and not value.strip()) or value != value
+
+
+def numbers_of(table: Table, column: str) -> Tensor:
+    """Returns the labels of a regression task, `(rows,)` float32.
+
+    Raises:
+        DataError: If a label is not a finite number.
+    """
+    labels = table.column(column)
+    numbers = pd.to_numeric(labels.astype(str), errors="coerce").to_numpy(np.float32)
+    for row, value, number in zip(labels.index, labels, numbers, strict=True):
+        if not np.isfinite(number):
+            raise DataError(
+                f"{table.origin}: row {row}: label column '{column}' holds {value!r}; "
+                "regression needs a finite number in every row"
+            )
+    return torch.from_numpy(numbers)
+
+
+def class_names_of(table: Table, column: str) -> pd.Series:
+    """Returns each row's class as a name; whole numbers in any notation (`1`, `1.0`) become `1`.
+
+    Raises:
+        DataError: If a label is missing, negative or a fraction.
+    """
+    labels = table.column(column)
+    names = []
+    for row, value in labels.items():
+        where = f"{table.origin}: row {row}: label column '{column}'"
+        if is_missing(value):
+            raise DataError(f"{where} is empty; mend or remove the row")
+        if isinstance(value, float | np.floating):
+            if not float(value).is_integer():
+                raise DataError(f"{where} holds {value}, which is not a class; set the task to regression for numbers")
+            value = int(value)
+        name = str(value).strip()
+        if re.fullmatch(r"-\d+", name):
+            raise DataError(f"{where} holds {name}; negative labels often stand for hidden ones. Remove such rows")
+        names.append(name)
+    return pd.Series(names, index=labels.index)
+
+
+def find_classes(table: Table, column: str) -> list[str]:
+    """Returns the distinct classes: whole numbers by value, all others by name.
+
+    Raises:
+        DataError: If there are fewer than two classes, or as many as rows.
+    """
+    found = class_names_of(table, column)
+    names = found.unique().tolist()
+    if len(names) == 1:
+        raise DataError(
+            f"{table.origin}: label column '{column}' holds the one class '{names[0]}' in all {len(found)} rows; "
+            "classification needs two or more"
+        )
+    if len(names) == len(found) > 2:
+        raise DataError(
+            f"{table.origin}: label column '{column}' has another value in each of its {len(found)} rows, "
+            f"e.g. '{names[0]}'; choose the column that holds the class"
+        )
+    numeric = all(name.isdecimal() for name in names)
+    return sorted(names, key=int if numeric else None)
+
+
+def class_ids_of(table: Table, column: str, classes: list[str]) -> Tensor:
+    """Returns each row's position in `classes`, `(rows,)` int64.
+
+    Raises:
+        DataError: If a row's class is not among them.
+    """
+    ids = {name: position for position, name in enumerate(classes)}
+    names = class_names_of(table, column)
+    for row, name in names.items():
+        if name not in ids:
+            known = ", ".join(classes[:NAMES_SHOWN]) + (", ..." if len(classes) > NAMES_SHOWN else "")
+            raise DataError(
+                f"{table.origin}: row {row}: label '{name}' does not occur in the training data; known: {known}"
+            )
+    return torch.tensor([ids[name] for name in names])
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Checked texts and labels of one split; all lists are of the same length."""
+
+    texts: list[str]
+    pairs: list[str] | None
+    prompts: list[str] | None
+    labels: Tensor | None
+
+    def hash(self) -> str:
+        """Returns the sha256 of the contents, in their order."""
+        labels = None if self.labels is None else self.labels.tolist()
+        content = json.dumps([self.texts, self.pairs, self.prompts, labels])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+def read_examples(table: Table, columns: Columns, task: str, classes: list[str]) -> Examples:
+    """Takes texts and labels out of a table.
+
+    Args:
+        table: Its rows.
+        columns: What to read.
+        task: `classification`, `regression` or `causal_lm`.
+        classes: The classes of a classification task.
+
+    Raises:
+        DataError: If a column is missing or a value does not suit, naming the row.
+    """
+    labels = None
+    if task == "classification":
+        labels = class_ids_of(table, str(columns.label), classes)
+    elif task == "regression":
+        labels = numbers_of(table, str(columns.label))
+    return Examples(
+        texts=texts_of(table, columns.text[0]),
+        pairs=texts_of(table, columns.text[1]) if len(columns.text) > 1 else None,
+        prompts=texts_of(table, columns.prompt, required=False) if columns.prompt else None,
+        labels=labels,
+    )

@@ -1,0 +1,48 @@
+"""How much rank a matrix really uses. Pure functions of tensors; everything is computed in float32 or wider."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Casts half precision to float32 and leaves wider types alone: no decomposition exists for bfloat16."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def product_singular_values(left: Float[Tensor, "out k"], right: Float[Tensor, "k in"]) -> Float[Tensor, "k"]:
+    """Singular values of `left @ right` from two thin QRs and one small SVD: the product is never formed.
+
+    Args:
+        left: factor of shape (out, k).
+        right: factor of shape (k, in).
+
+    Returns:
+        min(out, in, k) values in falling order.
+    """
+    left_core = torch.linalg.qr(widened(left), mode="r").R  # (min(out, k), k)
+    right_core = torch.linalg.qr(widened(right).T, mode="r").R  # (min(in, k), k)
+    return torch.linalg.svdvals(left_core @ right_core.T)
+
+
+def effective_rank(singular_values: Float[Tensor, "k"]) -> float:
+    """exp of the entropy of the normalised singular values (Roy and Vetterli 2007); 0 for a zero matrix.
+
+    r equal singular values give exactly r; one dominating value gives close to 1.
+    """
+    total = singular_values.sum()
+    if total == 0:
+        return 0.0
+    share = singular_values[singular_values > 0] / total
+    return float(torch.exp(-(share * share.log()).sum()))
+
+
+def stable_rank(singular_values: Float[Tensor, "k"]) -> float:
+    """‖M‖_F² / ‖M‖₂² (Rudelson and Vershynin 2007); 0 for a zero matrix."""
+    largest = singular_values.max() if singular_values.numel() else singular_values.sum()
+    return 0.0 if largest == 0 else float((singular_values / largest).square().sum())
+
+
+def zero_fraction(tensor: Tensor) -> float:
+    """Share of entries that are exactly zero, in [0, 1]."""
+    return float((tensor == 0).double().mean()) if tensor.numel() else 0.0
