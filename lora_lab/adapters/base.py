@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lora_lab.adapters.sites import Site, site_spec
 from lora_lab.adapters.spec import AdapterSpec
@@ -49,6 +50,9 @@ class PeftLayout:
 
     shared: Mapping[str, str] = field(default_factory=dict)
     """Tensor name at the root of the file → attribute that every adapter shares."""
+
+    site_config: Callable[[Mapping[str, Adapter]], dict[str, Any]] = lambda adapters: {}
+    """Adapters by path → fields of `adapter_config.json` that name modules: PEFT knows paths, but no roles."""
 
 
 class Adapter(nn.Module):
@@ -92,6 +96,14 @@ class Adapter(nn.Module):
         tensor = next(iter(site.module.parameters()), next(iter(site.module.buffers()), None))
         return adapter if tensor is None else adapter.to(tensor.device)
 
+    @classmethod
+    def watch(cls, model: nn.Module, adapters: Mapping[str, Adapter]) -> list[RemovableHandle]:
+        """Registers hooks on the whole model, for adapters that have to know its inputs; most need none.
+
+        Called before the adapters are placed, so that a model may still be refused. The hooks go with the adapters.
+        """
+        return []
+
     @property
     def rank(self) -> int | None:
         """The rank now in use; None where the word has no meaning for the method."""
@@ -116,6 +128,10 @@ class Adapter(nn.Module):
         """Returns the trainable tensors for which 0 is not "no change", and which weight decay must spare."""
         return []
 
+    def loraplus_parameters(self) -> list[nn.Parameter]:
+        """Returns the tensors that LoRA+ trains at the greater rate: B, and vectors beside it."""
+        return []
+
     def peft_tensors(self) -> dict[str, Tensor]:
         """Returns this adapter's tensors under PEFT's names."""
         named = {name: getattr(self, attribute) for name, attribute in self.peft.tensors.items()}
@@ -133,6 +149,9 @@ class Adapter(nn.Module):
         with torch.no_grad():
             for name, tensor in tensors.items():
                 getattr(self, self.peft.tensors[name]).copy_(tensor)
+
+    def tensors_changed(self) -> None:
+        """Recomputes what the adapter derives from its tensors; called after they were loaded."""
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """Returns the adapter's own parameters and persistent buffers by name, the base's excluded."""
@@ -350,6 +369,10 @@ class TrainedCopy(BorrowingAdapter):
     def merged_module(self) -> nn.Module:
         """Returns the trained copy."""
         return self.trained
+
+    def decay_exempt(self) -> list[nn.Parameter]:
+        """See `Adapter.decay_exempt`: biases and the scales of norms."""
+        return [parameter for parameter in self.trained.parameters() if parameter.ndim < 2]
 
     def singular_values(self) -> Float[Tensor, "k"] | None:
         """See `Adapter.singular_values`: those of what training changed, for a linear map."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lora_lab.adapters.base import Adapter, TrainedCopy
 from lora_lab.adapters.sites import find_sites, saved_modules
@@ -53,9 +54,10 @@ def inject(model: nn.Module, spec: AdapterSpec, seed: int = 0) -> AdapterSet:
     adapters = method.build(sites, spec)
     copies: dict = {}
     heads = {path: TrainedCopy(model.get_submodule(path), copies) for path in saved_modules(model, spec)}
+    hooks = method.watch(model, adapters)
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(False)
-    adapter_set = AdapterSet(model, spec, adapters, heads, requires_grad)
+    adapter_set = AdapterSet(model, spec, adapters, heads, requires_grad, hooks)
     adapter_set._place({path: adapter for path, adapter in adapter_set._all.items()})
     return adapter_set
 
@@ -77,12 +79,14 @@ class AdapterSet:
         adapters: Mapping[str, Adapter],
         saved: Mapping[str, TrainedCopy],
         requires_grad: Mapping[str, bool],
+        hooks: Sequence[RemovableHandle] = (),
     ):
         self.model = model
         self.spec = spec
         self.adapters = dict(adapters)
         self.saved = dict(saved)
         self._requires_grad = dict(requires_grad)
+        self._hooks = list(hooks)
         self._all: dict[str, Adapter] = {**self.adapters, **self.saved}
 
     def __iter__(self) -> Iterator[Adapter]:
@@ -94,6 +98,10 @@ class AdapterSet:
     def items(self) -> Iterator[tuple[str, Adapter]]:
         """Iterates over (path, adapter)."""
         return iter(self.adapters.items())
+
+    def everything(self) -> Iterator[Adapter]:
+        """Iterates over the adapters and the modules trained whole."""
+        return iter(self._all.values())
 
     def implementing(self, protocol: type[P]) -> dict[str, P]:
         """Returns the adapters that offer a protocol of `adapters.protocols`, by path."""
@@ -149,6 +157,8 @@ class AdapterSet:
             CheckpointError: if names, shapes or kinds of numbers differ; nothing is changed then.
         """
         load_tensors(self.named_tensors(), state, "the checkpoint")
+        for adapter in self._all.values():
+            adapter.tensors_changed()
 
     def penalty(self) -> Tensor | float:
         """Returns the sum of the adapters' penalties."""
@@ -167,6 +177,8 @@ class AdapterSet:
                 unchanged then.
         """
         self._place(self._merged_modules())
+        for hook in self._hooks:
+            hook.remove()
         return self.model
 
     @contextmanager
@@ -184,6 +196,8 @@ class AdapterSet:
         self._place({path: adapter.base for path, adapter in self._all.items()})
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._requires_grad.get(name, True))
+        for hook in self._hooks:
+            hook.remove()
         return self.model
 
     def _merged_modules(self) -> dict[str, nn.Module]:

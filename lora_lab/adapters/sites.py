@@ -123,6 +123,13 @@ def match_pattern(pattern: Mapping[str, Value], site: Site) -> Value | None:
     return None
 
 
+def is_named(site: Site, target: str) -> bool:
+    """Whether one target names a site, by its role, path ending or pattern, as in `find_sites`."""
+    if target.startswith("regex:"):
+        return re.fullmatch(target.removeprefix("regex:"), site.path) is not None
+    return target == site.role or _ends_with(site.path, target)
+
+
 def site_spec(spec: SpecType, site: Site) -> SpecType:
     """Returns the spec that holds at one site, with its `rank_pattern` and `alpha_pattern` resolved."""
     found: dict[str, Any] = {}

@@ -56,6 +56,7 @@ def save_adapter(
         "target_modules": list(adapters.adapters),
         "modules_to_save": list(adapters.saved) or None,
         **layout.config(adapters.spec),
+        **layout.site_config(adapters.adapters),
         **_patterns(adapters),
     }
     spec = replace(adapters.spec, modules_to_save=list(adapters.saved))
@@ -223,5 +224,5 @@ def _patterns(adapters: AdapterSet) -> dict[str, Any]:
         own = layout.config(adapter.spec)
         for pattern, name in names.items():
             if own.get(name) != general.get(name):
-                found[pattern][re.escape(path)] = own[name]
+                found[pattern][f"^{re.escape(path)}"] = own[name]
     return found

@@ -1,0 +1,51 @@
+"""Data sources, and how a config becomes batches.
+
+To add a source: write a config class with `faults` and `load` (or, for text, `columns` and `tables`), and
+add it to `DATA_SOURCES`.
+"""
+
+from transformers import PreTrainedTokenizerBase
+
+from lora_lab.data.config import DataConfig
+from lora_lab.data.embedded import EmbeddedConfig
+from lora_lab.data.files import FilesConfig
+from lora_lab.data.hub import HubConfig
+from lora_lab.data.task_data import TaskData
+from lora_lab.data.toy import ToyConfig
+from lora_lab.errors import DataError
+
+__all__ = ["DATA_SOURCES", "DataConfig", "TaskData", "build_data", "check_data"]
+
+DATA_SOURCES: dict[str, type[DataConfig]] = {
+    "embedded": EmbeddedConfig,
+    "hub": HubConfig,
+    "files": FilesConfig,
+    "toy": ToyConfig,
+}
+"""All data sources by the name that `data.source` takes."""
+
+
+def check_data(config: DataConfig, task: str) -> list[str]:
+    """Returns all faults that are seen without loading data, each with its key; empty if there are none."""
+    return config.faults(task)
+
+
+def build_data(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase | None, task: str, seed: int
+) -> TaskData:
+    """Reads, checks, splits and tokenises the data.
+
+    Args:
+        config: Options of one source.
+        tokenizer: Of the model; None for models without text.
+        task: `classification`, `regression` or `causal_lm`.
+        seed: Of the run, at least 0; decides the order of the training examples, not the split.
+
+    Raises:
+        DataError: If options or data are at fault.
+        AssetError: If an embedded data set can be fetched from nowhere.
+    """
+    faults = check_data(config, task)
+    if faults:
+        raise DataError("; ".join(faults))
+    return TaskData(config, config.load(tokenizer, task), task, seed)

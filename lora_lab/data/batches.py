@@ -52,8 +52,8 @@ class BucketedBatches(Sampler[list[int]]):
     """The training batches of one process; stands as a DataLoader's `batch_sampler`.
 
     Global batches of `batch_size * world_size` are formed first, and process `rank` takes every
-    `world_size`-th row of each. Two processes with batches of 16 hence train on the same global batches as one
-    process with batches of 32.
+    `world_size`-th row of each. Two processes with batches of 16 hence train on the same global batches as
+    one process with batches of 32.
 
     Attributes:
         skip: Batches left out at the front of the epoch, because an interrupted run has had them.
@@ -81,8 +81,8 @@ class BucketedBatches(Sampler[list[int]]):
         self.skip = 0
         if world_size > 1 and len(lengths) < self.size:
             raise DataError(
-                f"data: {len(lengths)} training examples do not fill one global batch of {batch_size} on each of "
-                f"{world_size} devices; lower data.batch_size to at most {len(lengths) // world_size} "
+                f"data.batch_size: {len(lengths)} training examples do not fill a batch of {batch_size} "
+                f"on each of {world_size} devices; lower it to at most {len(lengths) // world_size} "
                 "or use fewer devices"
             )
 

@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from lora_lab.errors import suggest
 
 TASKS = ("classification", "regression", "causal_lm")
+IGNORED = -100
+"""Label of a position that takes no part in the loss; PyTorch's default for cross entropy."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class DataConfig:
     validation_fraction: float = 0.1
     """Share of the training rows set aside where the source has no validation split; above 0, below 1."""
     split_seed: int = 1234
-    """Seed of splits and limits, at least 0; apart from the run's seed, so that all runs see the same rows."""
+    """Seed of splits and limits, at least 0; not the run's seed, so that all runs see the same rows."""
     bucket_by_length: bool = True
     """Whether training batches gather texts of like length, which saves padding."""
 
@@ -86,13 +88,15 @@ class DataConfig:
         ]
         if not 0 < self.validation_fraction < 1:
             faults.append(
-                f"data.validation_fraction: must lie between 0 and 1, both excluded; got {self.validation_fraction}"
+                f"data.validation_fraction: must be above 0 and below 1; got {self.validation_fraction}"
             )
         return faults
 
     def limit(self, split: str) -> int | None:
         """Returns the limit of `train`, `validation` or `test`."""
-        return {"train": self.train_limit, "validation": self.validation_limit, "test": self.test_limit}[split]
+        return {"train": self.train_limit, "validation": self.validation_limit, "test": self.test_limit}[
+            split
+        ]
 
     def load(self, tokenizer: PreTrainedTokenizerBase | None, task: str) -> Splits:
         """Reads, checks, splits and tokenises the examples; same result for the same options.

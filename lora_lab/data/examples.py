@@ -14,6 +14,7 @@ from lora_lab.data.table import Table
 from lora_lab.errors import DataError
 
 NAMES_SHOWN = 10
+NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,24 @@ def texts_of(table: Table, column: str, required: bool = True) -> list[str]:
     return values.tolist()
 
 
-def is_missing(value: object) -> bool:
-    """Tells whether a label cell is empty: None, not-a-number or a blank string."""
-    return value is None or (isinstance(value, str) and not value.strip()) or value != value
+def class_name(value: object) -> str:
+    """Returns a label as the name of a class; a whole number in any notation (`1`, `1.0`) becomes `1`.
+
+    Raises:
+        ValueError: If it stands for no class; says why.
+    """
+    if not pd.api.types.is_scalar(value):
+        raise ValueError(f"holds {value!r}; a class is a name or a whole number")
+    name = "" if pd.isna(value) else str(value).strip()
+    if not name:
+        raise ValueError("is empty; mend or remove the row")
+    if not NUMBER.fullmatch(name):
+        return name
+    if not float(name).is_integer():
+        raise ValueError(f"holds {name}, which is not a class; for numbers set the task to regression")
+    if float(name) < 0:
+        raise ValueError(f"holds {name}; negative labels often stand for hidden ones. Remove such rows")
+    return str(int(float(name)))
 
 
 def numbers_of(table: Table, column: str) -> Tensor:
@@ -55,7 +71,8 @@ def numbers_of(table: Table, column: str) -> Tensor:
         DataError: If a label is not a finite number.
     """
     labels = table.column(column)
-    numbers = pd.to_numeric(labels.astype(str), errors="coerce").to_numpy(np.float32)
+    with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which is reported below
+        numbers = pd.to_numeric(labels.astype(str), errors="coerce").to_numpy(np.float64).astype(np.float32)
     for row, value, number in zip(labels.index, labels, numbers, strict=True):
         if not np.isfinite(number):
             raise DataError(
@@ -66,7 +83,7 @@ def numbers_of(table: Table, column: str) -> Tensor:
 
 
 def class_names_of(table: Table, column: str) -> pd.Series:
-    """Returns each row's class as a name; whole numbers in any notation (`1`, `1.0`) become `1`.
+    """Returns each row's class as a name.
 
     Raises:
         DataError: If a label is missing, negative or a fraction.
@@ -74,17 +91,10 @@ def class_names_of(table: Table, column: str) -> pd.Series:
     labels = table.column(column)
     names = []
     for row, value in labels.items():
-        where = f"{table.origin}: row {row}: label column '{column}'"
-        if is_missing(value):
-            raise DataError(f"{where} is empty; mend or remove the row")
-        if isinstance(value, float | np.floating):
-            if not float(value).is_integer():
-                raise DataError(f"{where} holds {value}, which is not a class; set the task to regression for numbers")
-            value = int(value)
-        name = str(value).strip()
-        if re.fullmatch(r"-\d+", name):
-            raise DataError(f"{where} holds {name}; negative labels often stand for hidden ones. Remove such rows")
-        names.append(name)
+        try:
+            names.append(class_name(value))
+        except ValueError as fault:
+            raise DataError(f"{table.origin}: row {row}: label column '{column}' {fault}") from None
     return pd.Series(names, index=labels.index)
 
 
@@ -98,7 +108,7 @@ def find_classes(table: Table, column: str) -> list[str]:
     names = found.unique().tolist()
     if len(names) == 1:
         raise DataError(
-            f"{table.origin}: label column '{column}' holds the one class '{names[0]}' in all {len(found)} rows; "
+            f"{table.origin}: label column '{column}' holds '{names[0]}' in all {len(found)} rows; "
             "classification needs two or more"
         )
     if len(names) == len(found) > 2:
@@ -122,7 +132,8 @@ def class_ids_of(table: Table, column: str, classes: list[str]) -> Tensor:
         if name not in ids:
             known = ", ".join(classes[:NAMES_SHOWN]) + (", ..." if len(classes) > NAMES_SHOWN else "")
             raise DataError(
-                f"{table.origin}: row {row}: label '{name}' does not occur in the training data; known: {known}"
+                f"{table.origin}: row {row}: label '{name}' does not occur in the training data; "
+                f"known: {known}"
             )
     return torch.tensor([ids[name] for name in names])
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import pyarrow as pa
@@ -32,7 +33,7 @@ class Table:
         return self.frame[name]
 
 
-def read_delimited(path: Path, delimiter: str, quoting: int) -> pd.DataFrame:
+def read_delimited(path: Path, delimiter: str, quoting: Literal[0, 3]) -> pd.DataFrame:
     """Reads a file with a header line; every value is text.
 
     The standard library's reader is used since it can name the line of any fault, also of rows that are too
@@ -46,14 +47,15 @@ def read_delimited(path: Path, delimiter: str, quoting: int) -> pd.DataFrame:
             for row in reader:
                 if row and len(row) != len(header):
                     raise DataError(
-                        f"{path}: line {reader.line_num} has {len(row)} values, but the header has {len(header)} "
+                        f"{path}: line {reader.line_num} has {len(row)} values, but the header {len(header)} "
                         f"columns ({', '.join(header)}); quote values that contain the delimiter"
                     )
                 if row:
                     rows.append(row)
         except csv.Error as fault:
             raise DataError(
-                f"{path}: line {reader.line_num}: {fault}; look for a quotation mark that is not closed or not doubled"
+                f"{path}: line {reader.line_num}: {fault}; "
+                "look for a quotation mark that is not closed or not doubled"
             ) from None
     if len(set(header)) < len(header):
         raise DataError(f"{path}: a column name occurs twice in the header ({', '.join(header)}); rename one")
@@ -80,9 +82,13 @@ def read_json_lines(path: Path) -> pd.DataFrame:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as fault:
-                raise DataError(f"{path}: line {number} is not valid JSON ({fault}); mend or remove it") from None
+                raise DataError(
+                    f"{path}: line {number} is not valid JSON ({fault}); mend or remove it"
+                ) from None
             if not isinstance(record, dict):
-                raise DataError(f'{path}: line {number} is not a JSON object such as {{"text": "...", "label": 0}}')
+                raise DataError(
+                    f'{path}: line {number} is not a JSON object such as {{"text": "...", "label": 0}}'
+                )
             records.append(record)
     columns = list(dict.fromkeys(key for record in records for key in record))
     return pd.DataFrame({key: pd.Series([r.get(key) for r in records], dtype=object) for key in columns})
@@ -110,7 +116,9 @@ def read_table(path: Path) -> Table:
     try:
         frame = READERS[path.suffix](path)
     except UnicodeDecodeError as fault:
-        raise DataError(f"{path}: is not UTF-8 text ({fault.reason} at byte {fault.start}); convert it") from None
+        raise DataError(
+            f"{path}: is not UTF-8 text ({fault.reason} at byte {fault.start}); convert it"
+        ) from None
     except pa.ArrowException as fault:
         raise DataError(f"{path}: is not a readable Parquet file ({fault}); write it anew") from None
     except OSError as fault:

@@ -2,7 +2,7 @@
 
 A role is the job of a module inside a transformer block ("query", "down"); the tables below translate it into
 the names that each architecture of `transformers` uses, so that one list of targets fits them all. A fused
-projection has a role of its own (`query_key_value`): GPT-2 has no "query" unless it is built with `split_fused`.
+projection has a role of its own (`query_key_value`): GPT-2 has no "query" unless built with `split_fused`.
 """
 
 import re
@@ -162,7 +162,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma": _llama(),
     "gemma2": _llama(),
     "gemma3_text": _llama(),
-    # In an encoder block the feed-forward part is layer.1; in a decoder block the cross-attention comes between.
+    # The feed-forward part is layer.1 of an encoder block, layer.2 of a decoder block, after cross-attention.
     "t5": Architecture(
         kind="encoder_decoder",
         blocks=("encoder.block", "decoder.block"),
@@ -197,8 +197,8 @@ def find_roles(model: nn.Module) -> list[RoleSite]:
         model: A model of `transformers`, bare or with a task head.
 
     Returns:
-        The sites in the model's own order, each block before its parts, the heads at the end; empty for a model
-        whose architecture has no table.
+        The sites in the model's own order, each block before its parts, the heads at the end; empty for a
+        model whose architecture has no table.
     """
     architecture = architecture_of(model)
     if architecture is None:
@@ -223,8 +223,8 @@ def roles_of(model: nn.Module) -> list[str]:
 def head_paths(model: nn.Module) -> list[str]:
     """Returns the paths of the freshly initialised task heads, which have to be trained whatever the adapter.
 
-    The language-modelling head and BERT's own pooler come with the pretrained weights and are none. A model whose
-    architecture has no table is searched for the usual names.
+    The language-modelling head and BERT's own pooler come with the pretrained weights and are none. A model
+    whose architecture has no table is searched for the usual names.
     """
     architecture = architecture_of(model)
     # `classifier` stands on every encoder with mean pooling, whatever head the architecture itself has.

@@ -7,9 +7,9 @@
     B   (out, rank)   learned; zeros at the start, hence W' = W
     c   (out,)        learned, with lora_bias; zeros at the start
 
-A start that is not zero (`orthogonal`, `olora`) freezes a copy A₀ (rank, in), B₀ (out, rank) and learns
-W' = W + s (B A − B₀ A₀): again W' = W, and the base's tensors stay as they are. PEFT rewrites the base instead
-and its file holds A and B alone; ours opens there as the plain LoRA of rank 2·rank that it is.
+A start with B A ≠ 0 (`olora`) freezes a copy A₀ (rank, in), B₀ (out, rank) and learns W' = W + s (B A − B₀ A₀):
+again W' = W, and the base's tensors stay as they are. PEFT rewrites the base instead and its file holds A and B
+alone; ours opens there as the plain LoRA of rank 2·rank that it is.
 
 On an embedding of shape (vocabulary, width), ΔWᵀ = s B A with A (rank, vocabulary) = 0 and B (width, rank) ~ N(0, 1).
 """
@@ -17,6 +17,7 @@ On an embedding of shape (vocabulary, width), ΔWᵀ = s B A with A (rank, vocab
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, AdditiveAdapter, PeftLayout
 from lora_lab.adapters.protocols import Droppable, RankAllocatable
+from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import LowRankSpec
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.rank import product_singular_values, widened
@@ -33,33 +35,11 @@ from lora_lab.linalg.start import kaiming_uniform
 
 
 @dataclass
-class LoRASpec(LowRankSpec):
-    """LoRA's options; the paper uses rank 4 to 8 on query and value."""
-
-    method: str = "lora"
+class ScaledSpec(LowRankSpec):
+    """Adds what LoRA and its relatives share: the scale of B A."""
 
     rslora: bool = False
     """Scale by alpha / √rank, which keeps the update's size as the rank grows."""
-
-    lora_bias: bool = False
-    """Learn a bias c beside B."""
-
-    init: Literal["default", "gaussian", "scaled_gaussian", "orthogonal", "olora", "random"] = "default"
-    """Start of A: `default` U(±1/√in), `gaussian` N(0, 1/rank²), `scaled_gaussian` N(0, 1/rank), all with B = 0;
-    `orthogonal` (even rank) and `olora` (QR of W; Büyükakyüz 2024, arXiv:2406.01775) start both; `random` starts
-    both at random and is not the identity."""
-
-    def faults(self) -> list[str]:
-        """See `AdapterSpec.faults`."""
-        found = super().faults()
-        if self.init == "orthogonal":
-            ranks = {"rank": self.rank, **{f"rank_pattern.{k}": v for k, v in self.rank_pattern.items()}}
-            found += [
-                f"{name}: must be even for init: orthogonal; got {rank}" for name, rank in ranks.items() if rank % 2
-            ]
-        if self.lora_bias and self.init not in ("default", "random"):
-            found.append(f"lora_bias: goes with init: default or random; got init: {self.init}")
-        return found
 
     @property
     def scale(self) -> float:
@@ -67,21 +47,46 @@ class LoRASpec(LowRankSpec):
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-def lora_config(spec: LoRASpec, factor: int = 1) -> dict[str, Any]:
+@dataclass
+class LoRASpec(ScaledSpec):
+    """LoRA's options; the paper uses rank 4 to 8 on query and value."""
+
+    method: str = "lora"
+
+    lora_bias: bool = False
+    """Learn a bias c beside B."""
+
+    init: Literal["default", "gaussian", "scaled_gaussian", "orthogonal", "olora", "random"] = "default"
+    """Start of A: `default` U(±1/√in), `gaussian` N(0, 1/rank²), `scaled_gaussian` N(0, 1/rank), all with B = 0;
+    `orthogonal` (even rank) starts both with B A = 0 up to rounding; `olora` (QR of W; Büyükakyüz 2024,
+    arXiv:2406.01775) starts both and subtracts the start; `random` starts both and is not the identity."""
+
+    def faults(self) -> list[str]:
+        """See `AdapterSpec.faults`."""
+        found = super().faults()
+        if self.init == "orthogonal":
+            ranks = {"rank": self.rank, **{f"rank_pattern.{k}": v for k, v in self.rank_pattern.items()}}
+            found += [
+                f"{name}: must be even for init: orthogonal; got {rank}"
+                for name, rank in ranks.items()
+                if rank % 2
+            ]
+        if self.lora_bias and self.init not in ("default", "random"):
+            found.append(f"lora_bias: goes with init: default or random; got init: {self.init}")
+        return found
+
+
+def lora_config(spec: ScaledSpec, factor: int = 1) -> dict[str, Any]:
     """Returns PEFT's fields for a sum of `factor` updates of one scale stacked into one.
 
     PEFT scales by alpha / rank, so alpha grows with the stacked rank to keep s (by √factor under rsLoRA).
     """
-    alpha = factor if not spec.rslora else math.sqrt(factor)
     return {
         "r": spec.rank * factor,
-        "lora_alpha": spec.alpha * alpha,
+        "lora_alpha": spec.alpha * (math.sqrt(factor) if spec.rslora else factor),
         "lora_dropout": spec.dropout,
         "use_rslora": spec.rslora,
-        "lora_bias": getattr(spec, "lora_bias", False),
         "init_lora_weights": True,
-        "rank_pattern": {key: rank * factor for key, rank in spec.rank_pattern.items()},
-        "alpha_pattern": {key: value * alpha for key, value in spec.alpha_pattern.items()},
     }
 
 
@@ -97,15 +102,39 @@ def lora_fields(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_config(config: dict[str, Any]) -> dict[str, Any] | None:
+STARTS_ON_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
+"""PEFT's `init_lora_weights` that leave the base as it is: of their files, A and B say all."""
+
+VARIANTS = (
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+)
+"""PEFT's options under which a file's A and B mean another function than LoRA's."""
+
+
+def refuse_foreign_options(config: dict[str, Any]) -> None:
+    """Raises for a LORA file of PEFT whose A and B do not say all that it computes."""
     init = config.get("init_lora_weights", True)
-    if config.get("use_dora") or str(init).startswith("pissa"):
-        return None
-    if isinstance(init, str) and init not in ("gaussian", "orthogonal"):
+    if init not in STARTS_ON_THE_BASE:
         raise IncompatibleError(
             f"init_lora_weights: {init!r} changed the base model when PEFT made this adapter, and the file does "
-            "not hold that base. Convert it in PEFT first: save_pretrained(path_initial_model_for_weight_conversion=…)."
+            "not hold that base. Convert it in PEFT: save_pretrained(path_initial_model_for_weight_conversion=…)."
         )
+    for name in (*VARIANTS, "layer_replication", "target_parameters", "trainable_token_indices"):
+        if config.get(name):
+            raise IncompatibleError(
+                f"{name}: {config[name]!r} of PEFT's config has no counterpart in lora_lab."
+            )
+
+
+def _read_config(config: dict[str, Any]) -> dict[str, Any] | None:
+    if config.get("use_dora") or str(config.get("init_lora_weights")).startswith("pissa"):
+        return None
+    refuse_foreign_options(config)
     return {**lora_fields(config), "lora_bias": config.get("lora_bias", False)}
 
 
@@ -118,9 +147,12 @@ class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
         start_A: (rank, in), frozen; None where the update starts at zero.
         start_B: (out, rank), frozen; None where the update starts at zero.
         kept: (rank,), flags of the components that no controller has silenced.
+        active: scalar, 1; 0 once the adapter was dropped.
     """
 
-    def __init__(self, base: nn.Module, spec: LowRankSpec, scale: float, A: Tensor, B: Tensor, subtract: bool):  # noqa: N803
+    def __init__(
+        self, base: nn.Module, spec: LowRankSpec, scale: float, A: Tensor, B: Tensor, subtract: bool
+    ):  # noqa: N803
         super().__init__(base)
         self.spec = spec
         self.scale = scale
@@ -129,12 +161,13 @@ class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
         self.register_buffer("start_A", A.clone() if subtract else None)
         self.register_buffer("start_B", B.clone() if subtract else None)
         self.register_buffer("kept", torch.ones(spec.rank, dtype=torch.bool))
+        self.register_buffer("active", torch.ones((), dtype=self.dtype))
         self.dropout = nn.Dropout(spec.dropout) if spec.dropout else nn.Identity()
 
     @property
     def rank(self) -> int:
         """The number of components not silenced."""
-        return int(self.kept.sum())
+        return 0 if self.dropped else int(self.kept.sum())
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Returns L (out, k) and R (k, in) with ΔW = s L R; k is 2·rank where a start is subtracted."""
@@ -145,18 +178,26 @@ class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
     def delta_weight(self) -> Tensor:
         """See `AdditiveAdapter.delta_weight`."""
         left, right = self.factors()
-        return self.scale * (widened(left) @ widened(right))
+        return self.scale * self.active * (widened(left) @ widened(right))
 
     def delta_output(self, x: Tensor) -> Tensor:
         """See `AdditiveAdapter.delta_output`."""
         left, right = self.factors()
         # The scale goes onto the (..., rank) product: a pass over the (..., out) output costs far more.
-        return F.linear(F.linear(self.dropout(x), right) * self.scale, left)
+        return F.linear(F.linear(self.dropout(x), right) * (self.scale * self.active), left)
 
     def singular_values(self) -> Tensor:
         """See `LinearAdapter.singular_values`."""
         left, right = self.factors()
-        return abs(self.scale) * product_singular_values(left, right)
+        return abs(self.scale) * self.active * product_singular_values(left, right)
+
+    def decay_exempt(self) -> list[nn.Parameter]:
+        """See `Adapter.decay_exempt`: where a start is subtracted, no change is that start."""
+        return [] if self.start_A is None else [self.A, self.B]
+
+    def loraplus_parameters(self) -> list[nn.Parameter]:
+        """See `Adapter.loraplus_parameters`."""
+        return [self.B]
 
     def rank_components(self) -> list[tuple[nn.Parameter, int]]:
         """See `RankAllocatable`."""
@@ -164,22 +205,39 @@ class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
 
     @torch.no_grad()
     def keep_components(self, keep: Tensor) -> None:
-        """See `RankAllocatable`. B's columns are what is zeroed: with A alone zero, B would still decay."""
+        """See `RankAllocatable`. B's columns are zeroed, A stays: from both zero nothing grows back."""
         self.kept.copy_(keep)
         self.B[:, ~keep] = 0
+        if self.start_B is not None:
+            self.start_B[:, ~keep] = 0
 
     def kept_components(self) -> Tensor:
         """See `RankAllocatable`."""
         return self.kept
 
     def drop(self) -> None:
-        """See `Droppable`."""
-        self.keep_components(torch.zeros_like(self.kept))
+        """See `Droppable`. A switch, not zeros in B, which the next step of the optimizer would fill again."""
+        self.active.zero_()
 
     @property
     def dropped(self) -> bool:
         """See `Droppable`."""
-        return not self.kept.any()
+        return not self.active
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        """See `Adapter.peft_tensors`: the stacked factors where a start is subtracted."""
+        left, right = self.factors()
+        return {"lora_A.weight": right, "lora_B.weight": left * self.active}
+
+    @torch.no_grad()
+    def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `Adapter.load_peft_tensors`: takes apart what `factors` stacks."""
+        left, right, rank = tensors["lora_B.weight"], tensors["lora_A.weight"], self.spec.rank
+        self.A.copy_(right[:rank])
+        self.B.copy_(left[:, :rank])
+        if self.start_A is not None:
+            self.start_A.copy_(right[rank:])
+            self.start_B.copy_(-left[:, rank:])
 
 
 class LoRA(LowRankAdapter):
@@ -191,60 +249,57 @@ class LoRA(LowRankAdapter):
     peft = PeftLayout(
         "LORA",
         tensors={"lora_A.weight": "A", "lora_B.weight": "B", "lora_B.bias": "c"},
-        config=lambda spec: lora_config(spec, 2 if spec.init in ("orthogonal", "olora") else 1),
+        config=lambda spec: {
+            **lora_config(spec, 2 if spec.init == "olora" else 1),
+            "lora_bias": spec.lora_bias,
+        },
         spec=_read_config,
     )
 
     def __init__(self, base: nn.Module, spec: LoRASpec):
         A, B = start(base, spec)  # noqa: N806
-        super().__init__(base, spec, spec.scale, A, B, subtract=spec.init in ("orthogonal", "olora"))
+        super().__init__(base, spec, spec.scale, A, B, subtract=spec.init == "olora")
         self.c = nn.Parameter(torch.zeros(self.out_features, dtype=self.dtype)) if spec.lora_bias else None
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        """Linear maps and embeddings."""
-        return super().accepts(module) or isinstance(module, nn.Embedding)
+        """Linear maps and plain embeddings: those of a subclass scale or renormalise what they look up."""
+        return super().accepts(module) or (type(module) is nn.Embedding and module.max_norm is None)
 
     @classmethod
-    def at(cls, site, spec: Any, *shared: Any) -> Adapter:
+    def at(cls, site: Site, spec: Any, *shared: Any) -> Adapter:
         """See `Adapter.at`."""
-        if cls is LoRA and isinstance(site.module, nn.Embedding):
+        if isinstance(site.module, nn.Embedding):
             return LoRAEmbedding.at(site, spec)
         return super().at(site, spec, *shared)
 
     def delta_output(self, x: Tensor) -> Tensor:
         """See `AdditiveAdapter.delta_output`."""
         delta = super().delta_output(x)
-        return delta if self.c is None else delta + self.scale * self.c
+        return delta if self.c is None else delta + self.scale * self.active * self.c
 
     def adapted_bias(self, bias: Tensor | None) -> Tensor | None:
         """See `LinearAdapter.adapted_bias`."""
         if self.c is None:
             return bias
-        return self.scale * self.c if bias is None else bias + self.scale * self.c
+        shift = self.scale * self.active * self.c
+        return shift if bias is None else bias + shift
+
+    def loraplus_parameters(self) -> list[nn.Parameter]:
+        """See `Adapter.loraplus_parameters`."""
+        return [self.B] if self.c is None else [self.B, self.c]
 
     def peft_tensors(self) -> dict[str, Tensor]:
-        """See `Adapter.peft_tensors`: the stacked factors where a start is subtracted."""
-        left, right = self.factors()
-        return {**super().peft_tensors(), "lora_A.weight": right, "lora_B.weight": left}
+        """See `Adapter.peft_tensors`."""
+        bias = {} if self.c is None else {"lora_B.bias": self.c * self.active}
+        return {**super().peft_tensors(), **bias}
 
-    def load_peft_tensors(self, tensors) -> None:
+    @torch.no_grad()
+    def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Adapter.load_peft_tensors`."""
-        load_stacked(self, tensors)
+        super().load_peft_tensors(tensors)
         if self.c is not None:
-            self.c.data.copy_(tensors["lora_B.bias"])
-
-
-@torch.no_grad()
-def load_stacked(adapter: LowRankAdapter, tensors) -> None:
-    """Takes apart the factors that `LowRankAdapter.factors` stacks."""
-    rank = adapter.spec.rank
-    left, right = tensors["lora_B.weight"], tensors["lora_A.weight"]
-    adapter.A.copy_(right[:rank])
-    adapter.B.copy_(left[:, :rank])
-    if adapter.start_A is not None:
-        adapter.start_A.copy_(right[rank:])
-        adapter.start_B.copy_(-left[:, rank:])
+            self.c.copy_(tensors["lora_B.bias"])
 
 
 def start(base: nn.Module, spec: LoRASpec) -> tuple[Tensor, Tensor]:

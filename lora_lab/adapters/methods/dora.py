@@ -1,0 +1,168 @@
+"""DoRA: magnitude and direction of a weight trained apart (Liu et al. 2024, arXiv:2402.09353).
+
+    V  = W + s B A                     s = alpha / rank, or alpha / √rank with rslora
+    W' = diag(g) V,  g = m / ‖V‖       one magnitude per row of W, an output (dora_axis: out)
+    W' = V diag(g)                     one magnitude per column of W, an input (dora_axis: in)
+
+    A   (rank, in)      learned; U(±1/√in) at the start
+    B   (out, rank)     learned; zeros at the start
+    m   (out,) or (in,) learned; ‖W‖ at the start, by the routine that gives ‖V‖: g is exactly 1, hence W' = W
+
+The authors' code and PEFT have one magnitude per output; the paper's text, read literally, one per input. The
+bias is never scaled. Norms are computed in float32 or wider.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lora_lab.adapters.base import LinearAdapter, PeftLayout
+from lora_lab.adapters.methods.lora import ScaledSpec, lora_config, lora_fields, refuse_foreign_options
+from lora_lab.linalg.rank import widened
+from lora_lab.linalg.start import kaiming_uniform
+
+SMALLEST_NORM = 1e-12
+"""Norms are kept at least this large: a row of zeros has no direction."""
+
+
+@dataclass
+class DoRASpec(ScaledSpec):
+    """DoRA's options; the paper uses rank 16 or 32, alpha = 2 · rank and dropout 0.05 on all linear maps."""
+
+    method: str = "dora"
+
+    dora_axis: Literal["out", "in"] = "out"
+    """What has a magnitude of its own: each output (PEFT's DoRA) or each input (which PEFT cannot open)."""
+
+    detach_norm: bool = True
+    """Treat ‖V‖ as a constant in the backward pass, as in the paper's section 4.3."""
+
+
+def squared_row_norms(
+    weight: Float[Tensor, "rows columns"],
+    weight_square: Float[Tensor, " rows"],
+    left: Float[Tensor, "rows rank"],
+    right: Float[Tensor, "rank columns"],
+) -> Float[Tensor, " rows"]:
+    """Returns ‖W_i + L_i R‖² for every row i without forming the sum.
+
+    ‖W_i + L_i R‖² = ‖W_i‖² + ⟨L_i, 2 W_i Rᵀ + L_i R Rᵀ⟩
+
+    Args:
+        weight: W.
+        weight_square: ‖W_i‖².
+        left: L.
+        right: R.
+    """
+    return weight_square + (left * (2 * (weight @ right.T) + left @ (right @ right.T))).sum(1)
+
+
+def _read_config(config: dict[str, Any]) -> dict[str, Any] | None:
+    if not config.get("use_dora"):
+        return None
+    refuse_foreign_options(config)
+    return lora_fields(config)
+
+
+def _config(spec: DoRASpec) -> dict[str, Any]:
+    # PEFT has no magnitudes per input: without its type it refuses the folder instead of misreading it.
+    foreign = {"peft_type": None} if spec.dora_axis == "in" else {}
+    return {**lora_config(spec), "use_dora": True, **foreign}
+
+
+class DoRA(LinearAdapter):
+    """The adapter of one linear map."""
+
+    Spec = DoRASpec
+    family = "low-rank"
+    paper = "Liu et al. 2024, arXiv:2402.09353"
+    peft = PeftLayout(
+        "LORA",
+        tensors={"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "m"},
+        config=_config,
+        spec=_read_config,
+    )
+
+    def __init__(self, base: nn.Module, spec: DoRASpec):
+        super().__init__(base)
+        self.spec, self.scale = spec, spec.scale
+        self.axis = 1 if spec.dora_axis == "out" else 0  # the axis that a norm sums over
+        self.A = nn.Parameter(kaiming_uniform(spec.rank, self.in_features, dtype=self.dtype))
+        self.B = nn.Parameter(torch.zeros(self.out_features, spec.rank, dtype=self.dtype))
+        # Constant, so it is computed once: with it a norm costs rank products per row.
+        square = widened(base.weight.detach()).square().sum(self.axis)
+        self.register_buffer("weight_square", square, persistent=False)
+        self.m = nn.Parameter(square.clamp(min=SMALLEST_NORM**2).sqrt())
+        self.dropout = nn.Dropout(spec.dropout)
+
+    @property
+    def rank(self) -> int:
+        """The number of components of the direction's update."""
+        return self.spec.rank
+
+    def gain(
+        self, weight: Float[Tensor, "out in"], weight_square: Float[Tensor, " k"]
+    ) -> Float[Tensor, " k"]:
+        """Returns g = m / ‖W + s B A‖, the norms taken along the axis of the spec."""
+        # Autocast would compute the products below in half precision, and norms cancel in it.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.spec.detach_norm):
+            with torch.autocast(weight.device.type, enabled=False):
+                left, right, weight = self.scale * self.B, self.A, widened(weight)
+                if self.axis == 0:
+                    weight, left, right = weight.T, right.T, left.T
+                square = squared_row_norms(weight, weight_square, left, right)
+                norm = square.clamp(min=SMALLEST_NORM**2).sqrt()
+        return self.m / norm
+
+    def adapted_weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """See `LinearAdapter.adapted_weight`."""
+        gain = self.gain(weight, widened(weight).square().sum(self.axis))
+        return gain.unsqueeze(self.axis) * (weight + self.scale * (self.B @ self.A))
+
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        """Applies the adapted map; dropout acts on everything but the base's own product."""
+        gain = self.gain(self.base.weight, self.weight_square)
+        return self._scaled_outputs(x, gain) if self.axis == 1 else self._scaled_inputs(x, gain)
+
+    @property
+    def dropping(self) -> bool:
+        """Whether dropout is at work."""
+        return self.training and self.spec.dropout > 0
+
+    def _scaled_outputs(self, x: Tensor, gain: Tensor) -> Tensor:
+        """Returns W x + b + (g − 1) ⊙ W x̃ + g ⊙ s B A x̃, which is g ⊙ V x + b without dropout."""
+        y, dropped = self.base(x), self.dropout(x)
+        # What the base gives holds its bias, taken out of the product again by −(g − 1) b.
+        product = self.base(dropped) if self.dropping else y
+        bias = None if self.base.bias is None else (1 - gain) * self.base.bias
+        # g goes onto B's (out, rank): a pass over the (..., out) output costs far more.
+        hidden = F.linear(self.cast(dropped), self.A) * self.scale
+        update = F.linear(hidden, gain.unsqueeze(1) * self.B, bias)
+        return (y + (gain - 1) * product + update).to(y.dtype)
+
+    def _scaled_inputs(self, x: Tensor, gain: Tensor) -> Tensor:
+        """Returns W x + b + W (g − 1) ⊙ x̃ + s B A (g ⊙ x̃), which is V (g ⊙ x) + b without dropout."""
+        dropped = self.dropout(self.cast(x))
+        scaled = gain * dropped
+        update = F.linear(F.linear(scaled, self.A) * self.scale, self.B)
+        if not self.dropping:
+            y = self.base(scaled.to(x.dtype))
+            return (y + update).to(y.dtype)
+        y, shift = self.base(x), self.base((scaled - dropped).to(x.dtype))
+        if self.base.bias is not None:
+            shift = shift - self.base.bias
+        return (y + shift + update).to(y.dtype)
+
+    def decay_exempt(self) -> list[nn.Parameter]:
+        """See `Adapter.decay_exempt`: without its magnitude a row of W' is zero."""
+        return [self.m]
+
+    def loraplus_parameters(self) -> list[nn.Parameter]:
+        """See `Adapter.loraplus_parameters`."""
+        return [self.B, self.m]

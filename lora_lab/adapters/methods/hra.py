@@ -1,0 +1,155 @@
+"""HRA: a chain of Householder reflections before the frozen map (Yuan et al. 2024, arXiv:2405.17484).
+
+    W' = W R,   R = H_1 H_2 … H_rank,   H_i = I − 2 û_i û_iᵀ,   û_i = u_i / ‖u_i‖
+    y  = base(R x)
+
+    u         (in, rank)   learned; columns come in equal pairs at the start, whose reflections cancel: W' = W
+    start_u   (in, rank)   frozen, with `apply_GS` alone
+
+With `apply_GS` the û_i are the Gram-Schmidt vectors of u. Reflections at orthogonal vectors cannot cancel each other,
+so the start is random and undone by a frozen copy: R = G(u) G(u₀), G(u) = I − 2 Q Qᵀ with Q = GS(u). That is again
+a chain, of 2·rank reflections, and as such it opens in PEFT. Without `identity_start` it is the paper's R = G(u).
+
+R is orthogonal, so the rows of W' keep their lengths and angles; rank(R − I) ≤ rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lab.adapters.base import InputAdapter, PeftLayout
+from lora_lab.adapters.spec import AdapterSpec
+from lora_lab.errors import IncompatibleError
+from lora_lab.linalg.orthogonal import orthonormal_columns, reflect_chain, unit_columns
+from lora_lab.linalg.start import kaiming_uniform
+
+
+@dataclass
+class HRASpec(AdapterSpec):
+    """HRA's options; the paper uses rank 8 on GLUE and 32 on LLaMA."""
+
+    method: str = "hra"
+
+    rank: int = 8
+    """Number of reflections; at least 1, and even where they have to cancel in pairs at the start."""
+
+    identity_start: bool = True
+    """Whether W' = W at the start; without it all vectors are drawn at random, and an odd rank is allowed."""
+
+    apply_GS: bool = False  # noqa: N815
+    """Orthogonalise the vectors by Gram-Schmidt: the limit of an infinite `reg_lambda`."""
+
+    reg_lambda: float = 0.0
+    """Weight of the penalty ‖I − ÛᵀÛ‖² in the loss, at least 0; the paper: 1e-4 for LLaMA, 1e-5 for GLUE."""
+
+    reg_squared: bool = True
+    """Whether the penalty's norm is squared, as in the paper; its code leaves the square out."""
+
+    def faults(self) -> list[str]:
+        """See `AdapterSpec.faults`."""
+        found = super().faults()
+        if self.rank < 1:
+            found.append(f"rank: must be at least 1; got {self.rank}")
+        elif self.rank % 2 and self.identity_start and not self.apply_GS:
+            found.append(
+                f"rank: must be even, so that reflections cancel in pairs at the start; got {self.rank}. "
+                "Use an even rank, or identity_start: false"
+            )
+        if not (math.isfinite(self.reg_lambda) and self.reg_lambda >= 0):
+            found.append(f"reg_lambda: must be finite and at least 0; got {self.reg_lambda}")
+        elif self.reg_lambda and self.apply_GS:
+            found.append("reg_lambda: apply_GS makes the vectors orthogonal already; use one of the two")
+        return found
+
+
+def _write_config(spec: HRASpec) -> dict[str, Any]:
+    doubled = spec.apply_GS and spec.identity_start
+    return {
+        "r": 2 * spec.rank if doubled else spec.rank,
+        "apply_GS": spec.apply_GS and not doubled,
+        "init_weights": spec.identity_start,
+    }
+
+
+def _read_config(config: dict[str, Any]) -> dict[str, Any]:
+    gram_schmidt = config.get("apply_GS", False)
+    # PEFT knows no frozen start, and its chain of odd rank starts at random.
+    identity = config.get("init_weights", True) and not gram_schmidt and config["r"] % 2 == 0
+    return {"rank": config["r"], "apply_GS": gram_schmidt, "identity_start": identity}
+
+
+class HRA(InputAdapter):
+    """The reflected input of one linear map."""
+
+    Spec = HRASpec
+    family = "orthogonal"
+    paper = "Yuan et al. 2024, arXiv:2405.17484"
+    peft = PeftLayout("HRA", {"hra_u": "u"}, config=_write_config, spec=_read_config)
+
+    def __init__(self, base: nn.Module, spec: HRASpec):
+        super().__init__(base)
+        self.spec = spec
+        if spec.apply_GS and spec.rank > self.in_features:
+            raise IncompatibleError(
+                f"adapter.rank: apply_GS needs rank <= {self.in_features}, the number of inputs here; got {spec.rank}. "
+                "Lower the rank, or leave apply_GS out."
+            )
+        paired = spec.identity_start and not spec.apply_GS
+        if paired:
+            pairs = kaiming_uniform(self.in_features, spec.rank // 2, dtype=self.dtype)
+            u = pairs.repeat_interleave(2, dim=1)  # (in, rank)
+        else:
+            u = kaiming_uniform(self.in_features, spec.rank, dtype=self.dtype)
+        self.u = nn.Parameter(u)
+        undone = spec.apply_GS and spec.identity_start
+        self.register_buffer("start_u", orthonormal_columns(u) if undone else None)
+
+    @property
+    def rank(self) -> int:
+        """The number of learned reflections."""
+        return self.spec.rank
+
+    def chain(self) -> Tensor:
+        """Returns the vectors of all reflections (in, rank), or (in, 2·rank) where a start is undone."""
+        if not self.spec.apply_GS:
+            return self.u
+        learned = orthonormal_columns(self.u)
+        return learned if self.start_u is None else torch.cat([learned, self.start_u], dim=1)
+
+    def transform_input(self, x: Tensor) -> Tensor:
+        """See `InputAdapter.transform_input`."""
+        return reflect_chain(x, self.chain())
+
+    def adapted_weight(self, weight: Tensor) -> Tensor:
+        """See `LinearAdapter.adapted_weight`: W R is the reversed chain on the rows of W."""
+        return reflect_chain(weight, self.chain().flip(1))
+
+    def penalty(self) -> Tensor | float:
+        """See `Adapter.penalty`: how far the û_i are from orthogonal."""
+        if not self.spec.reg_lambda:
+            return 0.0
+        unit = unit_columns(self.u)
+        norm = torch.linalg.matrix_norm(torch.eye(self.rank, device=unit.device) - unit.T @ unit)
+        return self.spec.reg_lambda * (norm.square() if self.spec.reg_squared else norm)
+
+    def decay_exempt(self) -> list[nn.Parameter]:
+        """See `Adapter.decay_exempt`: only the direction of u counts."""
+        return [self.u]
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        """See `Adapter.peft_tensors`: the doubled chain where a start is undone."""
+        return {"hra_u": self.u if self.start_u is None else self.chain()}
+
+    @torch.no_grad()
+    def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `Adapter.load_peft_tensors`. A doubled chain gives u back as its orthonormal self: the same R."""
+        learned = tensors["hra_u"][:, : self.rank]
+        self.u.copy_(learned)
+        if self.start_u is not None:
+            self.start_u.copy_(tensors["hra_u"][:, self.rank :])

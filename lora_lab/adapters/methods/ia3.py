@@ -1,0 +1,113 @@
+"""IA3: rescale what a frozen map puts out or takes in (Liu et al. 2022, arXiv:2205.05638).
+
+    W' = diag(l) W,  b' = l ⊙ b      y = l ⊙ base(x)      the output form, on keys and values
+    W' = W diag(l)                   y = base(l ⊙ x)      the input form, on `feedforward_modules`
+
+    l   (out, 1) or (1, in)   learned; ones at the start, hence W' = W bitwise
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Union  # noqa: UP035  (omegaconf reads typing.Union)
+
+import torch
+from torch import Tensor, nn
+
+from lora_lab.adapters.base import Adapter, InputAdapter, OutputAdapter, PeftLayout
+from lora_lab.adapters.sites import Site, is_named
+from lora_lab.adapters.spec import AdapterSpec
+from lora_lab.errors import TargetError, suggest
+from lora_lab.models.architectures import ROLES
+
+
+@dataclass
+class IA3Spec(AdapterSpec):
+    """IA3's options; the paper rescales keys, values and the input of the second feed-forward map."""
+
+    method: str = "ia3"
+
+    targets: Union[str, list[str]] = field(default_factory=lambda: ["key", "value", "down"])  # noqa: UP007
+    """See `AdapterSpec.targets`."""
+
+    feedforward_modules: list[str] = field(default_factory=lambda: ["down"])
+    """Which of the targets are rescaled at their input: roles, path endings or `regex:` patterns as in
+    `targets`; all others are rescaled at their output."""
+
+
+def _feedforward_paths(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+    return {"feedforward_modules": [path for path, adapter in adapters.items() if isinstance(adapter, IA3Input)]}
+
+
+def _read_config(config: dict[str, Any]) -> dict[str, Any]:
+    names = config.get("feedforward_modules") or []
+    return {"feedforward_modules": [f"regex:{names}"] if isinstance(names, str) else list(names)}
+
+
+class IA3(OutputAdapter):
+    """The rescaled output of one linear map."""
+
+    Spec = IA3Spec
+    family = "activation"
+    paper = "Liu et al. 2022, arXiv:2205.05638"
+    peft = PeftLayout(
+        "IA3", {"ia3_l": "l"}, config=lambda spec: {}, spec=_read_config, site_config=_feedforward_paths
+    )
+
+    def __init__(self, base: nn.Module, spec: IA3Spec):
+        super().__init__(base)
+        self.l = nn.Parameter(torch.ones(self.out_features, 1, dtype=self.dtype))
+
+    @classmethod
+    def build(cls, sites: list[Site], spec: IA3Spec) -> dict[str, Adapter]:
+        """See `Adapter.build`: the form is chosen by `feedforward_modules`.
+
+        Raises:
+            TargetError: if a name in `feedforward_modules` is no role and matches no target.
+        """
+        for name in spec.feedforward_modules:
+            if name not in ROLES and not any(is_named(site, name) for site in sites):
+                known = {site.role or site.path.rpartition(".")[2] for site in sites}
+                raise TargetError(
+                    f"adapter.feedforward_modules: '{name}' matches none of the targets{suggest(name, known)}"
+                )
+        return super().build(sites, spec)
+
+    @classmethod
+    def at(cls, site: Site, spec: Any, *shared: Any) -> Adapter:
+        """See `Adapter.at`."""
+        if cls is IA3 and any(is_named(site, name) for name in spec.feedforward_modules):
+            return IA3Input.at(site, spec)
+        return super().at(site, spec, *shared)
+
+    def transform_output(self, y: Tensor) -> Tensor:
+        """See `OutputAdapter.transform_output`."""
+        return y * self.l.flatten()
+
+    def decay_exempt(self) -> list[nn.Parameter]:
+        """See `Adapter.decay_exempt`: no change is l = 1."""
+        return [self.l]
+
+
+class IA3Input(InputAdapter):
+    """The rescaled input of one linear map."""
+
+    Spec = IA3Spec
+    peft = IA3.peft
+
+    def __init__(self, base: nn.Module, spec: IA3Spec):
+        super().__init__(base)
+        self.l = nn.Parameter(torch.ones(1, self.in_features, dtype=self.dtype))
+
+    def transform_input(self, x: Tensor) -> Tensor:
+        """See `InputAdapter.transform_input`."""
+        return x * self.l.flatten()
+
+    def adapted_weight(self, weight: Tensor) -> Tensor:
+        """See `LinearAdapter.adapted_weight`: l scales the columns of W, no identity needed."""
+        return weight * self.l
+
+    def decay_exempt(self) -> list[nn.Parameter]:
+        """See `Adapter.decay_exempt`: no change is l = 1."""
+        return [self.l]

@@ -1,0 +1,174 @@
+"""PiSSA: LoRA on the principal part of a weight (Meng et al. 2024, arXiv:2404.02948).
+
+    W  = U diag(S) Vᵀ,   A₀ = diag(√(S_r / s)) V_rᵀ,   B₀ = U_r diag(√(S_r / s))       s as in LoRA
+    W' = W + s (B A − B₀ A₀)
+
+    A    (rank, in)   learned; A₀ at the start
+    B    (out, rank)  learned; B₀ at the start, hence W' = W
+    A₀, B₀            frozen copies
+
+`mode: residual` computes the same W' as the paper does, W' = W_res + s B A with W_res = W − s B₀ A₀ (out, in), frozen,
+in W's own type. W is kept aside, so that the adapter can be removed: its memory is needed twice.
+
+PEFT's own file holds A and B alone and PEFT decomposes W again; ours opens there as a LoRA of rank 2·rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lora_lab.adapters.base import PeftLayout
+from lora_lab.adapters.methods.lora import (
+    LowRankAdapter,
+    ScaledSpec,
+    lora_config,
+    lora_fields,
+    refuse_foreign_options,
+    refuse_rank_above,
+)
+from lora_lab.errors import IncompatibleError
+from lora_lab.linalg.rank import widened
+
+
+@dataclass
+class PiSSASpec(ScaledSpec):
+    """PiSSA's options; the paper uses alpha = rank, no dropout and all linear maps."""
+
+    method: str = "pissa"
+
+    mode: Literal["subtract", "residual"] = "subtract"
+    """`subtract` leaves the base as it is and costs a second product of the same rank; `residual`, the paper's
+    form, costs the memory of W once more, and in half precision rounds at the start."""
+
+    niter: int | None = None
+    """Power iterations of a randomised SVD, 4 to 16 in the paper; null decomposes W exactly."""
+
+    def faults(self) -> list[str]:
+        """See `AdapterSpec.faults`."""
+        found = super().faults()
+        patterned = {f"alpha_pattern.{key}": alpha for key, alpha in self.alpha_pattern.items()}
+        for name, alpha in {"alpha": self.alpha, **patterned}.items():
+            if alpha < 0:
+                found.append(f"{name}: must be above 0 for pissa, whose start takes its root; got {alpha}")
+        if self.niter is not None and self.niter < 0:
+            found.append(f"niter: must be at least 0, or null for an exact SVD; got {self.niter}")
+        if self.mode == "residual" and self.dropout:
+            found.append(
+                f"dropout: must be 0 for mode: residual, which would lose the principal part of W with the inputs; "
+                f"got {self.dropout}. Use mode: subtract"
+            )
+        return found
+
+
+def principal_part(
+    weight: Float[Tensor, "out in"], rank: int, niter: int | None
+) -> tuple[Float[Tensor, "out rank"], Float[Tensor, " rank"], Float[Tensor, "rank in"]]:
+    """Returns U_r, S_r and V_rᵀ: exactly, or by a randomised range finder (Halko et al. 2011).
+
+    Draws from torch's global CPU generator, whatever device the weight is on.
+    """
+    if niter is None:
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+        return U[:, :rank], S[:rank], Vh[:rank]
+    directions = torch.randn(weight.shape[1], rank, dtype=weight.dtype).to(weight.device)  # (in, rank)
+    Q = torch.linalg.qr(weight @ directions).Q  (out, rank)
+    for _ in range(niter):
+        Q = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ Q).Q).Q
+    U, S, Vh = torch.linalg.svd(Q.T @ weight, full_matrices=False)
+    return Q @ U, S, Vh
+
+
+def _start(base: nn.Module, spec: PiSSASpec) -> tuple[Tensor, Tensor]:
+    """Returns A₀ (rank, in) and B₀ (out, rank)."""
+    refuse_rank_above(spec.rank, base, "pissa")
+    weight = widened(base.weight)
+    if not weight.isfinite().all():
+        raise IncompatibleError(
+            "pissa: the base's weight has numbers that are not finite; load the model again."
+        )
+    U, S, Vh = principal_part(weight, spec.rank, spec.niter)
+    root = (S / spec.scale).sqrt()
+    return root.unsqueeze(1) * Vh, U * root
+
+
+def _read_config(config: dict[str, Any]) -> dict[str, Any] | None:
+    init = str(config.get("init_lora_weights"))
+    if not init.startswith("pissa") or config.get("use_dora"):
+        return None
+    if init != "pissa":
+        raise IncompatibleError(
+            f"init_lora_weights: {init!r} started from a random SVD, which PEFT's file does not hold. Convert it "
+            "in PEFT: save_pretrained(path_initial_model_for_weight_conversion=…)."
+        )
+    refuse_foreign_options({**config, "init_lora_weights": True})
+    return lora_fields(config)
+
+
+class PiSSA(LowRankAdapter):
+    """The adapter of one linear map."""
+
+    Spec = PiSSASpec
+    family = "low-rank"
+    paper = "Meng et al. 2024, arXiv:2404.02948"
+    peft = PeftLayout(
+        "LORA",
+        tensors={"lora_A.weight": "A", "lora_B.weight": "B"},
+        config=lambda spec: lora_config(spec, 2),
+        spec=_read_config,
+    )
+
+    def __init__(self, base: nn.Module, spec: PiSSASpec):
+        if spec.mode == "residual" and not isinstance(base.weight, nn.Parameter):
+            raise IncompatibleError(
+                "adapter.mode: residual holds W − s·B·A as a dense weight, which would undo the base's "
+                "quantisation. Use mode: subtract."
+            )
+        A, B = _start(base, spec)
+        super().__init__(base, spec, spec.scale, A, B, subtract=True)
+        self.register_buffer("residual", None, persistent=False)  # follows from W, A₀ and B₀
+        self.tensors_changed()
+
+    @torch.no_grad()
+    def tensors_changed(self) -> None:
+        """See `Adapter.tensors_changed`: W_res follows the frozen start."""
+        if self.spec.mode == "residual":
+            start = self.scale * self.active * (self.start_B @ self.start_A)
+            self.residual = (widened(self.base.weight) - start).to(self.base.weight.dtype)
+
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        """See `AdditiveAdapter.forward`."""
+        if self.residual is None:
+            return super().forward(x)
+        y = F.linear(x, self.residual, self.base.bias)
+        hidden = F.linear(self.cast(x), self.A) * (self.scale * self.active)
+        return (y + F.linear(hidden, self.B)).to(y.dtype)
+
+    def keep_components(self, keep: Tensor) -> None:
+        """See `RankAllocatable`. A silenced component gives its part of the start back to W_res."""
+        super().keep_components(keep)
+        self.tensors_changed()
+
+    def drop(self) -> None:
+        """See `Droppable`."""
+        super().drop()
+        self.tensors_changed()
+
+    def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `Adapter.complete_peft_tensors`: PEFT's file has A and B alone; the start follows from W."""
+        A, B = tensors.get("lora_A.weight"), tensors.get("lora_B.weight")
+        if A is None or B is None or A.shape != self.A.shape or B.shape != self.B.shape:
+            return tensors
+        left, right = [B, -self.start_B.to(B)], [A, self.start_A.to(A)]
+        return {**tensors, "lora_A.weight": torch.cat(right), "lora_B.weight": torch.cat(left, dim=1)}
+
+    def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `Adapter.load_peft_tensors`."""
+        super().load_peft_tensors(tensors)
+        self.tensors_changed()

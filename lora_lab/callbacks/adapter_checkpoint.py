@@ -1,0 +1,54 @@
+"""Which adapters a run ends with: those of the last step, or of the best validation."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning as L
+import torch
+
+from lora_lab.adapters import AdapterSet
+from lora_lab.training.module import FineTuner
+
+
+class AdapterCheckpoint(L.Callback):
+    """Remembers the best validation, and with `keep="best"` puts its adapters back when training ends.
+
+    Args:
+        adapters: the run's adapters.
+        keep: which adapters the run ends with.
+    """
+
+    def __init__(self, adapters: AdapterSet, keep: Literal["last", "best"]):
+        self.adapters = adapters
+        self.keep = keep
+        self.best_value: float | None = None
+        """The monitored metric at its best."""
+        self.best_step: int | None = None
+        """Optimizer steps done by then."""
+        self._best: dict[str, torch.Tensor] = {}
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Compares the validation just finished with the best so far."""
+        if not isinstance(pl_module, FineTuner) or trainer.state.fn != "fit":
+            return
+        value = float(trainer.callback_metrics[pl_module.monitor])
+        best = self.best_value
+        if best is None or (value > best if pl_module.task.mode == "max" else value < best):
+            self.best_value, self.best_step = value, trainer.global_step
+            if self.keep == "best":
+                self._best = {name: tensor.cpu().clone() for name, tensor in self.adapters.state_dict().items()}
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Puts the best adapters back, if they are to be kept."""
+        if self._best:
+            self.adapters.load_state_dict(self._best)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the best validation so far, and its adapters if they are to be kept."""
+        return {"best_value": self.best_value, "best_step": self.best_step, "best": self._best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what `state_dict` returned."""
+        self.best_value, self.best_step = state_dict["best_value"], state_dict["best_step"]
+        self._best = state_dict["best"]

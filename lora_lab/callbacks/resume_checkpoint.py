@@ -1,0 +1,106 @@
+"""Checkpoints from which a run continues exactly as if it had never stopped."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.distributed as distributed
+
+
+class ResumeCheckpoint(L.Callback):
+    """Writes `last.ckpt` every so many optimizer steps, with the state of every random generator.
+
+    It writes at the start of a batch, when all rows and validations of the steps before are logged: Lightning's
+    own checkpoints, made at the end of a batch, come before that batch's row and validation, which a run
+    resumed from them would lose. The file takes its name only when it is whole.
+
+    Args:
+        path: the file.
+        every: least number of optimizer steps between two checkpoints.
+    """
+
+    def __init__(self, path: Path, every: int):
+        self.path = path
+        self.every = every
+        self.seconds = 0.0
+        """Wall seconds of training so far, of earlier processes too."""
+        self._saved_at = 0
+        self._resumed: list[dict[str, Any]] | None = None
+        self._clock = time.monotonic()
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts the clock."""
+        self._clock = time.monotonic()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Restores the generators before the first batch after a resumption; writes a checkpoint when due."""
+        if self._resumed is not None:
+            if len(self._resumed) == trainer.world_size:
+                restore_random_state(self._resumed[trainer.global_rank])
+            # Lightning takes every checkpoint for one made at a batch's end, and counts that batch once more.
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+            self._resumed = None
+        due = trainer.global_step - self._saved_at >= self.every
+        # The last batch of an epoch is followed by a validation; Lightning would skip it on resumption.
+        if due and batch_idx % trainer.accumulate_grad_batches == 0 and not trainer.is_last_batch:
+            self._saved_at = trainer.global_step
+            unfinished = self.path.with_suffix(".unfinished")
+            trainer.save_checkpoint(unfinished)
+            if trainer.is_global_zero:
+                os.replace(unfinished, self.path)
+
+    def elapsed(self) -> float:
+        """Returns wall seconds of training so far, of earlier processes too."""
+        return self.seconds + time.monotonic() - self._clock
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the generators' states of all processes, and the clock."""
+        return {"random": _of_all_processes(random_state()), "saved_at": self._saved_at, "seconds": self.elapsed()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps the generators' states for the first batch: setting up data would use them otherwise."""
+        self._resumed = state_dict["random"]
+        self._saved_at = state_dict["saved_at"]
+        self.seconds = state_dict["seconds"]
+
+
+def random_state() -> dict[str, Any]:
+    """Returns the state of the generators of Python, NumPy and torch, as tensors and plain values only.
+
+    `torch.load(weights_only=True)` refuses NumPy's arrays.
+    """
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
+    return {
+        "python": random.getstate(),
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Puts back what `random_state` returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _of_all_processes(state: dict[str, Any]) -> list[dict[str, Any]]:
+    if not distributed.is_initialized():
+        return [state]
+    states: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(states, state)
+    return states

@@ -1,0 +1,134 @@
+"""The command line: `lora-lab train | evaluate | methods | describe | fetch`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from lora_lab.errors import ConfigError, LabError, suggest
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        0; 2 after a fault that the user can mend, told in one message; 130 after an interruption.
+    """
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse closes a list of positionals at the first flag; settings may stand after one all the same.
+    if any(text.startswith("-") for text in rest) or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked loader workers would warn about it
+    try:
+        options.command(options)
+    except LabError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print("[bold red]error:[/] ", end="")
+        print(error, file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, SystemExit):
+        Console(stderr=True).print("interrupted; continue with the same command and --resume")
+        return INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lora-lab", description="Parameter-efficient fine-tuning as experiments.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train, evaluate and record one run")
+    train.add_argument("config", metavar="CONFIG", help="the experiment's YAML file")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the file, adapter.rank=4")
+    train.add_argument("--print-config", action="store_true", help="print the composed config and stop")
+    what = train.add_mutually_exclusive_group()
+    what.add_argument("--resume", action="store_true", help="continue an unfinished run from its last checkpoint")
+    what.add_argument("--overwrite", action="store_true", help="delete an earlier run of the same name first")
+    train.set_defaults(command=_train)
+
+    evaluate = commands.add_parser("evaluate", help="evaluate a finished run's adapter again")
+    evaluate.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the run's own config")
+    evaluate.set_defaults(command=_evaluate)
+
+    methods = commands.add_parser("methods", help="list the methods")
+    methods.set_defaults(command=_methods)
+
+    describe = commands.add_parser("describe", help="explain one method: formula, fields, example")
+    describe.add_argument("method", metavar="METHOD")
+    describe.set_defaults(command=_describe)
+
+    fetch = commands.add_parser("fetch", help="fetch embedded models and data into the cache")
+    fetch.add_argument("assets", nargs="*", metavar="ASSET", help="names; without one, list what there is")
+    fetch.set_defaults(command=_fetch)
+    return parser
+
+
+# Imports stand inside the commands: torch and transformers take seconds, which `--help` must not cost.
+
+
+def _train(options: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    import yaml
+
+    from lora_lab.config import compose
+
+    config = compose(options.config, options.overrides)
+    if options.print_config:
+        print(yaml.safe_dump(asdict(config), sort_keys=False), end="")
+        return
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from lora_lab.experiment import run
+    from lora_lab.report.tables import record_table
+
+    result = run(config, resume=options.resume, overwrite=options.overwrite)
+    if rank_zero_only.rank == 0:
+        console = Console()
+        console.print(record_table(result.record))
+        if not result.fresh:
+            console.print("This run had finished before; --overwrite trains it again.")
+        console.print(f"Run folder: {result.folder.path}", soft_wrap=True)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from lora_lab.experiment import evaluate
+    from lora_lab.report.tables import metrics_table
+
+    Console().print(metrics_table(evaluate(options.run, options.overrides), str(options.run)))
+
+
+def _methods(options: argparse.Namespace) -> None:
+    from lora_lab.report.tables import methods_table
+
+    Console().print(methods_table())
+
+
+def _describe(options: argparse.Namespace) -> None:
+    from lora_lab.adapters import METHODS
+    from lora_lab.report.tables import method_description
+
+    if options.method not in METHODS:
+        raise ConfigError(f"no method '{options.method}'{suggest(options.method, METHODS)}")
+    Console().print(method_description(options.method))
+
+
+def _fetch(options: argparse.Namespace) -> None:
+    from lora_lab.assets import ASSETS, fetch
+
+    console = Console()
+    for name in options.assets:
+        console.print(f"{name}: {fetch(name)}", soft_wrap=True)
+    if not options.assets:
+        for name, asset in ASSETS.items():
+            console.print(f"{name}: {asset.description}", soft_wrap=True)

@@ -1,0 +1,17 @@
+"""Reads the docstrings under a dataclass's fields, which Python itself does not keep."""
+
+import ast
+import inspect
+from textwrap import dedent
+
+
+def field_documentation(kind: type) -> dict[str, str]:
+    """Returns field name → the docstring under it, for a dataclass and all that it inherits from."""
+    found: dict[str, str] = {}
+    for ancestor in reversed(kind.__mro__[:-1]):
+        body = ast.parse(dedent(inspect.getsource(ancestor))).body[0].body  # type: ignore[attr-defined]
+        for statement, following in zip(body, body[1:], strict=False):
+            if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+                if isinstance(following.value, ast.Constant) and isinstance(following.value.value, str):
+                    found[statement.target.id] = inspect.cleandoc(following.value.value)  # type: ignore[union-attr]
+    return found

@@ -1,0 +1,51 @@
+"""What an experiment file may say: one dataclass per part, each kept beside the code that uses it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+
+from lora_lab.adapters.spec import AdapterSpec
+from lora_lab.data import DataConfig
+from lora_lab.models.build import ModelConfig
+from lora_lab.tracking import TrackingConfig
+from lora_lab.training.optimization import OptimizationConfig
+from lora_lab.training.trainer import TrainerConfig
+
+
+@dataclass
+class ExperimentConfig:
+    """One run: a model, data, an adapter, and how it is trained and tracked."""
+
+    name: str = "experiment"
+    """Name of the experiment; its runs lie in `<output>/<name>/`."""
+
+    run: str | None = None
+    """Name of the run's folder; null means `<method>-<first 8 digits of the config's hash>-seed<seed>`."""
+
+    output: str = "runs"
+    """Folder of all experiments' runs."""
+
+    seed: int = 0
+    """Seed of everything random in the run: adapters, heads, data order, dropout."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    adapter: AdapterSpec = field(default_factory=AdapterSpec)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def hash(self) -> str:
+        """Returns a sha256 of all that decides the run's result: everything but names, folders and tracking."""
+        told = asdict(self)
+        for name in ("name", "run", "output", "tracking"):
+            del told[name]
+        for name in ("progress_bar", "checkpoint_every"):
+            del told["trainer"][name]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+    def run_name(self) -> str:
+        """Returns the name of the run's folder."""
+        return self.run or f"{self.adapter.method}-{self.hash()[:8]}-seed{self.seed}"

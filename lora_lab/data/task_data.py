@@ -1,0 +1,170 @@
+"""The Lightning data module: padding, loaders, and going on in the middle of an epoch."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
+
+from lora_lab.data.batches import BucketedBatches, EvaluationBatches, seeded_generator
+from lora_lab.data.config import IGNORED, DataConfig, Splits
+from lora_lab.errors import CheckpointError
+
+
+def collate(examples: list[dict[str, Tensor]], pad_token: int, padding_side: str) -> dict[str, Tensor]:
+    """Stacks examples, filling sequences up to the longest of the batch.
+
+    Args:
+        examples: Tensors of each example; `input_ids` is `(length,)` where there is text.
+        pad_token: Fills `input_ids`; labels are filled with -100 and all else with 0.
+        padding_side: `right` or `left`.
+
+    Returns:
+        The same keys with a batch axis in front, and an `attention_mask` `(batch, time)` for text.
+    """
+    batch = {}
+    fill = {"input_ids": pad_token, "labels": IGNORED}
+    if "input_ids" in examples[0]:
+        examples = [
+            example | {"attention_mask": torch.ones_like(example["input_ids"])} for example in examples
+        ]
+    for key in examples[0]:
+        values = [example[key] for example in examples]
+        if values[0].ndim and "input_ids" in examples[0]:
+            batch[key] = pad_sequence(
+                values, batch_first=True, padding_value=fill.get(key, 0), padding_side=padding_side
+            )
+        else:
+            batch[key] = torch.stack(values)
+    return batch
+
+
+class TrainingLoader(DataLoader[dict[str, Tensor]]):
+    """A loader that finds its place in the run when its first batch is asked for, and not before.
+
+    Lightning asks a loader for its iterator while it sets up, before it has settled where a restored run goes
+    on. Only when the training loop wants a batch are the epoch and the batches done in it certain; hence
+    nothing happens until then, nor do workers start.
+    """
+
+    def __init__(
+        self,
+        batches: BucketedBatches,
+        examples: Dataset[dict[str, Tensor]],
+        trainer: L.Trainer | None,
+        collate_fn: Callable[[list[dict[str, Tensor]]], dict[str, Tensor]],
+        workers: int,
+    ):
+        super().__init__(
+            examples,
+            batch_sampler=batches,
+            collate_fn=collate_fn,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=seeded_generator(0),
+        )
+        self.batches = batches
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
+        if self.trainer is not None:
+            loop = self.trainer.fit_loop
+            self.batches.set_epoch(self.trainer.current_epoch)
+            self.batches.skip = loop.epoch_loop.batch_progress.current.ready if loop.restarting else 0
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns nothing: the trainer's progress says it all. Its presence tells Lightning we can resume."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Has nothing to restore; see `state_dict`."""
+
+
+class TaskData(L.LightningDataModule):
+    """The splits of one task as padded batches.
+
+    Each batch is a dict of tensors. Text: `input_ids`, `attention_mask`, `token_type_ids` where the tokenizer
+    gives them (all `(batch, time)` int64) and `labels`: `(batch,)` int64 classes, `(batch,)` float32 numbers,
+    or `(batch, time)` int64 tokens with -100 on padding and prompts. Toy: `features (batch, features)` and
+    `labels (batch, 1)`, float32.
+
+    Loaders never draw from torch's global generator, so that iterating them changes no other randomness.
+
+    Attributes:
+        task: `classification`, `regression` or `causal_lm`.
+        label_names: Classes in the order of their ids; empty for other tasks.
+        num_labels: Outputs the model needs: number of classes, 1 for regression, 0 for causal_lm.
+        fingerprint: sha256 of the contents of all splits.
+        sizes: Number of examples of each split.
+    """
+
+    def __init__(self, config: DataConfig, splits: Splits, task: str, seed: int):
+        super().__init__()
+        self.config = config
+        self.splits = splits.splits
+        self.task = task
+        self.seed = seed
+        self.label_names = splits.label_names
+        self.num_labels = {"classification": len(splits.label_names), "regression": 1, "causal_lm": 0}[task]
+        self.fingerprint = splits.fingerprint
+        self.sizes = {name: len(split.lengths) for name, split in self.splits.items()}
+        self.collate = partial(collate, pad_token=splits.pad_token, padding_side=splits.padding_side)
+
+    def train_dataloader(self) -> TrainingLoader:
+        """Returns this process's batches; under a trainer of its current epoch, else of epoch 0.
+
+        Raises:
+            DataError: If there are several processes and not enough examples for one batch each.
+        """
+        split = self.splits["train"]
+        batches = BucketedBatches(
+            split.lengths, self.config.batch_size, self.seed, self.config.bucket_by_length, *self._place()
+        )
+        return TrainingLoader(batches, split.examples, self.trainer, self.collate, self.config.workers)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Returns this process's share of the validation split, in a fixed order."""
+        return self._evaluation_loader("validation")
+
+    def test_dataloader(self) -> DataLoader[dict[str, Tensor]] | None:
+        """Returns this process's share of the test split; None where the source has none."""
+        return self._evaluation_loader("test") if "test" in self.splits else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a checkpoint must share with the run that goes on from it."""
+        return {"fingerprint": self.fingerprint, "seed": self.seed, "batch_size": self.config.batch_size}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Checks, when training goes on, that the remaining batches are those of the interrupted run.
+
+        Raises:
+            CheckpointError: If data, seed or batch size differ from the checkpoint's.
+        """
+        fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        differing = [name for name, value in self.state_dict().items() if state.get(name) != value]
+        if fitting and differing:
+            raise CheckpointError(
+                f"data: {', '.join(differing)} differ from the checkpoint's, so training cannot go on where "
+                "it stopped; use the same data, seed and batch size, or start a new run"
+            )
+
+    def _evaluation_loader(self, name: str) -> DataLoader[dict[str, Tensor]]:
+        split = self.splits[name]
+        return DataLoader(
+            split.examples,
+            batch_sampler=EvaluationBatches(split.lengths, self.config.evaluation_batch_size, *self._place()),
+            collate_fn=self.collate,
+            num_workers=self.config.workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=seeded_generator(0),
+        )
+
+    def _place(self) -> tuple[int, int]:
+        """Returns rank and number of processes."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)

@@ -1,0 +1,52 @@
+"""Orthogonal maps from free parameters. Pure functions; computed in float32 or wider, whatever autocast says."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_lab.linalg.rank import widened
+
+
+def reflect_chain(x: Float[Tensor, "... n"], u: Float[Tensor, "n k"]) -> Float[Tensor, "... n"]:
+    """Applies a chain of Householder reflections to every row of `x`, without ever forming an (n, n) matrix.
+
+    x Rᵀ with R = H_1 H_2 … H_k and H_i = I − 2 û_i û_iᵀ, by the compact WY form (Joffrion and Morley 2006):
+
+        R = I − Û T Ûᵀ,    T⁻¹ = ½ I + strict upper triangle of ÛᵀÛ
+
+    Reversing the columns of `u` gives x R.
+
+    Args:
+        x: rows of shape (..., n).
+        u: the reflections' vectors, one a column, of any length; a zero vector reflects nothing.
+
+    Returns:
+        The reflected rows, in x's type.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        dtype = torch.promote_types(u.dtype, torch.promote_types(x.dtype, torch.float32))
+        unit = unit_columns(u.to(dtype))  # (n, k)
+        half = torch.eye(u.shape[1], dtype=dtype, device=u.device) / 2
+        inverse = (unit.T @ unit).triu(1) + half  # (k, k), T⁻¹
+        mixed = torch.linalg.solve_triangular(inverse, unit.T, upper=True)  # (k, n), T Ûᵀ
+        rows = x.to(dtype)
+        return (rows - (rows @ mixed.T) @ unit.T).to(x.dtype)
+
+
+def unit_columns(u: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+    """Scales every column to length 1; zero columns stay zero instead of becoming NaN."""
+    return u / torch.linalg.vector_norm(u, dim=0).clamp_min(1e-12)
+
+
+def orthonormal_columns(u: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+    """Gram-Schmidt of the columns, by QR with a positive diagonal: smooth, and the identity on orthonormal `u`.
+
+    Args:
+        u: linearly independent columns, k ≤ n.
+
+    Returns:
+        Q with QᵀQ = I, whose first i columns span what u's first i columns span; float32 or wider.
+    """
+    with torch.autocast(u.device.type, enabled=False):
+        Q, R = torch.linalg.qr(widened(u))  # noqa: N806
+        return Q * torch.where(R.diagonal() < 0, -1.0, 1.0).to(Q.dtype)

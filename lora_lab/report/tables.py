@@ -1,0 +1,83 @@
+"""Tables in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markdown import Markdown
+from rich.table import Table
+from rich.text import Text
+
+from lora_lab.adapters import METHODS
+from lora_lab.adapters.protocols import Droppable, NestedRank, RankAllocatable
+from lora_lab.config.documentation import field_documentation
+
+PROTOCOLS = (RankAllocatable, NestedRank, Droppable)
+
+
+def record_table(record: Mapping[str, Any]) -> Table:
+    """Shows what came of a run."""
+    table = Table(title=f"{record['experiment']} / {record['run']}", title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    trained, total = record["trainable_parameters"], record["total_parameters"]
+    table.add_row("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})")
+    table.add_row("of these the method's", f"{record['method_parameters']:,}")
+    table.add_row("adapter file", f"{record['adapter_file_bytes'] / 1e6:.2f} MB")
+    for label, name, form in (
+        ("rank (mean)", "rank_mean", "{:.2f}"),
+        ("effective rank (mean)", "effective_rank_mean", "{:.2f}"),
+        ("sparsity (mean)", "sparsity_mean", "{:.1%}"),
+        ("step (median)", "median_step_milliseconds", "{:.1f} ms"),
+        ("tokens per second", "tokens_per_second", "{:,.0f}"),
+    ):
+        if record.get(name) is not None:
+            table.add_row(label, form.format(record[name]))
+    table.add_row(f"peak memory ({record['peak_memory_kind']})", f"{record['peak_memory_megabytes']:,.0f} MB")
+    table.add_row("time", f"{record['wall_seconds']:.0f} s, {record['steps']} steps")
+    table.add_section()
+    for name, value in sorted(record["metrics"].items()):
+        table.add_row(name, f"{value:.4f}")
+    return table
+
+
+def metrics_table(metrics: Mapping[str, float], title: str) -> Table:
+    """Shows metrics by name."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    for name, value in sorted(metrics.items()):
+        table.add_row(name, f"{value:.4f}")
+    return table
+
+
+def methods_table() -> Table:
+    """Shows every method: id, family, the protocols that controllers ask for, whether it merges, PEFT's name, paper."""
+    table = Table(title="Methods", title_justify="left")
+    for heading in ("method", "family", "controllers ask for", "merges", "in PEFT", "paper"):
+        table.add_column(heading, no_wrap=heading == "method")
+    for name, method in METHODS.items():
+        offered = ", ".join(protocol.__name__ for protocol in PROTOCOLS if protocol in method.__mro__) or "-"
+        merges = "yes" if method.mergeable else "no"
+        table.add_row(name, method.family, offered, merges, method.peft.peft_type or "-", method.paper)
+    return table
+
+
+def method_description(name: str) -> RenderableType:
+    """Shows one method: the head of its file, every field with default and meaning, and an example."""
+    import sys
+
+    method = METHODS[name]
+    head = (sys.modules[method.__module__].__doc__ or "").strip()
+    table = Table(title="Fields of `adapter`", title_justify="left", show_lines=True)
+    for heading in ("field", "default", "meaning"):
+        table.add_column(heading, no_wrap=heading == "field")
+    documentation = field_documentation(method.Spec)
+    for field in fields(method.Spec):
+        default = field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc]
+        table.add_row(field.name, Text(str(default)), documentation.get(field.name, ""))
+    example = Markdown(f"```yaml\nadapter:\n  method: {name}\n```")
+    return Group(Text(head), Text(), table, Text("\nExample:"), example)

@@ -1,0 +1,130 @@
+"""The LightningModule: a frozen model, its adapters and a task. It knows no method by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from lora_lab.adapters import AdapterSet
+from lora_lab.training.optimization import OptimizationConfig, build_optimizer, build_schedule
+from lora_lab.training.tasks import IGNORED, TASKS
+
+
+class FineTuner(L.LightningModule):
+    """Trains adapters on a task.
+
+    Checkpoints hold what training changes and nothing of the frozen base: `state_dict` is the adapters'.
+
+    Args:
+        model: the adapted model; called with a batch's tensors by name, it returns an output with `logits`.
+        adapters: its adapters.
+        task: a key of TASKS.
+        num_labels: classes of a classification task.
+        optimization: optimizer and schedule.
+
+    Logs `train/loss` (the task's), `train/penalty` (the adapters'), `train/learning_rate`, and under
+    `validation/` and `test/` the loss and the task's metrics.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapters: AdapterSet,
+        task: str,
+        num_labels: int = 1,
+        optimization: OptimizationConfig | None = None,
+    ):
+        super().__init__()
+        self.model = model
+        self.adapters = adapters
+        self.task = TASKS[task]
+        self.optimization = optimization or OptimizationConfig()
+        self.evaluation = nn.ModuleDict(
+            {
+                stage: nn.ModuleDict({"loss": MeanMetric(), "metrics": self.task.metrics(num_labels)})
+                for stage in ("validation", "test")
+            }
+        )
+        self._losses: list[Tensor] = []
+        self._penalties: list[Tensor] = []
+
+    @property
+    def monitor(self) -> str:
+        """Name of the validation metric by which runs and checkpoints are compared."""
+        return f"validation/{self.task.monitor}"
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Returns the logits for a batch; its labels are not shown to the model."""
+        return self.model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Returns the task's loss plus the adapters' penalty."""
+        loss = self.task.loss(*self.task.align(self(batch), batch["labels"]))
+        penalty = self.adapters.penalty()
+        self._losses.append(loss.detach())
+        self._penalties.append(torch.as_tensor(penalty, device=loss.device).detach())
+        return loss + penalty
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Logs the means over the batches of this step."""
+        if self.logging_due():
+            self.log("train/loss", torch.stack(self._losses).mean(), prog_bar=True, sync_dist=True)
+            self.log("train/penalty", torch.stack(self._penalties).mean(), sync_dist=True)
+            self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+        self._losses.clear()
+        self._penalties.clear()
+
+    def logging_due(self) -> bool:
+        """Whether the optimizer step now under way is one whose numbers are logged."""
+        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+
+    def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> None:
+        predictions, labels = self.task.align(self(batch), batch["labels"])
+        parts: Any = self.evaluation[stage]
+        count = labels.numel() if labels.is_floating_point() else (labels != IGNORED).sum()
+        parts["loss"].update(self.task.loss(predictions, labels), weight=count)
+        parts["metrics"].update(predictions, labels)
+
+    def _log_evaluation(self, stage: str) -> None:
+        parts: Any = self.evaluation[stage]
+        found = {"loss": parts["loss"].compute(), **parts["metrics"].compute()}
+        self.log_dict({f"{stage}/{name}": value for name, value in found.items()}, prog_bar=stage == "validation")
+        parts["loss"].reset()
+        parts["metrics"].reset()
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Adds a batch to the validation metrics."""
+        self._evaluate(batch, "validation")
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the validation metrics."""
+        self._log_evaluation("validation")
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Adds a batch to the test metrics."""
+        self._evaluate(batch, "test")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the test metrics."""
+        self._log_evaluation("test")
+
+    def configure_optimizers(self) -> Any:
+        """Returns AdamW and its schedule, stepped once per optimizer step."""
+        fused = self.trainer.precision != "16-mixed"
+        optimizer = build_optimizer(self.adapters, self.optimization, fused)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = build_schedule(optimizer, self.optimization, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Tensor]:
+        """Returns the adapters' tensors alone."""
+        return self.adapters.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:
+        """Takes over adapters' tensors; always strict about our own names and shapes."""
+        self.adapters.load_state_dict(state_dict)

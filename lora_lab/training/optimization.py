@@ -1,0 +1,111 @@
+"""Optimizer, parameter groups and learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lora_lab.adapters import AdapterSet
+from lora_lab.errors import IncompatibleError
+
+
+@dataclass
+class OptimizationConfig:
+    """How the adapters are trained."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate of the adapters; above 0."""
+
+    head_learning_rate: float | None = None
+    """Peak learning rate of modules trained whole (task heads); null means `learning_rate`."""
+
+    loraplus_ratio: float = 1.0
+    """Learning rate of B over that of A (LoRA+, Hayou et al. 2024, arXiv:2402.12354; the paper suggests 16);
+    at least 1."""
+
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay; 0 or more. Tensors for which 0 is not "no change" are always spared."""
+
+    beta1: float = 0.9
+    """AdamW's decay rate of the gradient's mean, in [0, 1)."""
+
+    beta2: float = 0.999
+    """AdamW's decay rate of the gradient's square, in [0, 1)."""
+
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Course of the learning rate after warm-up: to 0 at the last step, except for `constant`."""
+
+    warmup: float = 0.06
+    """Share of all optimizer steps in which the learning rate climbs from 0, in [0, 1)."""
+
+    gradient_clip: float | None = 1.0
+    """Largest norm of all gradients together; null means no clipping."""
+
+    def faults(self) -> list[str]:
+        """Returns every fault, as `field: what is wrong and what is allowed`."""
+        rules = {
+            "learning_rate: must be above 0": self.learning_rate > 0,
+            "head_learning_rate: must be above 0, or null": self.head_learning_rate is None
+            or self.head_learning_rate > 0,
+            "loraplus_ratio: must be at least 1": self.loraplus_ratio >= 1,
+            "weight_decay: must be 0 or more": self.weight_decay >= 0,
+            "beta1: must lie in [0, 1)": 0 <= self.beta1 < 1,
+            "beta2: must lie in [0, 1)": 0 <= self.beta2 < 1,
+            "warmup: must lie in [0, 1)": 0 <= self.warmup < 1,
+            "gradient_clip: must be above 0, or null": self.gradient_clip is None or self.gradient_clip > 0,
+        }
+        return [f"{rule}; got {getattr(self, rule.partition(':')[0])}" for rule, holds in rules.items() if not holds]
+
+
+def build_optimizer(adapters: AdapterSet, config: OptimizationConfig, fused: bool = True) -> Optimizer:
+    """Makes AdamW over the trainable tensors, grouped by learning rate and weight decay.
+
+    Args:
+        adapters: gives the tensors, and says which of them are spared from decay.
+        config: rates and decay.
+        fused: one kernel for all tensors. Lightning cannot clip gradients before it under 16-mixed.
+
+    Raises:
+        IncompatibleError: if a LoRA+ ratio is asked for and the method has no B.
+    """
+    spared = {id(p) for adapter in adapters.everything() for p in adapter.decay_exempt()}
+    faster = {id(p) for adapter in adapters for p in adapter.loraplus_parameters()}
+    if config.loraplus_ratio != 1 and not faster:
+        raise IncompatibleError(
+            f"optimization.loraplus_ratio: {adapters.spec.method} has no factor B to train faster; "
+            "set it to 1, or choose a method of the LoRA family."
+        )
+    heads = {id(p) for module in adapters.saved.values() for p in module.parameters()}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in adapters.trainable_parameters():
+        rate = config.learning_rate
+        if id(parameter) in heads:
+            rate = config.head_learning_rate or rate
+        elif id(parameter) in faster:
+            rate *= config.loraplus_ratio
+        decay = 0.0 if id(parameter) in spared else config.weight_decay
+        groups.setdefault((rate, decay), []).append(parameter)
+    named: list[dict[str, Any]] = [
+        {"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()
+    ]
+    return AdamW(named, betas=(config.beta1, config.beta2), fused=fused)
+
+
+def build_schedule(optimizer: Optimizer, config: OptimizationConfig, steps: int) -> LambdaLR:
+    """Makes the schedule over `steps` optimizer steps; it scales every group alike."""
+    warmup = math.ceil(config.warmup * steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = (step - warmup) / max(1, steps - warmup)
+        if config.schedule == "linear":
+            return max(0.0, 1 - progress)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress))) if config.schedule == "cosine" else 1.0
+
+    return LambdaLR(optimizer, factor)
