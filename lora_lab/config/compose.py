@@ -96,7 +96,7 @@ def _cross_checks(config: ExperimentConfig) -> list[str]:
     found = [f"adapter.{fault}" for fault in config.adapter.faults()]
     found += [f"optimization.{fault}" for fault in config.optimization.faults()]
     found += [f"trainer.{fault}" for fault in config.trainer.faults()]
-    found += check_model(config.model)
+    found += [f"model.{fault}" for fault in check_model(config.model)]
     found += check_data(config.data, config.model.task)
     for name in ("name", "run"):
         value = getattr(config, name)

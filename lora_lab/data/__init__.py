@@ -38,7 +38,7 @@ def build_data(
     Args:
         config: Options of one source.
         tokenizer: Of the model; None for models without text.
-        task: `classification`, `regression` or `causal_lm`.
+        task: `sequence_classification`, `regression` or `causal_lm`.
         seed: Of the run, at least 0; decides the order of the training examples, not the split.
 
     Raises:

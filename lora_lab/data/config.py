@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_lab.errors import suggest
 
-TASKS = ("classification", "regression", "causal_lm")
+TASKS = ("sequence_classification", "regression", "causal_lm")
 IGNORED = -100
 """Label of a position that takes no part in the loss; PyTorch's default for cross entropy."""
 

@@ -12,8 +12,8 @@ from lora_lab.data.text import TextConfig, shuffled, without_duplicates
 from lora_lab.errors import suggest
 
 TASKS_OF = {
-    "movie_reviews": ("classification", "causal_lm"),
-    "imdb": ("classification", "causal_lm"),
+    "movie_reviews": ("sequence_classification", "causal_lm"),
+    "imdb": ("sequence_classification", "causal_lm"),
     "vader": ("regression", "causal_lm"),
 }
 ROWS_HELD_OUT = {"movie_reviews": (1000, 1000), "imdb": (2000, 5000), "vader": (1000, 1000)}

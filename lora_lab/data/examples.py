@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -44,7 +45,7 @@ def texts_of(table: Table, column: str, required: bool = True) -> list[str]:
     return values.tolist()
 
 
-def class_name(value: object) -> str:
+def class_name(value: Any) -> str:
     """Returns a label as the name of a class; a whole number in any notation (`1`, `1.0`) becomes `1`.
 
     Raises:
@@ -160,14 +161,14 @@ def read_examples(table: Table, columns: Columns, task: str, classes: list[str])
     Args:
         table: Its rows.
         columns: What to read.
-        task: `classification`, `regression` or `causal_lm`.
+        task: `sequence_classification`, `regression` or `causal_lm`.
         classes: The classes of a classification task.
 
     Raises:
         DataError: If a column is missing or a value does not suit, naming the row.
     """
     labels = None
-    if task == "classification":
+    if task == "sequence_classification":
         labels = class_ids_of(table, str(columns.label), classes)
     elif task == "regression":
         labels = numbers_of(table, str(columns.label))

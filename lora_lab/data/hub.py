@@ -98,7 +98,7 @@ class HubConfig(TextConfig):
 
 
 def to_table(loaded: "DatasetDict", split: str, where: str) -> Table:
-    """Returns one split as a table, with classes by name where the data set names them.
+    """Returns one split as a table; classes keep the numbers the data set gives them.
 
     Raises:
         DataError: If there is no such split, or it has no rows.

@@ -97,7 +97,7 @@ class TaskData(L.LightningDataModule):
     Loaders never draw from torch's global generator, so that iterating them changes no other randomness.
 
     Attributes:
-        task: `classification`, `regression` or `causal_lm`.
+        task: `sequence_classification`, `regression` or `causal_lm`.
         label_names: Classes in the order of their ids; empty for other tasks.
         num_labels: Outputs the model needs: number of classes, 1 for regression, 0 for causal_lm.
         fingerprint: sha256 of the contents of all splits.
@@ -111,7 +111,7 @@ class TaskData(L.LightningDataModule):
         self.task = task
         self.seed = seed
         self.label_names = splits.label_names
-        self.num_labels = {"classification": len(splits.label_names), "regression": 1, "causal_lm": 0}[task]
+        self.num_labels = {"sequence_classification": len(splits.label_names), "regression": 1, "causal_lm": 0}[task]
         self.fingerprint = splits.fingerprint
         self.sizes = {name: len(split.lengths) for name, split in self.splits.items()}
         self.collate = partial(collate, pad_token=splits.pad_token, padding_side=splits.padding_side)
@@ -137,21 +137,27 @@ class TaskData(L.LightningDataModule):
         return self._evaluation_loader("test") if "test" in self.splits else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a checkpoint must share with the run that goes on from it."""
-        return {"fingerprint": self.fingerprint, "seed": self.seed, "batch_size": self.config.batch_size}
+        """Returns what decides the batches, and a run that goes on from a checkpoint must hence share."""
+        return {
+            "fingerprint": self.fingerprint,
+            "seed": self.seed,
+            "max_length": self.config.max_length,
+            "bucket_by_length": self.config.bucket_by_length,
+            "global_batch_size": self.config.batch_size * self._place()[1],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Checks, when training goes on, that the remaining batches are those of the interrupted run.
 
         Raises:
-            CheckpointError: If data, seed or batch size differ from the checkpoint's.
+            CheckpointError: If what decides them differs from the checkpoint's.
         """
         fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         differing = [name for name, value in self.state_dict().items() if state.get(name) != value]
         if fitting and differing:
             raise CheckpointError(
                 f"data: {', '.join(differing)} differ from the checkpoint's, so training cannot go on where "
-                "it stopped; use the same data, seed and batch size, or start a new run"
+                "it stopped; use the same values, or start a new run"
             )
 
     def _evaluation_loader(self, name: str) -> DataLoader[dict[str, Tensor]]:

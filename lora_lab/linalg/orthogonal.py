@@ -1,4 +1,4 @@
-"""Orthogonal maps from free parameters. Pure functions; computed in float32 or wider, whatever autocast says."""
+"""Orthogonal maps from free parameters. Pure functions; computed in float32 or wider, autocast or not."""
 
 import torch
 from jaxtyping import Float
@@ -39,7 +39,7 @@ def unit_columns(u: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
 
 
 def orthonormal_columns(u: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-    """Gram-Schmidt of the columns, by QR with a positive diagonal: smooth, and the identity on orthonormal `u`.
+    """Gram-Schmidt of the columns, by QR with a positive diagonal: smooth; leaves orthonormal `u` alone.
 
     Args:
         u: linearly independent columns, k ≤ n.
@@ -48,5 +48,5 @@ def orthonormal_columns(u: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         Q with QᵀQ = I, whose first i columns span what u's first i columns span; float32 or wider.
     """
     with torch.autocast(u.device.type, enabled=False):
-        Q, R = torch.linalg.qr(widened(u))  # noqa: N806
+        Q, R = torch.linalg.qr(widened(u))
         return Q * torch.where(R.diagonal() < 0, -1.0, 1.0).to(Q.dtype)

@@ -187,7 +187,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 def architecture_of(model: nn.Module) -> Architecture | None:
     """Returns the table of this model's architecture; None where its `config.model_type` has none."""
-    return ARCHITECTURES.get(getattr(getattr(model, "config", None), "model_type", None))
+    return ARCHITECTURES.get(getattr(getattr(model, "config", None), "model_type", ""))
 
 
 def find_roles(model: nn.Module) -> list[RoleSite]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -189,7 +189,7 @@ def build_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
     return tokenizer
 
 
-def build_model(config: ModelConfig, num_labels: int = 1) -> nn.Module:
+def build_model(config: ModelConfig, num_labels: int = 1) -> PreTrainedModel:
     """Builds the model, on the CPU, as its class leaves it (random weights follow torch's global seed).
 
     Args:
@@ -255,11 +255,12 @@ def split_fused_projections(model: nn.Module) -> nn.Module:
             " false"
         )
     for site in sites:
-        model.set_submodule(site.path, FusedProjection(model.get_submodule(site.path)))
+        fused = cast(nn.Linear, model.get_submodule(site.path))
+        model.set_submodule(site.path, FusedProjection(fused))
     return model
 
 
-def save_model(model: nn.Module, folder: str | Path) -> None:
+def save_model(model: PreTrainedModel, folder: str | Path) -> None:
     """Writes config and weights as a folder that `from_pretrained` and `ModelConfig.name` open.
 
     GPT-2's layers get back the layout of its own checkpoints; saved as linear layers, its square matrices
@@ -327,19 +328,26 @@ class PooledEncoder(PreTrainedModel):
         super().__init__(config)
         config.lora_lab_pooling = "mean"
         if hasattr(encoder, "pooler"):
-            encoder.pooler = None  # never used here: it would count as trainable and get no gradient
+            encoder.register_module(
+                "pooler", None
+            )  # never used here: it would count as trainable and get no gradient
         self.encoder_name = encoder.base_model_prefix
         self.all_tied_weights_keys = {}
         self.add_module(self.encoder_name, encoder)
         self.dropout = nn.Dropout(_head_dropout(config))
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels, dtype=encoder.dtype)
+        self.classifier = nn.Linear(config.hidden_size, cast(int, config.num_labels), dtype=encoder.dtype)
         nn.init.normal_(self.classifier.weight, std=getattr(config, "initializer_range", 0.02))
         nn.init.zeros_(self.classifier.bias)
         self._takes_token_types = "token_type_ids" in inspect.signature(encoder.forward).parameters
 
+    @property
+    def body(self) -> PreTrainedModel:
+        """The encoder, whatever its prefix."""
+        return cast(PreTrainedModel, self.get_submodule(self.encoder_name))
+
     def get_input_embeddings(self) -> nn.Module:
         """Returns the encoder's token embeddings."""
-        return self.get_submodule(self.encoder_name).get_input_embeddings()
+        return self.body.get_input_embeddings()
 
     def forward(
         self,
@@ -362,7 +370,7 @@ class PooledEncoder(PreTrainedModel):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if token_type_ids is not None and self._takes_token_types:
             inputs["token_type_ids"] = token_type_ids
-        hidden = self.get_submodule(self.encoder_name)(**inputs).last_hidden_state  # (batch, time, width)
+        hidden = self.body(**inputs).last_hidden_state  # (batch, time, width)
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)  # (batch, time, 1)
         mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)  # (batch, width)
         return SequenceClassifierOutput(logits=self.classifier(self.dropout(mean)))
@@ -470,7 +478,7 @@ def _raise_unknown_keys(config: ModelConfig, hub_config: PretrainedConfig, known
             )
 
 
-def _auto_class(config: ModelConfig, hub_config: PretrainedConfig) -> type:
+def _auto_class(config: ModelConfig, hub_config: PretrainedConfig) -> Any:
     if config.task == "causal_lm":
         return AutoModelForCausalLM
     if hub_config.model_type == "vit":
@@ -478,7 +486,7 @@ def _auto_class(config: ModelConfig, hub_config: PretrainedConfig) -> type:
     return AutoModelForSequenceClassification
 
 
-def _instantiate(config: ModelConfig, hub_config: PretrainedConfig, auto_class: type) -> PreTrainedModel:
+def _instantiate(config: ModelConfig, hub_config: PretrainedConfig, auto_class: Any) -> PreTrainedModel:
     dtype = getattr(torch, config.dtype)
     if config.name.startswith("random:"):
         return auto_class.from_config(hub_config, dtype=dtype)
@@ -522,7 +530,7 @@ def _same_shape(saved: Tensor, parameter: Tensor, key: str) -> Tensor:
     return saved
 
 
-def _transposed_layers(model: nn.Module) -> list[str]:
+def _transposed_layers(model: PreTrainedModel) -> list[str]:
     """Returns the paths of linear layers that the architecture's own class holds as `Conv1D`."""
     if getattr(model.config, "model_type", None) != "gpt2":
         return []

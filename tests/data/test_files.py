@@ -35,7 +35,7 @@ def write(tmp_path):
     return write
 
 
-def build(tokenizer, task="classification", seed=0, **options):
+def build(tokenizer, task="sequence_classification", seed=0, **options):
     return build_data(FilesConfig(**options), tokenizer, task, seed)
 
 
@@ -109,21 +109,27 @@ def test_classes_are_sorted_numbers_by_value_and_names_by_letter(write, encoder_
 
 def test_causal_labels_mask_padding_by_position_and_prompts(write, decoder_tokenizer):
     rows = {"ask": ["what ?", "how", "", "how"], "answer": ["yes yes yes", "no", "a b", "no"]}
-    path = write("qa.jsonl", rows)
-    data = build(decoder_tokenizer, "causal_lm", train=path, text=["answer"], prompt="ask")
-    end = decoder_tokenizer.eos_token_id
+    train, validation = write("train.jsonl", rows), write("validation.jsonl", rows)
+    data = build(
+        decoder_tokenizer, "causal_lm", train=train, validation=validation, text=["answer"], prompt="ask"
+    )
     assert (data.num_labels, data.label_names) == (0, [])
-    for batch in [*data.train_dataloader(), *data.val_dataloader()]:
-        for ids, mask, labels in zip(
-            *(batch[k] for k in ("input_ids", "attention_mask", "labels")), strict=True
-        ):
-            learned = decoder_tokenizer.decode(ids[labels != -100])
-            given = decoder_tokenizer.decode(ids[(labels == -100) & (mask == 1)])
-            assert (given.removeprefix("<s>").strip(), learned.removesuffix("</s>").strip()) in zip(
-                *rows.values(), strict=True
-            )
-            assert labels[mask.sum() - 1] == end
-            assert (labels[mask == 0] == -100).all()
+    (batch,) = data.train_dataloader()
+    assert batch["attention_mask"].sum(1).sort().values.tolist() == [4, 4, 4, 7]
+    read = []
+    for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+        learned = labels != -100
+        assert torch.equal(labels[learned], ids[learned])
+        # The tokenizer pads with its end token: the one at the end counts, those of the padding do not.
+        assert not learned[mask == 0].any()
+        given = decoder_tokenizer.decode(ids[(mask == 1) & ~learned])
+        read.append((given, decoder_tokenizer.decode(ids[learned])))
+    assert sorted(read) == [
+        ("<s>", "a b </s>"),
+        ("<s> how", "no </s>"),
+        ("<s> how", "no </s>"),
+        ("<s> what ?", "yes yes yes </s>"),
+    ]
 
 
 def test_causal_text_without_prompt_is_learned_whole_and_cut(write, decoder_tokenizer):
@@ -135,12 +141,11 @@ def test_causal_text_without_prompt_is_learned_whole_and_cut(write, decoder_toke
 
 def test_left_padding_follows_the_tokenizer(write, decoder_tokenizer):
     decoder_tokenizer.padding_side = "left"
-    path = write("t.jsonl", {"text": ["a", "a b c", "a b c"]})
-    batch = next(
-        iter(build(decoder_tokenizer, "causal_lm", train=path, validation_limit=1).train_dataloader())
-    )
-    assert batch["attention_mask"][:, -1].all()
-    assert ((batch["labels"] == -100) == (batch["attention_mask"] == 0)).all()
+    rows = {"text": ["a", "a b c", "a b c"]}
+    train, validation = write("train.jsonl", rows), write("validation.jsonl", rows)
+    (batch,) = build(decoder_tokenizer, "causal_lm", train=train, validation=validation).train_dataloader()
+    assert batch["attention_mask"].sort(0).values.tolist() == [[0, 0, 1, 1, 1], [1] * 5, [1] * 5]
+    assert torch.equal(batch["labels"] == -100, batch["attention_mask"] == 0)
 
 
 def test_split_is_fixed_by_split_seed_and_order_by_seed(write, encoder_tokenizer):
@@ -245,7 +250,7 @@ def test_all_option_faults_are_told_at_once_with_their_keys(write):
         train_limit=0,
         prompt="p",
     )
-    faults = check_data(config, "classification")
+    faults = check_data(config, "sequence_classification")
     keys = {fault.split(":")[0] for fault in faults}
     assert keys == {
         "data.batch_size", "data.train_limit", "data.validation", "data.test", "data.text", "data.label",
@@ -254,7 +259,7 @@ def test_all_option_faults_are_told_at_once_with_their_keys(write):
     assert "is also data.train" in " ".join(faults)
     assert "data.test: no file 'none.csv'" in " ".join(faults)
     with pytest.raises(DataError, match="data.batch_size: must be at least 1; got 0; "):
-        build_data(config, None, "classification", 0)
+        build_data(config, None, "sequence_classification", 0)
 
 
 def test_missing_path_unknown_task_and_unknown_suffix_are_told(write):

@@ -39,39 +39,53 @@ def test_toy_splits_differ_and_repeat():
 def test_toy_refuses_other_tasks_and_sizes():
     faults = check_data(ToyConfig(size=0, features=1), "regression")
     assert [fault.split(":")[0] for fault in faults] == ["data.size", "data.features"]
-    assert check_data(ToyConfig(), "classification") == [
-        "data.source: 'toy' serves regression, not classification"
+    assert check_data(ToyConfig(), "sequence_classification") == [
+        "data.source: 'toy' serves regression, not sequence_classification"
     ]
 
 
 def test_embedded_refuses_tasks_without_labels():
     assert check_data(EmbeddedConfig(name="vader"), "regression") == []
-    assert "serves regression or causal_lm" in check_data(EmbeddedConfig(name="vader"), "classification")[0]
+    assert "serves regression or causal_lm" in check_data(EmbeddedConfig(name="vader"), "sequence_classification")[0]
 
 
 def test_text_without_tokenizer_is_refused():
     with pytest.raises(DataError, match="has no tokenizer"):
-        build_data(EmbeddedConfig(), None, "classification", 0)
+        build_data(EmbeddedConfig(), None, "sequence_classification", 0)
 
 
 def test_glue_columns_are_known_and_the_missing_package_is_told():
     config = HubConfig(path="glue", name="mnli")
-    assert config.columns("classification").text == ["premise", "hypothesis"]
+    assert config.columns("sequence_classification").text == ["premise", "hypothesis"]
     assert "did you mean 'sst2'" in " ".join(
-        check_data(HubConfig(path="glue", name="sst-2"), "classification")
+        check_data(HubConfig(path="glue", name="sst-2"), "sequence_classification")
     )
     assert "only stsb is regression" in " ".join(check_data(HubConfig(path="glue", name="rte"), "regression"))
     if importlib.util.find_spec("datasets") is None:
-        assert "pip install 'lora_lab[hub]'" in " ".join(check_data(config, "classification"))
-    assert "data.path: missing" in check_data(HubConfig(), "classification")[0]
-    assert "data.text" in " ".join(check_data(HubConfig(path="other/set"), "classification"))
+        assert "pip install 'lora_lab[hub]'" in " ".join(check_data(config, "sequence_classification"))
+    assert "data.path: missing" in check_data(HubConfig(), "sequence_classification")[0]
+    assert "data.text" in " ".join(check_data(HubConfig(path="other/set"), "sequence_classification"))
+
+
+def test_hub_sets_are_read_and_a_wrong_split_is_told(tmp_path, encoder_tokenizer):
+    pytest.importorskip("datasets")
+    rows = [f"film {'good' if n % 2 else 'bad'},{n % 2}" for n in range(20)]
+    (tmp_path / "train.csv").write_text("\n".join(["sentence,label", *rows]))
+    (tmp_path / "test.csv").write_text("\n".join(["sentence,label", *rows[:4]]))
+    config = HubConfig(path=str(tmp_path), text=["sentence"], test_split="test")
+    data = build_data(config, encoder_tokenizer, "sequence_classification", 0)
+    assert data.sizes == {"train": 18, "validation": 2, "test": 4}
+    assert data.label_names == ["0", "1"]
+    config.test_split = "tset"
+    with pytest.raises(DataError, match="no split 'tset'; did you mean 'test'"):
+        build_data(config, encoder_tokenizer, "sequence_classification", 0)
 
 
 @pytest.mark.assets
 @pytest.mark.parametrize(
     ("name", "task", "sizes", "labels"),
     [
-        ("movie_reviews", "classification", (6530, 1000, 1000), ["negative", "positive"]),
+        ("movie_reviews", "sequence_classification", (6530, 1000, 1000), ["negative", "positive"]),
         ("vader", "regression", (8603, 1000, 1000), []),
     ],
 )

@@ -141,7 +141,7 @@ def test_resuming_works_with_workers_and_accumulation_and_without_validation(tmp
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("other", "named"),
-    [({"split_seed": 5}, "fingerprint"), ({"seed": 5}, "seed"), ({"batch_size": 5}, "batch_size")],
+    [({"split_seed": 5}, "fingerprint"), ({"seed": 5}, "seed"), ({"batch_size": 5}, "global_batch_size")],
 )
 def test_going_on_with_other_data_is_refused_but_testing_is_not(tmp_path, other, named):
     path = tmp_path / "run.ckpt"

@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import shutil
+import time
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Model,
+    PreTrainedTokenizerFast,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -161,6 +163,20 @@ def test_small_vocabulary_keeps_the_common_characters():
     assert tokenizer("z", add_special_tokens=False)["input_ids"] == [tokenizer.unk_token_id]
 
 
+def test_decoder_without_padding_token_pads_with_its_end(tmp_path):
+    backend = build_tokenizer(tiny("gpt2")).backend_tokenizer
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(tmp_path)
+    model = build_model(tiny("gpt2", config={"pad_token_id": None}), num_labels=3)
+    model.config.pad_token_id = None
+    save_model(model, tmp_path)
+    config = ModelConfig(name=str(tmp_path))
+    model, tokenizer = build_model(config, num_labels=3).eval(), build_tokenizer(config)
+    assert tokenizer.pad_token_id == model.config.pad_token_id == 3
+    both = model(**tokenizer(["a short text", "tiny"], padding=True, return_tensors="pt")).logits
+    alone = model(**tokenizer(["tiny"], return_tensors="pt")).logits
+    torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-5)
+
+
 # Linear layers
 
 
@@ -204,8 +220,7 @@ def test_pooled_encoder_classifies_the_masked_mean(name):
     config = tiny(name, pooling="mean")
     model = build_model(config, num_labels=3).eval()
     inputs = batch(config)
-    encoder = model.get_submodule(model.encoder_name)
-    hidden = encoder(**inputs).last_hidden_state
+    hidden = model.body(**inputs).last_hidden_state
     means = []
     for states, mask in zip(hidden, inputs["attention_mask"], strict=True):
         means.append(states[mask.bool()].mean(dim=0))
@@ -292,7 +307,7 @@ def test_saved_perceptron_is_opened_as_a_folder(tmp_path):
         tiny("llama", task="causal_lm"),
         tiny("t5"),
     ],
-    ids=str,
+    ids=lambda config: f"{config.name}-{config.task}-{config.pooling}-{config.split_fused}",
 )
 def test_saved_model_opened_again_gives_the_same_logits(config, tmp_path):
     model = build_model(config, num_labels=3).eval()
@@ -445,10 +460,12 @@ def test_unknown_model_type_is_one_message(tmp_path):
 
 
 def test_hub_model_without_hub_is_one_quick_message():
+    start = time.monotonic()
     with pytest.raises(ConfigError, match=r"no model can be built from 'nobody/nothing' \(the hub is not"):
         build_model(ModelConfig(name="nobody/nothing"))
     with pytest.raises(ConfigError, match="no tokenizer can be built from 'nobody/nothing'"):
         build_tokenizer(ModelConfig(name="nobody/nothing"))
+    assert time.monotonic() - start < 5
 
 
 # Embedded models

@@ -6,9 +6,9 @@
     u         (in, rank)   learned; columns come in equal pairs at the start, whose reflections cancel: W' = W
     start_u   (in, rank)   frozen, with `apply_GS` alone
 
-With `apply_GS` the û_i are the Gram-Schmidt vectors of u. Reflections at orthogonal vectors cannot cancel each other,
-so the start is random and undone by a frozen copy: R = G(u) G(u₀), G(u) = I − 2 Q Qᵀ with Q = GS(u). That is again
-a chain, of 2·rank reflections, and as such it opens in PEFT. Without `identity_start` it is the paper's R = G(u).
+With `apply_GS` the û_i are the Gram-Schmidt vectors Q of u, and the chain is G(u) = I − 2 Q Qᵀ. Orthogonal
+reflections cannot cancel, so the start is random and a frozen copy undoes it: R = G(u) G(u₀). That is again
+a chain, of 2·rank reflections, and as such opens in PEFT. Without `identity_start`, R = G(u) as in the paper.
 
 R is orthogonal, so the rows of W' keep their lengths and angles; rank(R − I) ≤ rank.
 """
@@ -97,8 +97,8 @@ class HRA(InputAdapter):
         self.spec = spec
         if spec.apply_GS and spec.rank > self.in_features:
             raise IncompatibleError(
-                f"adapter.rank: apply_GS needs rank <= {self.in_features}, the number of inputs here; got {spec.rank}. "
-                "Lower the rank, or leave apply_GS out."
+                f"adapter.rank: apply_GS needs rank <= {self.in_features}, the number of inputs here; got "
+                f"{spec.rank}. Lower the rank, or leave apply_GS out."
             )
         paired = spec.identity_start and not spec.apply_GS
         if paired:
@@ -148,7 +148,7 @@ class HRA(InputAdapter):
 
     @torch.no_grad()
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """See `Adapter.load_peft_tensors`. A doubled chain gives u back as its orthonormal self: the same R."""
+        """See `Adapter.load_peft_tensors`. A doubled chain gives u back orthonormalised: the same R."""
         learned = tensors["hra_u"][:, : self.rank]
         self.u.copy_(learned)
         if self.start_u is not None:

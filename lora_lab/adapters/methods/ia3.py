@@ -1,9 +1,9 @@
 """IA3: rescale what a frozen map puts out or takes in (Liu et al. 2022, arXiv:2205.05638).
 
-    W' = diag(l) W,  b' = l ⊙ b      y = l ⊙ base(x)      the output form, on keys and values
-    W' = W diag(l)                   y = base(l ⊙ x)      the input form, on `feedforward_modules`
+W' = diag(l) W,  b' = l ⊙ b      y = l ⊙ base(x)      the output form, on keys and values
+W' = W diag(l)                   y = base(l ⊙ x)      the input form, on `feedforward_modules`
 
-    l   (out, 1) or (1, in)   learned; ones at the start, hence W' = W bitwise
+l   (out, 1) or (1, in)   learned; ones at the start, hence W' = W bitwise
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class IA3Spec(AdapterSpec):
 
 
 def _feedforward_paths(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-    return {"feedforward_modules": [path for path, adapter in adapters.items() if isinstance(adapter, IA3Input)]}
+    return {
+        "feedforward_modules": [path for path, adapter in adapters.items() if isinstance(adapter, IA3Input)]
+    }
 
 
 def _read_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,17 +1,17 @@
 """LoRA: a low-rank update beside the frozen map (Hu et al. 2021, arXiv:2106.09685).
 
-    W' = W + s B A          s = alpha / rank, or alpha / √rank with rslora (Kalajdzievski 2023, arXiv:2312.03732)
+    W' = W + s B A       s = alpha / rank, or alpha / √rank with rslora (Kalajdzievski 2023, arXiv:2312.03732)
     y  = base(x) + s (drop(x) Aᵀ) Bᵀ  [+ s c]
 
     A   (rank, in)    learned; U(±1/√in) at the start
     B   (out, rank)   learned; zeros at the start, hence W' = W
     c   (out,)        learned, with lora_bias; zeros at the start
 
-A start with B A ≠ 0 (`olora`) freezes a copy A₀ (rank, in), B₀ (out, rank) and learns W' = W + s (B A − B₀ A₀):
-again W' = W, and the base's tensors stay as they are. PEFT rewrites the base instead and its file holds A and B
-alone; ours opens there as the plain LoRA of rank 2·rank that it is.
+A start with B A ≠ 0 (`olora`) freezes a copy A₀ (rank, in), B₀ (out, rank) and learns
+W' = W + s (B A − B₀ A₀): again W' = W, and the base's tensors stay as they are. PEFT rewrites the base and
+its file holds A and B alone; ours opens there as the plain LoRA of rank 2·rank that it is.
 
-On an embedding of shape (vocabulary, width), ΔWᵀ = s B A with A (rank, vocabulary) = 0 and B (width, rank) ~ N(0, 1).
+On an embedding (vocabulary, width), ΔWᵀ = s B A with A (rank, vocabulary) = 0 and B (width, rank) ~ N(0, 1).
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class LoRASpec(ScaledSpec):
     """Learn a bias c beside B."""
 
     init: Literal["default", "gaussian", "scaled_gaussian", "orthogonal", "olora", "random"] = "default"
-    """Start of A: `default` U(±1/√in), `gaussian` N(0, 1/rank²), `scaled_gaussian` N(0, 1/rank), all with B = 0;
-    `orthogonal` (even rank) starts both with B A = 0 up to rounding; `olora` (QR of W; Büyükakyüz 2024,
+    """Start of A: `default` U(±1/√in), `gaussian` N(0, 1/rank²), `scaled_gaussian` N(0, 1/rank), B = 0 in
+    each; `orthogonal` (even rank) starts both with B A = 0 up to rounding; `olora` (QR of W; Büyükakyüz 2024,
     arXiv:2406.01775) starts both and subtracts the start; `random` starts both and is not the identity."""
 
     def faults(self) -> list[str]:
@@ -121,8 +121,9 @@ def refuse_foreign_options(config: dict[str, Any]) -> None:
     init = config.get("init_lora_weights", True)
     if init not in STARTS_ON_THE_BASE:
         raise IncompatibleError(
-            f"init_lora_weights: {init!r} changed the base model when PEFT made this adapter, and the file does "
-            "not hold that base. Convert it in PEFT: save_pretrained(path_initial_model_for_weight_conversion=…)."
+            f"init_lora_weights: {init!r} changed the base model when PEFT made this adapter, and the file "
+            "does not hold that base. Convert it in PEFT: "
+            "save_pretrained(path_initial_model_for_weight_conversion=…)."
         )
     for name in (*VARIANTS, "layer_replication", "target_parameters", "trainable_token_indices"):
         if config.get(name):
@@ -152,7 +153,7 @@ class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
 
     def __init__(
         self, base: nn.Module, spec: LowRankSpec, scale: float, A: Tensor, B: Tensor, subtract: bool
-    ):  # noqa: N803
+    ):
         super().__init__(base)
         self.spec = spec
         self.scale = scale
@@ -216,7 +217,7 @@ class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
         return self.kept
 
     def drop(self) -> None:
-        """See `Droppable`. A switch, not zeros in B, which the next step of the optimizer would fill again."""
+        """See `Droppable`. A switch, not zeros in B, which the optimizer's next step would fill again."""
         self.active.zero_()
 
     @property
@@ -257,7 +258,7 @@ class LoRA(LowRankAdapter):
     )
 
     def __init__(self, base: nn.Module, spec: LoRASpec):
-        A, B = start(base, spec)  # noqa: N806
+        A, B = start(base, spec)
         super().__init__(base, spec, spec.scale, A, B, subtract=spec.init == "olora")
         self.c = nn.Parameter(torch.zeros(self.out_features, dtype=self.dtype)) if spec.lora_bias else None
 
@@ -321,10 +322,10 @@ def start(base: nn.Module, spec: LoRASpec) -> tuple[Tensor, Tensor]:
     if spec.init == "orthogonal":
         # A's and B's rows lie in complementary halves of one random basis, so that B A is zero.
         basis = torch.linalg.qr(torch.randn(rank, rank, dtype=dtype)).Q
-        A = (torch.randn(columns, rank // 2, dtype=dtype) @ basis[0::2]).T / 10  # noqa: N806
+        A = (torch.randn(columns, rank // 2, dtype=dtype) @ basis[0::2]).T / 10
         return A, torch.randn(rank // 2, rows, dtype=dtype).T @ basis[1::2] / 10
     refuse_rank_above(rank, base, "init: olora")
-    Q, R = torch.linalg.qr(base.weight.to(dtype))  # noqa: N806
+    Q, R = torch.linalg.qr(base.weight.to(dtype))
     return R[:rank].contiguous(), Q[:, :rank].contiguous()
 
 
@@ -333,8 +334,8 @@ def refuse_rank_above(rank: int, base: nn.Module, what: str) -> None:
     most = min(base.in_features, base.out_features)
     if rank > most:
         raise IncompatibleError(
-            f"adapter.rank: {what} takes its start from W and allows at most min(in, out) = {most} here; got {rank}. "
-            "Lower the rank, or use rank_pattern for this module."
+            f"adapter.rank: {what} takes its start from W and allows at most min(in, out) = {most} here; "
+            f"got {rank}. Lower the rank, or use rank_pattern for this module."
         )
 
 

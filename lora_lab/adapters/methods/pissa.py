@@ -7,8 +7,8 @@
     B    (out, rank)  learned; B₀ at the start, hence W' = W
     A₀, B₀            frozen copies
 
-`mode: residual` computes the same W' as the paper does, W' = W_res + s B A with W_res = W − s B₀ A₀ (out, in), frozen,
-in W's own type. W is kept aside, so that the adapter can be removed: its memory is needed twice.
+`mode: residual` computes W' as the paper does: W_res + s B A with W_res = W − s B₀ A₀ (out, in), frozen, of
+W's own type. W is kept aside, so that the adapter can be removed: its memory is needed twice.
 
 PEFT's own file holds A and B alone and PEFT decomposes W again; ours opens there as a LoRA of rank 2·rank.
 """
@@ -44,7 +44,7 @@ class PiSSASpec(ScaledSpec):
     method: str = "pissa"
 
     mode: Literal["subtract", "residual"] = "subtract"
-    """`subtract` leaves the base as it is and costs a second product of the same rank; `residual`, the paper's
+    """`subtract` leaves the base as it is and costs a second product of this rank; `residual`, the paper's
     form, costs the memory of W once more, and in half precision rounds at the start."""
 
     niter: int | None = None
@@ -61,7 +61,7 @@ class PiSSASpec(ScaledSpec):
             found.append(f"niter: must be at least 0, or null for an exact SVD; got {self.niter}")
         if self.mode == "residual" and self.dropout:
             found.append(
-                f"dropout: must be 0 for mode: residual, which would lose the principal part of W with the inputs; "
+                "dropout: must be 0 for mode: residual, where it would drop the principal part of W too; "
                 f"got {self.dropout}. Use mode: subtract"
             )
         return found
@@ -78,7 +78,7 @@ def principal_part(
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
         return U[:, :rank], S[:rank], Vh[:rank]
     directions = torch.randn(weight.shape[1], rank, dtype=weight.dtype).to(weight.device)  # (in, rank)
-    Q = torch.linalg.qr(weight @ directions).Q  (out, rank)
+    Q = torch.linalg.qr(weight @ directions).Q  # (out, rank)
     for _ in range(niter):
         Q = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ Q).Q).Q
     U, S, Vh = torch.linalg.svd(Q.T @ weight, full_matrices=False)
@@ -104,8 +104,8 @@ def _read_config(config: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if init != "pissa":
         raise IncompatibleError(
-            f"init_lora_weights: {init!r} started from a random SVD, which PEFT's file does not hold. Convert it "
-            "in PEFT: save_pretrained(path_initial_model_for_weight_conversion=…)."
+            f"init_lora_weights: {init!r} started from a random SVD, which PEFT's file does not hold. "
+            "Convert it in PEFT: save_pretrained(path_initial_model_for_weight_conversion=…)."
         )
     refuse_foreign_options({**config, "init_lora_weights": True})
     return lora_fields(config)

@@ -8,7 +8,7 @@
     λ_b   (out,)        learned; zeros at the start, hence W' = W
     λ_d   (rank,)       learned; d_initial at the start
 
-A and B are functions of `projection_prng_key`, the rank and the largest sizes among the sites, and equal PEFT's.
+A and B follow from `projection_prng_key`, the rank and the largest sizes among the sites, and equal PEFT's.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class VeRASpec(AdapterSpec):
     method: str = "vera"
 
     rank: int = 256
-    """Number of rows of A; at least 1. Each map trains as many numbers, and one per output; 256 to 1024 in the
-    paper."""
+    """Number of rows of A; at least 1, 256 to 1024 in the paper. Each map trains as many numbers, and one per
+    output."""
 
     dropout: float = 0.0
     """Probability of zeroing an input of the adapter's branch while training, in [0, 1)."""
@@ -176,8 +176,8 @@ class VeRA(AdditiveAdapter):
 
     def delta_output(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """See `AdditiveAdapter.delta_output`."""
-        # λ_d stays outside A, so that the backward pass needs no x; λ_b goes onto B, so that it needs nothing of
-        # the output's size.
+        # λ_d stays outside A, so that the backward pass needs no x; λ_b goes onto B, so that it needs nothing
+        # of the output's size.
         hidden = F.linear(self.dropout(x), self.A) * self.lambda_d
         return F.linear(hidden, self.lambda_b.unsqueeze(1) * self.B)
 

@@ -1,0 +1,246 @@
+"""ReFT: edit hidden states inside a small learned subspace (Wu et al. 2024, arXiv:2404.03592).
+
+On the output h of a block, at some positions of the prompt, with a function a:
+
+    loreft    h' = h + R (a(W h + b) − Rᵀh)     noreft    the same with a free R
+    direft    h' = h + R a(W h + b)             nodireft  the same with a free R (the paper's DiReFT)
+    consreft  h' = h + R (b − Rᵀh)              lobireft  h' = h + R b
+
+    original  (width, rank)  learned; R is `original` with its columns orthonormalised, or as it is where free
+    W         (rank, width)  learned; U(±1/√width) at the start
+    b         (rank,)        learned; U(±1/√width) at the start, in consreft and lobireft U(0, 1)
+    z         (rank,)        learned, noreft with add_bias: Rᵀh + z for Rᵀh; U(±1/√width) too
+
+The reference's start is not the identity, on purpose. `init: identity` starts loreft and noreft with W = Rᵀ
+and b = z or 0, the others with W = 0 and b = 0, hence h' = h; consreft has no such start.
+
+Positions count from the first token that is not padding. The prompt is the whole row, or its first
+`prompt_lengths` (batch,) tokens where the model is called with that keyword, which it never gets to see. While
+the key-value cache holds a prompt nothing is edited: the prompt was, when it was read.
+
+Not covered: `positions` other than `all` in encoder-decoders and on images; generation without a cache, with
+a prompt read in chunks, or with draft tokens; attention masks with holes. If a checkpointed function contains
+the adapter itself (transformers' own contain the block alone), its backward has to come before the model's
+next forward.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Union  # noqa: UP035  (omegaconf reads typing.Union)
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lora_lab.adapters.base import Adapter, HiddenStateAdapter, PeftLayout, is_linear
+from lora_lab.adapters.positions import Positions
+from lora_lab.adapters.sites import Site
+from lora_lab.adapters.spec import AdapterSpec, probability_fault
+from lora_lab.errors import IncompatibleError
+from lora_lab.linalg.orthogonal import orthonormal_columns
+from lora_lab.linalg.start import kaiming_uniform
+
+ORTHONORMAL = ("loreft", "direft", "consreft", "lobireft")
+SOURCED = ("loreft", "noreft", "direft", "nodireft")
+REPLACING = ("loreft", "noreft", "consreft")
+
+
+@dataclass
+class ReFTSpec(AdapterSpec):
+    """ReFT's options; the paper edits f1+l1 to f7+l7 on all or some layers, with rank 1 to 8."""
+
+    method: str = "reft"
+
+    targets: Union[str, list[str]] = "block"  # noqa: UP007
+    """See `AdapterSpec.targets`; modules that put out hidden states."""
+
+    intervention: Literal["loreft", "noreft", "direft", "nodireft", "consreft", "lobireft"] = "loreft"
+    """Which member of the family."""
+
+    rank: int = 8
+    """Dimension of the edited subspace, in [1, width]; pyreft's low_rank_dimension."""
+
+    positions: str = "f1+l1"
+    """The prompt's first and last tokens to edit: `f2`, `l3` or `f2+l3`; of N tokens at most the first ⌊N/2⌋
+    and the last ⌈N/2⌉. `all` edits every token, generated ones too."""
+
+    share_weights: bool = False
+    """One edit for first and last tokens together, instead of one each."""
+
+    init: Literal["reference", "identity"] = "reference"
+    """The reference's random start, or h' = h."""
+
+    act_fn: Literal["none", "relu", "gelu", "silu", "tanh"] = "none"
+    """The function a on W h + b."""
+
+    add_bias: bool = False
+    """Learn noreft's z."""
+
+    dropout: float = 0.0
+    """Probability of zeroing a number of an edited state while training, in [0, 1)."""
+
+    dropout_on: Literal["output", "delta"] = "output"
+    """Whether dropout acts on h', as in the reference, or on h' − h alone."""
+
+    def faults(self) -> list[str]:
+        """See `AdapterSpec.faults`."""
+        found = super().faults()
+        if self.rank < 1:
+            found.append(f"rank: must be at least 1; got {self.rank}")
+        if self.positions != "all" and not self.counts():
+            found.append(f"positions: must be 'all', or like 'f1', 'l1', 'f1+l1'; got '{self.positions}'")
+        if self.act_fn != "none" and self.intervention not in SOURCED:
+            found.append(f"act_fn: {self.intervention} has no W h + b to apply it to; leave it out")
+        if self.add_bias and self.intervention != "noreft":
+            found.append(f"add_bias: goes with intervention: noreft; got {self.intervention}")
+        if self.init == "identity" and self.intervention == "consreft":
+            found.append("init: consreft puts a constant in Rᵀh's place, never h' = h; use reference")
+        elif self.init == "identity" and self.intervention in REPLACING and self.act_fn != "none":
+            found.append(f"init: {self.intervention} with an act_fn is never h' = h; use reference")
+        return found + probability_fault("dropout", self.dropout)
+
+    def counts(self) -> dict[str, int]:
+        """Returns the number of first (`f`) and last (`l`) tokens; {} for `all` and what cannot be read."""
+        parts = re.findall(r"([fl])([1-9]\d*)", self.positions)
+        written = "+".join(key + number for key, number in parts)
+        readable = written == self.positions and len(dict(parts)) == len(parts)
+        return {key: int(number) for key, number in parts} if readable else {}
+
+
+class Edit(nn.Module):
+    """The edit of hidden states at some positions."""
+
+    def __init__(self, width: int, spec: ReFTSpec, dtype: torch.dtype):
+        super().__init__()
+        self.spec = spec
+        sourced, replacing = spec.intervention in SOURCED, spec.intervention in REPLACING
+        R = kaiming_uniform(spec.rank, width, dtype=dtype).T
+        if spec.intervention in ORTHONORMAL:
+            R = orthonormal_columns(torch.randn(width, spec.rank, dtype=dtype))
+        W = kaiming_uniform(spec.rank, width, dtype=dtype)
+        b, z = torch.rand(2, spec.rank, dtype=dtype)
+        z = (2 * z - 1) / width**0.5
+        if sourced:
+            b = (2 * b - 1) / width**0.5
+        if spec.init == "identity":
+            W = R.T.clone() if replacing else torch.zeros_like(W)
+            b = z.clone() if spec.add_bias else torch.zeros_like(b)
+        self.original = nn.Parameter(R.contiguous())  # (width, rank)
+        self.W = nn.Parameter(W.contiguous()) if sourced else None  # (rank, width)
+        self.b = nn.Parameter(b.clone())  # (rank,)
+        self.z = nn.Parameter(z) if spec.add_bias else None  # (rank,)
+
+    @property
+    def R(self) -> Float[Tensor, "width rank"]:
+        """The basis of the edited subspace."""
+        return orthonormal_columns(self.original) if self.spec.intervention in ORTHONORMAL else self.original
+
+    def forward(self, hidden: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
+        """Returns h' − h, in the type of the parameters."""
+        spec = self.spec
+        with torch.autocast(hidden.device.type, enabled=False):
+            h, R = hidden.to(self.original.dtype), self.R
+            target = self.b if self.W is None else F.linear(h, self.W, self.b)  # (..., rank)
+            if spec.act_fn != "none":
+                target = getattr(F, spec.act_fn)(target)
+            if spec.intervention in REPLACING:
+                target = target - (h @ R if self.z is None else h @ R + self.z)
+            delta = target @ R.T
+            if not (self.training and spec.dropout):
+                return delta
+            if spec.dropout_on == "delta":
+                return F.dropout(delta, spec.dropout)
+            return F.dropout(h + delta, spec.dropout) - h
+
+
+class ReFT(HiddenStateAdapter):
+    """The edits of one block's output: of first tokens (f), of last tokens (l), or one for all (t)."""
+
+    Spec = ReFTSpec
+    family = "hidden state"
+    paper = "Wu et al. 2024, arXiv:2404.03592"
+    identity_at_start = False
+    peft = PeftLayout(None, tensors={}, config=lambda spec: {})
+
+    def __init__(self, base: nn.Module, spec: ReFTSpec, positions: Positions):
+        super().__init__(base)
+        self.spec = spec
+        self.positions = positions
+        entry = next((part for part in base.modules() if is_linear(part)), None)
+        if entry is None or spec.rank > entry.in_features:
+            raise IncompatibleError(
+                f"adapter.rank: reft needs blocks that begin with a linear map of at least {spec.rank} inputs; "
+                f"{type(base).__name__} begins with {entry}. Lower the rank or name other targets."
+            )
+        # A block reads what it adds to: its first linear map tells the width of the hidden states.
+        self.width: int = entry.in_features
+        dtype = torch.promote_types(entry.weight.dtype, torch.float32)
+        names = ["t"] if spec.share_weights or not positions.counts else list(positions.counts)
+        self.edits = nn.ModuleDict({name: Edit(self.width, spec, dtype) for name in names})
+
+    @classmethod
+    def build(cls, sites: list[Site], spec: ReFTSpec) -> dict[str, Adapter]:
+        """See `Adapter.build`: the adapters share the positions."""
+        positions = Positions(spec.counts())
+        return {site.path: cls.at(site, spec, positions) for site in sites}
+
+    @classmethod
+    def watch(cls, model: nn.Module, adapters: Mapping[str, Adapter]) -> list[RemovableHandle]:
+        """See `Adapter.watch`."""
+        positions: Any = next(iter(adapters.values())).positions
+        return positions.watch(model)
+
+    @property
+    def rank(self) -> int:
+        """The dimension of the edited subspace."""
+        return self.spec.rank
+
+    def transform_hidden(self, hidden: Tensor) -> Tensor:
+        """See `HiddenStateAdapter.transform_hidden`."""
+        if hidden.shape[-1] != self.width:
+            raise IncompatibleError(
+                f"adapter.targets: reft stands on a {type(self.base).__name__} that reads width {self.width} "
+                f"and puts out {hidden.shape[-1]}; hidden states keep their width. Name other targets."
+            )
+        if not self.positions.counts:
+            return (hidden + self.edits["t"](hidden)).to(hidden.dtype)
+        if self.positions.shape != tuple(hidden.shape[:2]):
+            raise IncompatibleError(
+                f"adapter.positions: the block was called with {tuple(hidden.shape[:2])} tokens, the model "
+                f"with {self.positions.shape}. Call the model as a whole, or use positions: all."
+            )
+        edited = hidden
+        for name, (index, used) in self.positions.slots.items():
+            rows = index.to(hidden.device)[..., None].expand(-1, -1, self.width)  # (batch, slots, width)
+            edit = self.edits[name if name in self.edits else "t"]
+            delta = edit(hidden.gather(1, rows)) * used.to(hidden.device)[..., None]
+            # Idle slots add zero, wherever they point.
+            edited = edited.scatter_add(1, rows, delta.to(hidden.dtype))
+        return edited
+
+    def decay_exempt(self) -> list[nn.Parameter]:
+        """See `Adapter.decay_exempt`: the length of columns that are normalised does not count."""
+        orthonormal = self.spec.intervention in ORTHONORMAL
+        return [edit.original for edit in self.edits.values()] if orthonormal else []
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        """See `Adapter.peft_tensors`: R itself is stored, whatever its parametrisation."""
+        return {
+            f"reft_{name}.{letter}": tensor
+            for name, edit in self.edits.items()
+            for letter in ("R", "W", "b", "z")
+            if (tensor := getattr(edit, letter)) is not None
+        }
+
+    @torch.no_grad()
+    def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `Adapter.load_peft_tensors`. Orthonormalising an orthonormal R gives R back."""
+        for name, edit in self.edits.items():
+            for letter, own in {"R": edit.original, "W": edit.W, "b": edit.b, "z": edit.z}.items():
+                if own is not None:
+                    own.copy_(tensors[f"reft_{name}.{letter}"])

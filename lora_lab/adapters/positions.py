@@ -1,0 +1,107 @@
+"""Which tokens of the prompt are edited: what adapters of hidden states have to know of the model's input.
+
+A block sees neither the padding mask nor where the prompt ends. One `Positions` is shared by the adapters of a
+model and filled by a hook on the model itself, which runs before every forward. It is plain data and a bound
+method, so that the model can still be copied and pickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from inspect import signature
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lora_lab.errors import IncompatibleError
+
+Slots = tuple[Int[Tensor, "batch slots"], Bool[Tensor, "batch slots"]]
+"""Indices into time, and which of them are in use: short prompts leave some idle."""
+
+
+class Positions:
+    """The edited positions of the model's present input.
+
+    Attributes:
+        counts: number of first (`f`) and last (`l`) tokens; empty if every token is edited.
+        slots: the positions, under the keys of `counts`; empty while nothing is edited.
+        shape: (batch, time) of the present input; None before the first.
+    """
+
+    def __init__(self, counts: Mapping[str, int]):
+        self.counts = dict(counts)
+        self.slots: dict[str, Slots] = {}
+        self.shape: tuple[int, ...] | None = None
+        self._names: list[str] = []
+
+    def watch(self, model: nn.Module) -> list[RemovableHandle]:
+        """Hooks itself to a model.
+
+        Raises:
+            IncompatibleError: if positions have no meaning in the model.
+        """
+        has_two_inputs = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        if self.counts and (has_two_inputs or getattr(model, "main_input_name", "") == "pixel_values"):
+            raise IncompatibleError(
+                f"adapter.positions: {type(model).__name__} is an encoder-decoder or reads images, where a "
+                "prompt's first and last tokens are not defined. Use positions: all."
+            )
+        self._names = list(signature(model.forward).parameters)
+        return [model.register_forward_pre_hook(self._read, with_kwargs=True)]
+
+    def _read(
+        self, model: nn.Module, arguments: tuple, keywords: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        """Finds the positions of one call, and takes `prompt_lengths` out of it."""
+        keywords = dict(keywords)
+        prompt_lengths = keywords.pop("prompt_lengths", None)
+        if self.counts:
+            given = {**dict(zip(self._names, arguments, strict=False)), **keywords}
+            self._find(given, prompt_lengths)
+        return arguments, keywords
+
+    def _find(self, given: Mapping[str, Any], prompt_lengths: Tensor | None) -> None:
+        names = [
+            name for name in ("input_ids", "inputs_embeds", *given) if isinstance(given.get(name), Tensor)
+        ]
+        tokens = given[names[0]]
+        self.shape, self.slots = tuple(tokens.shape[:2]), {}
+        cache = given.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            return  # The cache holds the edited prompt; what comes now was generated.
+        mask = given.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(self.shape, dtype=torch.long, device=tokens.device)
+        if mask.shape != self.shape:
+            raise IncompatibleError(
+                f"adapter.positions: {self.shape} tokens need an attention_mask of the same shape; got "
+                f"{tuple(mask.shape)}. Pass the tokenizer's mask, or use positions: all."
+            )
+        lengths = mask.sum(1) if prompt_lengths is None else prompt_lengths.to(mask.device)
+        self.slots = prompt_slots(mask.long().argmax(1), lengths, self.counts, self.shape[1])
+
+
+def prompt_slots(
+    starts: Int[Tensor, " batch"], lengths: Int[Tensor, " batch"], counts: Mapping[str, int], time: int
+) -> dict[str, Slots]:
+    """Returns where the first and last tokens of each prompt are.
+
+    Args:
+        starts: index of each prompt's first token.
+        lengths: its number of tokens N. At most ⌊N/2⌋ first and ⌈N/2⌉ last ones are used: they never overlap.
+        counts: number of first (`f`) and last (`l`) tokens.
+        time: number of tokens in a row.
+    """
+    starts, lengths = starts[:, None], lengths[:, None]  # (batch, 1)
+    slots = {}
+    for key, count in counts.items():
+        step = torch.arange(count, device=starts.device)  # (slots,)
+        if key == "f":
+            index, used = starts + step, step < lengths // 2
+        else:
+            index, used = starts + lengths - 1 - step, step < (lengths + 1) // 2
+        slots[key] = (index.clamp(0, time - 1), used)
+    return slots

