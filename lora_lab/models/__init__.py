@@ -1,0 +1,1 @@
+"""Models: role tables of architectures, and how models are built."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -54,6 +55,16 @@ def metrics_table(metrics: Mapping[str, float], title: str) -> Table:
     return table
 
 
+def assets_table(rows: Sequence[Mapping[str, str]]) -> Table:
+    """Shows what can be fetched, one row for each asset."""
+    table = Table(title="Embedded models and data", title_justify="left", show_lines=True)
+    for heading in rows[0]:
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(*row.values())
+    return table
+
+
 def methods_table() -> Table:
     """Shows every method: id, family, the protocols that controllers ask for, whether it merges, PEFT's name, paper."""
     table = Table(title="Methods", title_justify="left")
@@ -68,8 +79,6 @@ def methods_table() -> Table:
 
 def method_description(name: str) -> RenderableType:
     """Shows one method: the head of its file, every field with default and meaning, and an example."""
-    import sys
-
     method = METHODS[name]
     head = (sys.modules[method.__module__].__doc__ or "").strip()
     table = Table(title="Fields of `adapter`", title_justify="left", show_lines=True)

@@ -1,0 +1,1 @@
+"""Training: tasks, the LightningModule, optimization, the Trainer's settings."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_lab.adapters import inject
 from lora_lab.adapters.methods.dora import DoRASpec, squared_row_norms
@@ -27,6 +28,21 @@ def dense(dora):
     direction = dora.base.weight + dora.scale * dora.B @ dora.A
     norm = torch.linalg.vector_norm(direction, dim=dora.axis, keepdim=True)
     return dora.m.unsqueeze(dora.axis) * direction / norm
+
+
+class Sizes(TorchDispatchMode):
+    """Notes how many numbers every operation inside makes; views make none."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        given = {x.untyped_storage().data_ptr() for x in arguments if isinstance(x, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in given:
+            self.made.append(result.numel())
+        return result
 
 
 class Quantised(nn.Module):
@@ -60,9 +76,10 @@ def test_start_is_bitwise_the_base(axis, dtype):
     x = torch.randn(5, 24, dtype=dtype)
     before = model(x)
     dora, _ = adapt(model, rank=4, dora_axis=axis)
-    assert torch.equal(dora.gain(dora.base.weight, dora.weight_square), torch.ones(16 if axis == "out" else 24))
+    gain = dora.gain(dora.base.weight, dora.weight_square)
+    assert torch.equal(gain, torch.ones_like(dora.m))
     assert torch.equal(model(x), before)
-    assert torch.equal(dora.delta_weight(), torch.zeros(16, 24))
+    assert not dora.delta_weight().any()
     assert torch.equal(model.train()(x), before)
 
 
@@ -140,10 +157,10 @@ def test_forward_makes_nothing_of_the_weights_size():
     model, x = linear(rows=160, columns=240), torch.randn(5, 240)
     _, adapters = adapt(model, rank=2)
     shake(adapters)
-    sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append((t.shape, t.requires_grad)) or t, lambda t: t):
+    with Sizes() as sizes:
         model(x)
-    assert all(shape != (160, 240) for shape, _ in sizes)
+    assert max(sizes.made) < 160 * 240
+    assert len(sizes.made) > 5
 
 
 def test_norm_is_float32_under_autocast():
@@ -167,7 +184,7 @@ def test_row_or_column_of_zeros_starts_as_the_identity_and_can_learn(axis):
     assert torch.equal(model(x), before)
     train(model, adapters, x)
     assert model(x).isfinite().all()
-    assert dora.m.min() != 1e-12
+    assert dora.m.abs().min() > 1e-6
 
 
 @AXES

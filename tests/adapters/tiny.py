@@ -7,20 +7,20 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 VOCABULARY = 41
 
 
-def tiny_bert(seed=0):
+def tiny_bert(seed=0, **changes):
     """A classifier with 30 → 30, 30 → 50 and 50 → 30 maps, all with biases that are not zero."""
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=30,
-        intermediate_size=50,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        max_position_embeddings=16,
-        num_labels=3,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return _shaken(BertForSequenceClassification, config, seed)
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 30,
+        "intermediate_size": 50,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "max_position_embeddings": 16,
+        "num_labels": 3,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    return _shaken(BertForSequenceClassification, BertConfig(**sizes | changes), seed)
 
 
 def tiny_llama(seed=0):
@@ -88,7 +88,7 @@ def train(model, adapters, x, steps=3, learning_rate=0.05):
 
 
 def reached(model, adapters, x):
-    """Names of the trained tensors which the first step's gradient reaches, and whether the base is spared."""
+    """Names of the trained tensors that the first step's gradient reaches; the base must be spared."""
     model.train()
     model(x).square().sum().backward()
     own = {id(parameter) for parameter in adapters.trainable_parameters()}

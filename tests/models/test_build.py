@@ -22,17 +22,10 @@ from lora_lab import assets
 from lora_lab.errors import AssetError, CheckpointError, ConfigError
 from lora_lab.models import build
 from lora_lab.models.architectures import ARCHITECTURES, find_roles
-from lora_lab.models.build import (
-    TINY,
-    ModelConfig,
-    MultiLayerPerceptron,
-    build_model,
-    build_tokenizer,
-    check_model,
-    linearise,
-    save_model,
-    split_fused_projections,
-)
+from lora_lab.models.build import ModelConfig, build_model, build_tokenizer, check_model
+from lora_lab.models.conversion import linearise, save_model, split_fused_projections
+from lora_lab.models.perceptron import MultiLayerPerceptron
+from lora_lab.models.tiny import TINY
 
 TEXT_TYPES = [name for name, table in ARCHITECTURES.items() if table.kind != "vision"]
 DECODERS = [name for name, table in ARCHITECTURES.items() if table.kind == "decoder"]

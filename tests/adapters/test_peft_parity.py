@@ -1,0 +1,225 @@
+"""Our methods against PEFT's: the same tensors give the same outputs, and each opens the other's folders.
+
+How far outputs are apart is max |Δ| / max |y| (`relative`); the tolerance is stated once, for float32.
+"""
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+from lora_lab.adapters import METHODS, inject
+from lora_lab.adapters.storage import load_adapter, save_adapter
+from lora_lab.errors import IncompatibleError
+from tests.adapters.tiny import MODELS, logits, relative, shake
+
+TOLERANCE = 1e-6
+ROLES = {"bert": ["query", "value", "up"], "llama": ["query", "value", "down"]}
+NAMES = {"bert": ["query", "value", "intermediate.dense"], "llama": ["q_proj", "v_proj", "down_proj"]}
+TASK = {"bert": "SEQ_CLS", "llama": "CAUSAL_LM"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method in our words and in PEFT's."""
+
+    method: str
+    config: type[peft.PeftConfig]
+    ours: dict[str, Any] = field(default_factory=dict)
+    theirs: dict[str, Any] = field(default_factory=dict)
+    patterns: bool = False
+    """Whether rank and alpha may differ between sites."""
+
+    def spec(self, model, **options):
+        own = {"feedforward_modules": ROLES[model][2:]} if self.method == "ia3" else {}
+        return METHODS[self.method].Spec(targets=ROLES[model], **self.ours, **own, **options)
+
+    def peft(self, model, **options):
+        own = {"feedforward_modules": NAMES[model][2:]} if self.method == "ia3" else {}
+        return self.config(target_modules=NAMES[model], **self.theirs, **own, **options)
+
+
+RANKS = ({"rank": 4, "alpha": 6.0}, {"r": 4, "lora_alpha": 6})
+
+
+def lora(method="lora", ours=None, **theirs):
+    return Case(method, peft.LoraConfig, RANKS[0] | (ours or {}), RANKS[1] | theirs, patterns=True)
+
+
+CASES = {
+    "lora": lora(),
+    "rslora": lora(ours={"rslora": True}, use_rslora=True),
+    "lora_bias": lora(ours={"lora_bias": True}, lora_bias=True),
+    "dora": lora("dora", use_dora=True),
+    "dora_rslora": lora("dora", {"rslora": True}, use_dora=True, use_rslora=True),
+    "pissa": lora("pissa", init_lora_weights="pissa"),
+    "vera": Case("vera", peft.VeraConfig, {"rank": 8}, {"r": 8}),
+    "vera_unsaved": Case(
+        "vera",
+        peft.VeraConfig,
+        {"rank": 8, "save_projection": False, "projection_prng_key": 5},
+        {"r": 8, "save_projection": False, "projection_prng_key": 5},
+    ),
+    "ia3": Case("ia3", peft.IA3Config),
+    "hra": Case("hra", peft.HRAConfig, {"rank": 4}, {"r": 4}),
+}
+ALL = pytest.mark.parametrize(("name", "model"), [(name, model) for name in CASES for model in MODELS])
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """PEFT warns of what is meant here: projections that are not stored, models without a hub name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def shake_peft(model, seed=4):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def opened_by_peft(model, folder):
+    return logits(peft.PeftModel.from_pretrained(MODELS[model](), folder))
+
+
+@ALL
+def test_same_tensors_give_pefts_outputs(name, model):
+    case, ours = CASES[name], MODELS[model]()
+    base = logits(ours)
+    adapters = inject(ours, case.spec(model, modules_to_save=[]))
+    shake(adapters)
+    theirs = peft.get_peft_model(MODELS[model](), case.peft(model))
+    tensors = {}
+    for path, adapter in adapters.items():
+        own = adapter.peft_tensors()
+        if name == "pissa":  # PEFT's file holds what is trained; the start it computes itself
+            own = {"lora_A.weight": adapter.A, "lora_B.weight": adapter.B}
+        tensors |= {f"base_model.model.{path}.{key}": tensor.detach() for key, tensor in own.items()}
+    if name == "vera":  # its projections are those that PEFT drew itself
+        theirs.peft_config["default"].save_projection = False
+    result = peft.set_peft_model_state_dict(theirs, tensors)
+    assert not result.unexpected_keys
+    assert relative(logits(ours), base) > 0.01
+    assert relative(logits(ours), logits(theirs)) < TOLERANCE
+
+
+@ALL
+def test_our_folder_opens_in_peft_with_head_and_patterns(name, model, tmp_path):
+    case, ours = CASES[name], MODELS[model]()
+    patterns = {"rank_pattern": {"value": 2}, "alpha_pattern": {"query": 9.0}} if case.patterns else {}
+    adapters = inject(ours, case.spec(model, **patterns))
+    assert bool(adapters.saved) == (model == "bert")
+    shake(adapters)
+    save_adapter(adapters, tmp_path / "adapter", task_type=TASK[model])
+    assert relative(opened_by_peft(model, tmp_path / "adapter"), logits(ours)) < TOLERANCE
+
+
+@ALL
+def test_pefts_folder_opens_here_with_head_and_patterns(name, model, tmp_path):
+    case = CASES[name]
+    query, value, _ = NAMES[model]
+    patterns = {"rank_pattern": {value: 2}, "alpha_pattern": {query: 9}} if case.patterns else {}
+    theirs = peft.get_peft_model(MODELS[model](), case.peft(model, task_type=TASK[model], **patterns))
+    shake_peft(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = MODELS[model]()
+    adapters = load_adapter(ours, tmp_path)
+    assert adapters.spec.method == case.method
+    assert list(adapters.saved) == (["classifier"] if model == "bert" else [])
+    assert relative(logits(ours), logits(theirs)) < TOLERANCE
+
+
+@ALL
+def test_folder_that_went_through_peft_comes_back_the_same(name, model, tmp_path):
+    adapters = inject(MODELS[model](), CASES[name].spec(model))
+    shake(adapters)
+    save_adapter(adapters, tmp_path / "ours", task_type=TASK[model])
+    peft.PeftModel.from_pretrained(MODELS[model](), tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    back = MODELS[model]()
+    load_adapter(back, tmp_path / "theirs")
+    assert relative(logits(back), logits(adapters.model)) < TOLERANCE
+
+
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "olora"])
+def test_every_start_of_lora_opens_in_peft(init, tmp_path):
+    spec = METHODS["lora"].Spec(
+        targets=ROLES["llama"], rank=4, init=init, rslora=True, rank_pattern={"value": 2}
+    )
+    adapters = inject(MODELS["llama"](), spec)
+    shake(adapters)
+    save_adapter(adapters, tmp_path / "adapter")
+    assert relative(opened_by_peft("llama", tmp_path / "adapter"), logits(adapters.model)) < TOLERANCE
+
+
+def test_residual_pissa_opens_in_peft(tmp_path):
+    adapters = inject(MODELS["llama"](), METHODS["pissa"].Spec(rank=4, mode="residual", niter=2))
+    shake(adapters)
+    save_adapter(adapters, tmp_path / "adapter")
+    assert relative(opened_by_peft("llama", tmp_path / "adapter"), logits(adapters.model)) < TOLERANCE
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_adapted_embeddings_open_both_ways(model, tmp_path):
+    name = {"bert": "word_embeddings", "llama": "embed_tokens"}[model]
+    adapters = inject(MODELS[model](), METHODS["lora"].Spec(targets=[name, "query"], rank=3))
+    shake(adapters)
+    save_adapter(adapters, tmp_path / "ours", task_type=TASK[model])
+    assert relative(opened_by_peft(model, tmp_path / "ours"), logits(adapters.model)) < TOLERANCE
+    theirs = peft.get_peft_model(
+        MODELS[model](), peft.LoraConfig(r=3, target_modules=[name], task_type=TASK[model])
+    )
+    shake_peft(theirs)
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    ours = MODELS[model]()
+    load_adapter(ours, tmp_path / "theirs")
+    assert relative(logits(ours), logits(theirs)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": r".*\.1\.self_attn\.[qv]_proj"},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj", "o_proj"], "layers_to_transform": 1},
+        {"target_modules": ["q_proj"], "layers_to_transform": [0]},
+        {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+)
+def test_pefts_ways_to_choose_modules_are_understood(options, tmp_path):
+    theirs = peft.get_peft_model(MODELS["llama"](), peft.LoraConfig(r=4, **options))
+    shake_peft(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = MODELS["llama"]()
+    load_adapter(ours, tmp_path)
+    assert relative(logits(ours), logits(theirs)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"init_lora_weights": "pissa_niter_2"},
+            "init_lora_weights: 'pissa_niter_2' started from a random SVD",
+        ),
+        ({"init_lora_weights": "olora"}, "init_lora_weights: 'olora' changed the base model"),
+        ({"bias": "all"}, "bias: 'all' of PEFT's config has no counterpart"),
+        ({"alora_invocation_tokens": [3], "task_type": "CAUSAL_LM"}, r"alora_invocation_tokens: \[3\]"),
+    ],
+)
+def test_options_of_peft_that_we_cannot_honour_are_refused(options, message, tmp_path):
+    theirs = peft.get_peft_model(
+        MODELS["llama"](), peft.LoraConfig(r=4, target_modules=["q_proj"], **options)
+    )
+    theirs.save_pretrained(tmp_path)
+    model = MODELS["llama"]()
+    with pytest.raises(IncompatibleError, match=message):
+        load_adapter(model, tmp_path)
+    assert all(parameter.requires_grad for parameter in model.parameters())
