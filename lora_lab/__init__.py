@@ -1,8 +1,8 @@
 """Parameter-efficient fine-tuning as controlled experiments.
 
-    from lora_lab import METHODS, compose, inject, run
+from lora_lab import METHODS, compose, inject, run
 
-    result = run(compose("experiments/quickstart/experiment.yaml", ["adapter.rank=4"]))
+result = run(compose("experiments/quickstart/experiment.yaml", ["adapter.rank=4"]))
 """
 
 from typing import Any

@@ -43,21 +43,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lora-lab", description="Parameter-efficient fine-tuning as experiments.")
+    parser = argparse.ArgumentParser(
+        prog="lora-lab", description="Parameter-efficient fine-tuning as experiments."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train, evaluate and record one run")
     train.add_argument("config", metavar="CONFIG", help="the experiment's YAML file")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the file, adapter.rank=4")
+    train.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings over the file, adapter.rank=4"
+    )
     train.add_argument("--print-config", action="store_true", help="print the composed config and stop")
     what = train.add_mutually_exclusive_group()
-    what.add_argument("--resume", action="store_true", help="continue an unfinished run from its last checkpoint")
+    what.add_argument(
+        "--resume", action="store_true", help="continue an unfinished run from its last checkpoint"
+    )
     what.add_argument("--overwrite", action="store_true", help="delete an earlier run of the same name first")
     train.set_defaults(command=_train)
 
     evaluate = commands.add_parser("evaluate", help="evaluate a finished run's adapter again")
     evaluate.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the run's own config")
+    evaluate.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings over the run's own config"
+    )
     evaluate.set_defaults(command=_evaluate)
 
     methods = commands.add_parser("methods", help="list the methods")

@@ -31,7 +31,7 @@ from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError
 from lora_lab.files import write_text
 from lora_lab.models.build import build_model, build_tokenizer
 from lora_lab.runs import SCHEMA_VERSION, RunFolder, environment
-from lora_lab.tracking import build_loggers, read_metrics, replay
+from lora_lab.tracking import build_loggers, close_loggers, read_metrics, replay, wandb_mode
 from lora_lab.training.module import FineTuner
 from lora_lab.training.trainer import trainer_arguments
 
@@ -74,10 +74,11 @@ def run(config: ExperimentConfig, resume: bool = False, overwrite: bool = False)
     rows = read_metrics(folder.path) if before else []
     checkpoint = folder.checkpoint if before and folder.checkpoint.is_file() else None
     record = _start_record(config, adapters, data, before)
+    statistics = _Callbacks.build(config, adapters, folder)
+    wandb_mode(config.tracking)  # raises while nothing is written yet
     _write_start(folder, config, record)
+    loggers = build_loggers(config.tracking, folder.path, config.name, config.run_name(), asdict(config))
     try:
-        statistics = _Callbacks.build(config, adapters, folder)
-        loggers = build_loggers(config.tracking, folder.path, config.name, config.run_name(), asdict(config))
         trainer = L.Trainer(
             **trainer_arguments(config.trainer, config.optimization.gradient_clip),
             callbacks=statistics.everything(config.trainer.progress_bar),
@@ -98,10 +99,14 @@ def run(config: ExperimentConfig, resume: bool = False, overwrite: bool = False)
             save_adapter(adapters, folder.adapter, config.model.name, PEFT_TASKS[config.model.task])
             record["adapter_file_bytes"] = (folder.adapter / TENSORS).stat().st_size
             folder.write(record)
-        for logger in loggers:
-            logger.finalize("success")
+        close_loggers(loggers)
     except BaseException as error:
-        reason = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else f"{type(error).__name__}: {error}"
+        close_loggers(loggers, failed=True)
+        reason = (
+            "interrupted"
+            if isinstance(error, KeyboardInterrupt | SystemExit)
+            else f"{type(error).__name__}: {error}"
+        )
         if rank_zero_only.rank == 0:
             folder.write({**record, "status": "failed", "error": reason})
         raise
@@ -140,7 +145,9 @@ def evaluate(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
     adapters = load_adapter(model, folder.adapter)
     module = FineTuner(model.eval(), adapters, config.model.task, data.num_labels, config.optimization)
     arguments = trainer_arguments(config.trainer, None)
-    trainer = L.Trainer(**arguments, logger=False, callbacks=[RichProgressBar()] if config.trainer.progress_bar else [])
+    trainer = L.Trainer(
+        **arguments, logger=False, callbacks=[RichProgressBar()] if config.trainer.progress_bar else []
+    )
     metrics: dict[str, float] = {}
     for split, loader in {"validate": data.val_dataloader(), "test": data.test_dataloader()}.items():
         if loader is not None:
@@ -170,7 +177,8 @@ class _Callbacks:
 
     def everything(self, progress_bar: bool) -> list[L.Callback]:
         bars: list[L.Callback] = [RichProgressBar()] if progress_bar else []
-        return [self.adapters, self.memory, self.speed, self.best, *bars, self.resume]
+        # Statistics of the end stand behind the callback that puts the best adapters back; the clock stands last.
+        return [self.best, self.adapters, self.memory, *bars, self.resume, self.speed]
 
 
 def _check_folder(
@@ -191,11 +199,13 @@ def _check_folder(
         return None
     if before["config_hash"] != config.hash():
         raise ConfigError(
-            f"{folder.path}: holds a run of another config. Choose another name with run=…, or --overwrite it."
+            f"{folder.path}: holds a run of another config. Choose another name with run=…, or --overwrite "
+            "it."
         )
     if before["status"] != "finished" and not resume:
         raise CheckpointError(
-            f"{folder.path}: holds a run that is {before['status']}. Continue it with --resume, or --overwrite it."
+            f"{folder.path}: holds a run that is {before['status']}. Continue it with --resume, or "
+            "--overwrite it."
         )
     return before
 
@@ -253,7 +263,11 @@ def _end_record(
         **final_statistics(adapters),
         "best_value": statistics.best.best_value,
         "best_step": statistics.best.best_step,
-        "metrics": {name: value for name, value in metrics.items() if name.startswith(("train/", "validation/", "test/"))},
+        "metrics": {
+            name: value
+            for name, value in metrics.items()
+            if name.startswith(("train/", "validation/", "test/"))
+        },
     }
 
 
@@ -270,6 +284,10 @@ def quiet_libraries() -> None:
     """Silences the libraries' advice that our own settings make moot."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*in eval mode at the start of training.*",
-                    ".*dataloader is not resumable.*", ".*smaller than the logging interval.*"):
+    for message in (
+        ".*does not have many workers.*",
+        ".*in eval mode at the start of training.*",
+        ".*dataloader is not resumable.*",
+        ".*smaller than the logging interval.*",
+    ):
         warnings.filterwarnings("ignore", message=message)

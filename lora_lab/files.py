@@ -56,5 +56,6 @@ def writable(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"{folder}: cannot be written to ({error.strerror or error}). Choose another folder, or mend its rights."
+            f"{folder}: cannot be written to ({error.strerror or error}). Choose another folder, or mend its "
+            "rights."
         ) from error

@@ -1,12 +1,12 @@
 """A run's folder, and the record `run.json` that says what became of the run.
 
-    runs/<experiment>/<run>/
-        config.yaml      the composed config
-        run.json         the record
-        metrics.csv      every logged row
-        checkpoints/     last.ckpt, to resume from
-        adapter/         PEFT's two files and lora_lab.yaml
-        wandb/           W&B's files
+runs/<experiment>/<run>/
+    config.yaml      the composed config
+    run.json         the record
+    metrics.csv      every logged row
+    checkpoints/     last.ckpt, to resume from
+    adapter/         PEFT's two files and lora_lab.yaml
+    wandb/           W&B's files
 """
 
 from __future__ import annotations
@@ -27,7 +27,16 @@ from lora_lab.errors import CheckpointError
 from lora_lab.files import write_text
 
 SCHEMA_VERSION = 1
-PACKAGES = ("lora_lab", "torch", "lightning", "transformers", "torchmetrics", "wandb", "omegaconf", "safetensors")
+PACKAGES = (
+    "lora_lab",
+    "torch",
+    "lightning",
+    "transformers",
+    "torchmetrics",
+    "wandb",
+    "omegaconf",
+    "safetensors",
+)
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,9 @@ class RunFolder:
             ancestor = ancestor.parent
         if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
             what = "may not be written to" if ancestor.is_dir() else "is a file, not a folder"
-            raise CheckpointError(f"output: cannot make {self.path}: {ancestor} {what}. Choose another output folder.")
+            raise CheckpointError(
+                f"output: cannot make {self.path}: {ancestor} {what}. Choose another output folder."
+            )
 
 
 def environment() -> dict[str, Any]:
@@ -103,8 +114,18 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             packages[name] = None
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    hardware = {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": devices}
-    return {"packages": packages, "python": platform.python_version(), "git_commit": _commit(), "hardware": hardware}
+    hardware = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": devices,
+    }
+    return {
+        "packages": packages,
+        "python": platform.python_version(),
+        "git_commit": _commit(),
+        "hardware": hardware,
+    }
 
 
 def _processor() -> str:

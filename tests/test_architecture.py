@@ -98,7 +98,12 @@ def test_readme_commands_are_those_that_ci_runs():
 
 def test_the_project_speaks_of_itself_alone():
     words = ["/" + "work/", "file" + ":///", "ghp" + "_"]
-    for path in [*PACKAGE.rglob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("experiments/**/*.md"), *ROOT.glob("configs/**/*")]:
+    for path in [
+        *PACKAGE.rglob("*.py"),
+        *ROOT.glob("*.md"),
+        *ROOT.glob("experiments/**/*.md"),
+        *ROOT.glob("configs/**/*"),
+    ]:
         if path.is_file():
             text = path.read_text()
             assert not [word for word in words if word in text], path

@@ -18,7 +18,12 @@ adapter: {method: lora, rank: 2}
 trainer: {max_epochs: 1, progress_bar: false}
 tracking: {wandb: disabled}
 """
-ROWS = [("a good film", "positive"), ("a bad film", "negative"), ("fine plot", "positive"), ("dull plot", "negative")]
+ROWS = [
+    ("a good film", "positive"),
+    ("a bad film", "negative"),
+    ("fine plot", "positive"),
+    ("dull plot", "negative"),
+]
 
 
 @pytest.fixture
@@ -68,7 +73,10 @@ OVERRIDES = {
     "pattern that matches nothing": ("adapter.rank_pattern={kye: 3}", "'kye' matches no adapted module"),
     "module to save that is not there": ("adapter.modules_to_save=[hed]", "no module 'hed'"),
     "odd rank where halves are needed": ("adapter={method: lora, init: orthogonal, rank: 3}", "must be even"),
-    "rank above min(m, n)": ("adapter={method: lora, init: olora, rank: 33}", "allows at most min(in, out) = 32"),
+    "rank above min(m, n)": (
+        "adapter={method: lora, init: olora, rank: 33}",
+        "allows at most min(in, out) = 32",
+    ),
     "loraplus without a B": ("adapter={method: bitfit}", None),
     "missing data file": ("data.train=nowhere.csv", "nowhere.csv"),
     "missing column": ("data.label=lable", "lable"),
@@ -97,7 +105,7 @@ DATA = {
     "broken CSV row": ("rows.csv", 'text,label\n"good,positive\nfilm,"neg"x"ative\n', "rows.csv"),
     "empty data set": ("rows.csv", "text,label\n", "rows.csv"),
     "empty file": ("rows.csv", "", "rows.csv"),
-    "broken JSON line": ("rows.jsonl", '{"text": "good", "label": "p"}\n{"text": \n', "row 2"),
+    "broken JSON line": ("rows.jsonl", '{"text": "good", "label": "p"}\n{"text": \n', "line 2"),
     "missing label": ("rows.csv", "text,label\ngood,positive\nbad,\n", "label"),
     "empty text": ("rows.csv", "text,label\n,positive\nbad,negative\n", "text"),
     "only one class": ("rows.csv", "text,label\n" + "good,positive\n" * 20, "class"),
@@ -193,7 +201,9 @@ def test_a_pickled_adapter_is_told(spoiled, capsys):
 
 
 def test_the_adapter_of_another_model_is_told(spoiled, capsys):
-    assert "belongs to another model" in refused(capsys, "evaluate", str(spoiled), "model.config={hidden_size: 64}")
+    assert "belongs to another model" in refused(
+        capsys, "evaluate", str(spoiled), "model.config={hidden_size: 64}"
+    )
 
 
 def test_an_adapter_of_the_wrong_kind_of_numbers_is_told(spoiled, capsys):

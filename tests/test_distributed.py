@@ -1,4 +1,4 @@
-"""Two real processes over gloo on the loopback must train what one process trains on batches twice as large."""
+"""Two real processes over gloo on the loopback train what one process trains on batches twice as large."""
 
 import json
 import os
@@ -28,8 +28,22 @@ tracking: {wandb: offline}
 def train(folder, run: str, *overrides: str) -> dict:
     path = folder / "experiment.yaml"
     path.write_text(CONFIG)
-    command = [sys.executable, "-m", "lora_lab", "train", str(path), f"output={folder}", f"run={run}", *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [
+        sys.executable,
+        "-m",
+        "lora_lab",
+        "train",
+        str(path),
+        f"output={folder}",
+        f"run={run}",
+        *overrides,
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     run_folder = folder / "distributed" / run

@@ -23,7 +23,8 @@ model: {name: "random:bert"}
 data: {source: files, train: DATA, text: [text], label: label, batch_size: 4, max_length: 16}
 adapter: {method: lora, rank: 2, dropout: 0.2}
 optimization: {learning_rate: 0.01}
-trainer: {max_epochs: 3, validate_every: 0.5, log_every: 2, checkpoint_every: 7, progress_bar: false, keep: best}
+trainer: 
+  {max_epochs: 3, validate_every: 0.5, log_every: 2, checkpoint_every: 7, progress_bar: false, keep: best}
 tracking: {wandb: offline}
 """
 STEPS = 3 * (90 // 4)  # 100 rows, a tenth of them set aside for validation, the last short batch dropped
@@ -38,7 +39,9 @@ def config(tmp_path_factory) -> Path:
     words = ["good", "bad", "film", "plot", "long", "short", "dull", "fine"]
     rows = []
     for _ in range(100):
-        chosen = torch.randint(0, len(words), (int(torch.randint(2, 12, (1,), generator=generator)),), generator=generator)
+        chosen = torch.randint(
+            0, len(words), (int(torch.randint(2, 12, (1,), generator=generator)),), generator=generator
+        )
         text = " ".join(words[index] for index in chosen)
         rows.append({"text": text, "label": "positive" if "good" in text or "fine" in text else "negative"})
     pd.DataFrame(rows).to_csv(folder / "rows.csv", index=False)
@@ -48,10 +51,23 @@ def config(tmp_path_factory) -> Path:
 
 
 def start(config: Path, run: str, *flags: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "lora_lab", "train", str(config), f"output={config.parent / 'runs'}", f"run={run}"]
+    command = [
+        sys.executable,
+        "-m",
+        "lora_lab",
+        "train",
+        str(config),
+        f"output={config.parent / 'runs'}",
+        f"run={run}",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*command, *flags], cwd=config.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, *flags],
+        cwd=config.parent,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -82,9 +98,17 @@ def uninterrupted(config) -> Path:
 
 
 def history(folder: Path) -> list[dict]:
-    rows = [row for run in sorted((folder / "wandb").glob("offline-run-*")) for row in read_offline_run(run).history]
+    rows = [
+        row
+        for run in sorted((folder / "wandb").glob("offline-run-*"))
+        for row in read_offline_run(run).history
+    ]
     return [
-        {name: value for name, value in row.items() if not name.startswith(VOLATILE) and not isinstance(value, dict)}
+        {
+            name: value
+            for name, value in row.items()
+            if not name.startswith(VOLATILE) and not isinstance(value, dict)
+        }
         for row in rows
     ]
 
@@ -111,7 +135,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(config, uninterr
     output, _ = (resumed := start(config, run, "--resume")).communicate(timeout=300)
     assert resumed.returncode == 0, output
 
-    ours, theirs = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (folder, uninterrupted))
+    ours, theirs = (
+        load_file(path / "adapter" / "adapter_model.safetensors") for path in (folder, uninterrupted)
+    )
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 

@@ -1,12 +1,13 @@
 """Reads the file of a W&B offline run, so that tests see what W&B was really given.
 
-The file is a LevelDB log: blocks of 32 KiB with records of `crc32 u32, length u16, type u8, data`, of which the
-first block begins with a header of 7 bytes. A record that crosses a block's end is split. Each whole record is a
+The file is a LevelDB log: blocks of 32 KiB with records of `crc32 u32, length u16, type u8, data`; the first
+block begins with a header of 7 bytes. A record that crosses a block's end is split. Each whole record is a
 `Record` of W&B's own protobuf, the one private part of W&B used here.
 """
 
 import json
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -40,13 +41,24 @@ def offline_folders(folder: Path) -> list[Path]:
     return sorted((folder / "wandb").glob("offline-run-*"))
 
 
-def read_offline_run(folder: Path) -> OfflineRun:
-    """Reads the one offline run in a run's folder."""
+def read_offline_run(folder: Path, ended: bool = True) -> OfflineRun:
+    """Reads the one offline run in a run's folder.
+
+    W&B's `finish` returns before the file is whole: unless told otherwise, this waits for its end.
+    """
     (offline,) = offline_folders(folder)
     (path,) = offline.glob("*.wandb")
-    run = OfflineRun(
-        media=sorted(file for file in (offline / "files" / "media").rglob("*") if file.is_file())
-    )
+    for _ in range(100):
+        run = _read(path)
+        if run.exit_code is not None or not ended:
+            return run
+        time.sleep(0.1)
+    raise AssertionError(f"{path} was not ended")
+
+
+def _read(path: Path) -> OfflineRun:
+    media = (path.parent / "files" / "media").rglob("*")
+    run = OfflineRun(media=sorted(file for file in media if file.is_file()))
     for data in records(path.read_bytes()):
         _add(run, Record.FromString(data))
     return run

@@ -1,4 +1,4 @@
-"""Pre-trains a network on the sum of its inputs, adapts it to the product of the first two, and compares both.
+"""Pre-trains a network on the sum of its inputs, adapts it to the product of the first two, compares both.
 
     python experiments/sum_to_product/run.py
 
@@ -22,7 +22,11 @@ from lora_lab.models.conversion import save_model  # noqa: E402
 from lora_lab.tracking import read_metrics  # noqa: E402
 
 HERE = Path(__file__).parent
-PARTS = {"pre-trained": "pretrain.yaml", "LoRA on the last layer": "experiment.yaml", "LoRA on all": "all_layers.yaml"}
+PARTS = {
+    "pre-trained": "pretrain.yaml",
+    "LoRA on the last layer": "experiment.yaml",
+    "LoRA on all": "all_layers.yaml",
+}
 
 
 def pretrain() -> tuple[RunResult, Path]:
@@ -79,7 +83,9 @@ def draw(results: dict[str, RunResult], path: Path) -> None:
     for name, result in results.items():
         rows = [row for row in read_metrics(result.folder.path) if "train/loss" in row]
         task = "sum" if name == "pre-trained" else "product"
-        axes.plot([row["step"] + 1 for row in rows], [row["train/loss"] for row in rows], label=f"{name} ({task})")
+        axes.plot(
+            [row["step"] + 1 for row in rows], [row["train/loss"] for row in rows], label=f"{name} ({task})"
+        )
     axes.set(xlabel="optimizer step", ylabel="training loss (mean squared error)", yscale="log")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -14,8 +14,7 @@ from lora_lab.adapters.methods.reft import ReFT
 from lora_lab.adapters.methods.vera import VeRA
 
 METHODS: dict[str, type[Adapter]] = {
-    method.Spec().method: method
-    for method in (LoRA, DoRA, PiSSA, VeRA, IA3, HRA, ReFT, BitFit, Head, Full)
+    method.Spec().method: method for method in (LoRA, DoRA, PiSSA, VeRA, IA3, HRA, ReFT, BitFit, Head, Full)
 }
 """Every method by its id. A new method is one file, one entry here and one YAML in configs/adapters."""
 

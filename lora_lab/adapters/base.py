@@ -112,7 +112,7 @@ class Adapter(nn.Module):
         """The rank now in use; None where the word has no meaning for the method."""
         return None
 
-    def singular_values(self) -> Float[Tensor, "k"] | None:
+    def singular_values(self) -> Float[Tensor, " k"] | None:
         """Returns the singular values of W' − W in falling order; None where no matrix is edited."""
         return None
 
@@ -123,8 +123,8 @@ class Adapter(nn.Module):
     def merged_module(self) -> nn.Module:
         """Returns a new plain module that computes what base and adapter compute together."""
         raise IncompatibleError(
-            f"{self.Spec().method} cannot be merged: it edits hidden states, which no weight of the model can "
-            "express. Keep the adapter in place, or choose a method that edits weights."
+            f"{self.Spec().method} cannot be merged: it edits hidden states, which no weight of the model "
+            "can express. Keep the adapter in place, or choose a method that edits weights."
         )
 
     def decay_exempt(self) -> list[nn.Parameter]:
@@ -148,7 +148,7 @@ class Adapter(nn.Module):
         return tensors
 
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes over tensors under PEFT's names; `storage` has checked names and shapes against `peft_tensors`."""
+        """Takes over tensors under PEFT's names, which `storage` has checked against `peft_tensors`."""
         with torch.no_grad():
             for name, tensor in tensors.items():
                 getattr(self, self.peft.tensors[name]).copy_(tensor)
@@ -177,7 +177,10 @@ def is_linear(module: nn.Module) -> bool:
 class LinearAdapter(Adapter):
     """Edits a linear map. `adapted_weight` is the method; all else follows from it."""
 
-    def __init__(self, base: nn.Module):
+    base: Any
+    """What `is_linear` accepts: `weight`, `bias`, `in_features`, `out_features`, whatever its class."""
+
+    def __init__(self, base: Any):
         super().__init__(base)
         self.in_features: int = base.in_features
         self.out_features: int = base.out_features
@@ -195,7 +198,7 @@ class LinearAdapter(Adapter):
         return self.base.weight
 
     @property
-    def bias(self) -> Float[Tensor, "out"] | None:
+    def bias(self) -> Float[Tensor, " out"] | None:
         """The frozen base's bias."""
         return self.base.bias
 
@@ -203,7 +206,7 @@ class LinearAdapter(Adapter):
         """Returns W' from W: the method's definition, and the oracle of every faster form."""
         raise NotImplementedError
 
-    def adapted_bias(self, bias: Float[Tensor, "out"] | None) -> Float[Tensor, "out"] | None:
+    def adapted_bias(self, bias: Float[Tensor, " out"] | None) -> Float[Tensor, " out"] | None:
         """Returns b' from b."""
         return bias
 
@@ -212,7 +215,7 @@ class LinearAdapter(Adapter):
         weight = widened(self.base.weight)
         return self.adapted_weight(weight) - weight
 
-    def singular_values(self) -> Float[Tensor, "k"]:
+    def singular_values(self) -> Float[Tensor, " k"]:
         """Returns the singular values of W' − W in falling order."""
         return torch.linalg.svdvals(self.delta_weight())
 
@@ -297,7 +300,7 @@ class OutputAdapter(LinearAdapter):
         """See `LinearAdapter.adapted_weight`: S acts on the columns of W."""
         return self.transform_output(weight.T).T
 
-    def adapted_bias(self, bias: Float[Tensor, "out"] | None) -> Float[Tensor, "out"] | None:
+    def adapted_bias(self, bias: Float[Tensor, " out"] | None) -> Float[Tensor, " out"] | None:
         """See `LinearAdapter.adapted_bias`: the base's bias passes through S too."""
         return None if bias is None else self.transform_output(bias)
 
@@ -328,7 +331,9 @@ class HiddenStateAdapter(BorrowingAdapter):
         """Whether the module is a block (it has parts of its own)."""
         return any(True for _ in module.children())
 
-    def transform_hidden(self, hidden: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
+    def transform_hidden(
+        self, hidden: Float[Tensor, "batch time width"]
+    ) -> Float[Tensor, "batch time width"]:
         """Returns the edited hidden states."""
         raise NotImplementedError
 
@@ -377,7 +382,7 @@ class TrainedCopy(BorrowingAdapter):
         """See `Adapter.decay_exempt`: biases and the scales of norms."""
         return [parameter for parameter in self.trained.parameters() if parameter.ndim < 2]
 
-    def singular_values(self) -> Float[Tensor, "k"] | None:
+    def singular_values(self) -> Float[Tensor, " k"] | None:
         """See `Adapter.singular_values`: those of what training changed, for a linear map."""
         if not is_linear(self.base):
             return None

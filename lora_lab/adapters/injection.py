@@ -46,8 +46,8 @@ def inject(model: nn.Module, spec: AdapterSpec, seed: int = 0) -> AdapterSet:
     for path, module in model.named_modules():
         if isinstance(module, Adapter):
             raise IncompatibleError(
-                f"the model holds adapters already ({path}: {type(module).__name__}); call remove() or merge() "
-                "of their AdapterSet before you inject others."
+                f"the model holds adapters already ({path}: {type(module).__name__}); call remove() or "
+                "merge() of their AdapterSet before you inject others."
             )
     method = METHODS[spec.method]
     sites = find_sites(model, spec, method.accepts, seed) if spec.targets else []

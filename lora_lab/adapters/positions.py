@@ -1,8 +1,8 @@
 """Which tokens of the prompt are edited: what adapters of hidden states have to know of the model's input.
 
 A block sees neither the padding mask nor where the prompt ends. One `Positions` is shared by the adapters of
-a model and filled by a hook on the model itself, which runs before every forward. It is plain data and a bound
-method, so that the model can still be copied and pickled.
+a model and filled by a hook on the model itself, which runs before every forward. It is plain data and the
+hook a bound method of it, so that the model can still be copied and pickled.
 """
 
 from __future__ import annotations

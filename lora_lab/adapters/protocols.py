@@ -18,11 +18,11 @@ class RankAllocatable(Protocol):
         """Returns each tensor that holds components, with its axis that counts them."""
         ...
 
-    def keep_components(self, keep: Bool[Tensor, "rank"]) -> None:
+    def keep_components(self, keep: Bool[Tensor, " rank"]) -> None:
         """Silences the components whose flag is False by writing zeros, so that they may grow back."""
         ...
 
-    def kept_components(self) -> Bool[Tensor, "rank"]:
+    def kept_components(self) -> Bool[Tensor, " rank"]:
         """Returns the flags of the last `keep_components`; all True before it."""
         ...
 

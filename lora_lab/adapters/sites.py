@@ -87,7 +87,9 @@ def find_sites(
             )
     order = {path: index for index, path in enumerate(modules)}
     sites = [
-        Site(path, modules[path], roles[path].role if path in roles else None, layers[path], _seed(seed, path))
+        Site(
+            path, modules[path], roles[path].role if path in roles else None, layers[path], _seed(seed, path)
+        )
         for path in sorted(matched, key=order.__getitem__)
         if spec.layers is None or layers[path] in spec.layers
     ]
@@ -116,7 +118,7 @@ def saved_modules(model: nn.Module, spec: AdapterSpec) -> list[str]:
 
 
 def match_pattern(pattern: Mapping[str, Value], site: Site) -> Value | None:
-    """Returns the value of the first key that is the site's role, path ending or a regex of it; None if none."""
+    """Returns the value of the first key that is the site's role, path ending or a regex of it, or None."""
     for key, value in pattern.items():
         if key == site.role or re.match(rf"(.*\.)?({key})$", site.path):
             return value
@@ -232,5 +234,5 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 
 
 def _seed(seed: int, path: str) -> int:
-    """Mixes seed and path, so that a site's start depends on neither the order of wrapping nor other sites."""
+    """Mixes seed and path, so that a start depends on neither the order of wrapping nor other sites."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{path}".encode()).digest()[:8], "big") >> 1

@@ -40,8 +40,8 @@ class AdapterSpec:
 
     targets: Union[str, list[str]] = field(default_factory=lambda: ["query", "value"])  # noqa: UP007
     """Where adapters stand: roles (`query`), module names or path endings (`q_proj`, `mlp.down_proj`), one
-    pattern for whole paths (`regex:.*layers\\.[0-3]\\..*q_proj`), `all-linear` (every linear map except heads),
-    or `all` (every module the method can edit)."""
+    pattern for whole paths (`regex:.*layers\\.[0-3]\\..*q_proj`), `all-linear` (every linear map except
+    heads), or `all` (every module the method can edit)."""
 
     layers: list[int] | None = None
     """Indices of the blocks to adapt, counted from 0; null means all."""
@@ -51,7 +51,7 @@ class AdapterSpec:
     freshly initialised task head, [] means none."""
 
     def faults(self) -> list[str]:
-        """Returns every fault that can be seen without a model, as `field: what is wrong and what is allowed`."""
+        """Returns every fault that shows without a model, as `field: what is wrong, what is allowed`."""
         found = []
         if not self.targets:
             found.append("targets: is empty; name at least one role, module or pattern")

@@ -37,7 +37,9 @@ class AdapterCheckpoint(L.Callback):
         if best is None or (value > best if pl_module.task.mode == "max" else value < best):
             self.best_value, self.best_step = value, trainer.global_step
             if self.keep == "best":
-                self._best = {name: tensor.cpu().clone() for name, tensor in self.adapters.state_dict().items()}
+                self._best = {
+                    name: tensor.cpu().clone() for name, tensor in self.adapters.state_dict().items()
+                }
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Puts the best adapters back, if they are to be kept."""

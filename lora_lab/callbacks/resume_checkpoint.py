@@ -17,9 +17,9 @@ import torch.distributed as distributed
 class ResumeCheckpoint(L.Callback):
     """Writes `last.ckpt` every so many optimizer steps, with the state of every random generator.
 
-    It writes at the start of a batch, when all rows and validations of the steps before are logged: Lightning's
-    own checkpoints, made at the end of a batch, come before that batch's row and validation, which a run
-    resumed from them would lose. The file takes its name only when it is whole.
+    It writes at the start of a batch, when all rows and validations of the steps before are logged. Lightning's
+    own checkpoints, made at the end of a batch, come before that batch's row and validation: a run resumed
+    from them would lose both. The file takes its name only when it is whole.
 
     Args:
         path: the file.
@@ -64,7 +64,11 @@ class ResumeCheckpoint(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the generators' states of all processes, and the clock."""
-        return {"random": _of_all_processes(random_state()), "saved_at": self._saved_at, "seconds": self.elapsed()}
+        return {
+            "random": _of_all_processes(random_state()),
+            "saved_at": self._saved_at,
+            "seconds": self.elapsed(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the generators' states for the first batch: setting up data would use them otherwise."""

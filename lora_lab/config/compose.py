@@ -2,12 +2,12 @@
 
 A file may start from others:
 
-    extends: [../../configs/models/minilm.yaml, ../../configs/adapters/lora.yaml]    # paths from this file; later wins
+    extends: [../../configs/models/minilm.yaml, ../../configs/adapters/lora.yaml]
     adapter: {rank: 4}
 
-`adapter` and `data` are tagged unions: `adapter.method` and `data.source` choose the dataclass that the rest of the
-node must fit. A layer that names another method starts the node afresh, so that `adapter.method=ia3` works over a
-file that sets LoRA's rank.
+Their paths count from the file, and later ones win. `adapter` and `data` are tagged unions: `adapter.method`
+and `data.source` choose the dataclass that the rest of the node must fit. A layer that names another method
+starts the node afresh, so that `adapter.method=ia3` works over a file that sets LoRA's rank.
 """
 
 from __future__ import annotations
@@ -128,8 +128,11 @@ def _read(path: Path, trail: tuple[Path, ...]) -> list[Layer]:
 
 def _parse_overrides(overrides: Sequence[str]) -> list[Layer]:
     """Reads `key=value` settings; each is a layer of its own, so that order decides."""
-    wrong = [f"{COMMAND_LINE}: '{text}' is no setting; write key=value, as in adapter.rank=4" for text in overrides
-             if "=" not in text or text.startswith(("=", "-"))]
+    wrong = [
+        f"{COMMAND_LINE}: '{text}' is no setting; write key=value, as in adapter.rank=4"
+        for text in overrides
+        if "=" not in text or text.startswith(("=", "-"))
+    ]
     if wrong:
         raise ConfigError("\n".join(wrong))
     try:
@@ -142,7 +145,7 @@ def _parse_overrides(overrides: Sequence[str]) -> list[Layer]:
 def _choose(
     node: str, tag: str, kinds: Mapping[str, type], layers: Sequence[Layer], faults: list[str]
 ) -> str | None:
-    """Returns the kind that the last layer to name one names; drops the node from layers before the switch."""
+    """Returns the kind that the last layer to name one names; drops the node from layers before."""
     chosen, source = None, ""
     for index, layer in enumerate(layers):
         told = layer.settings.get(node)
@@ -160,7 +163,9 @@ def _choose(
     return chosen
 
 
-def _merge(schema: DictConfig, settings: Mapping[str, Any], source: str, prefix: str, faults: list[str]) -> None:
+def _merge(
+    schema: DictConfig, settings: Mapping[str, Any], source: str, prefix: str, faults: list[str]
+) -> None:
     """Merges settings into a structured node key by key, so that one fault does not hide the others."""
     kind = OmegaConf.get_type(schema)
     known = [field.name for field in fields(kind)]

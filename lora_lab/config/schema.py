@@ -38,7 +38,7 @@ class ExperimentConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def hash(self) -> str:
-        """Returns a sha256 of all that decides the run's result: everything but names, folders and tracking."""
+        """Returns a sha256 of what decides the result: everything but names, folders and tracking."""
         told = asdict(self)
         for name in ("name", "run", "output", "tracking"):
             del told[name]

@@ -111,7 +111,11 @@ class TaskData(L.LightningDataModule):
         self.task = task
         self.seed = seed
         self.label_names = splits.label_names
-        self.num_labels = {"sequence_classification": len(splits.label_names), "regression": 1, "causal_lm": 0}[task]
+        self.num_labels = {
+            "sequence_classification": len(splits.label_names),
+            "regression": 1,
+            "causal_lm": 0,
+        }[task]
         self.fingerprint = splits.fingerprint
         self.sizes = {name: len(split.lengths) for name, split in self.splits.items()}
         self.collate = partial(collate, pad_token=splits.pad_token, padding_side=splits.padding_side)

@@ -84,7 +84,9 @@ class TextConfig(DataConfig):
         columns = self.columns(task)
         tables = {split: shuffled(table, self.split_seed) for split, table in self.tables().items()}
         # Before any limit, so that a class which is rare does not vanish from a short run.
-        classes = find_classes(tables["train"], str(columns.label)) if task == "sequence_classification" else []
+        classes = (
+            find_classes(tables["train"], str(columns.label)) if task == "sequence_classification" else []
+        )
         if "validation" not in tables:
             tables["train"], tables["validation"] = set_aside(tables["train"], self.validation_fraction)
         splits = {}

@@ -38,6 +38,13 @@ def unit_columns(u: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
     return u / torch.linalg.vector_norm(u, dim=0).clamp_min(1e-12)
 
 
+def overlap(u: Float[Tensor, "n k"]) -> Float[Tensor, ""]:
+    """‖I − ÛᵀÛ‖_F: how far the columns are from orthogonal, whatever their lengths; 0 if they are."""
+    with torch.autocast(u.device.type, enabled=False):
+        unit = unit_columns(widened(u))
+        return torch.linalg.matrix_norm(torch.eye(u.shape[1], device=u.device) - unit.T @ unit)
+
+
 def orthonormal_columns(u: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
     """Gram-Schmidt of the columns, by QR with a positive diagonal: smooth; leaves orthonormal `u` alone.
 

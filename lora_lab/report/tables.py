@@ -29,7 +29,7 @@ def record_table(record: Mapping[str, Any]) -> Table:
     table.add_row("of these the method's", f"{record['method_parameters']:,}")
     table.add_row("adapter file", f"{record['adapter_file_bytes'] / 1e6:.2f} MB")
     for label, name, form in (
-        ("rank (mean)", "rank_mean", "{:.2f}"),
+        ("rank (mean)", "final_rank_mean", "{:.2f}"),
         ("effective rank (mean)", "effective_rank_mean", "{:.2f}"),
         ("sparsity (mean)", "sparsity_mean", "{:.1%}"),
         ("step (median)", "median_step_milliseconds", "{:.1f} ms"),
@@ -66,7 +66,7 @@ def assets_table(rows: Sequence[Mapping[str, str]]) -> Table:
 
 
 def methods_table() -> Table:
-    """Shows every method: id, family, the protocols that controllers ask for, whether it merges, PEFT's name, paper."""
+    """Shows every method: family, the protocols that controllers ask for, merging, PEFT's name, paper."""
     table = Table(title="Methods", title_justify="left")
     for heading in ("method", "family", "controllers ask for", "merges", "in PEFT", "paper"):
         table.add_column(heading, no_wrap=heading == "method")

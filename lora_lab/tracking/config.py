@@ -12,7 +12,9 @@ from wandb.sdk.lib.wbauth import read_netrc_auth
 
 from lora_lab.errors import ConfigError, suggest
 
-MODES = {
+Mode = Literal["online", "offline", "disabled"]
+
+MODES: dict[str, Mode] = {
     "online": "online",
     "run": "online",
     "offline": "offline",
@@ -44,26 +46,25 @@ class TrackingConfig:
     """W&B tags."""
 
 
-def wandb_mode(config: TrackingConfig) -> str:
-    """Returns `online`, `offline` or `disabled`: what the config means here and now.
+def wandb_mode(config: TrackingConfig) -> Mode:
+    """Returns what the config means here and now.
 
     Raises:
         ConfigError: if WANDB_MODE is no mode, or W&B is to be online and has no API key.
     """
-    wanted, source = config.wandb, "tracking.wandb"
-    if wanted == "auto" and (variable := os.environ.get("WANDB_MODE")):
-        source = "WANDB_MODE"
+    source, mode = "tracking.wandb", config.wandb
+    if mode == "auto" and (variable := os.environ.get("WANDB_MODE")):
         if variable not in MODES:
             raise ConfigError(f"WANDB_MODE: no mode '{variable}'{suggest(variable, MODES)}")
-        wanted = MODES[variable]
-    if wanted == "auto":
+        source, mode = "WANDB_MODE", MODES[variable]
+    if mode == "auto":
         return "online" if has_api_key() else "offline"
-    if wanted == "online" and not has_api_key():
+    if mode == "online" and not has_api_key():
         raise ConfigError(
-            f"{source}: online needs an API key, and none is configured. Run `wandb login`, set WANDB_API_KEY, "
-            "or use tracking.wandb=offline."
+            f"{source}: online needs an API key, and none is configured. Run `wandb login`, "
+            "set WANDB_API_KEY, or use tracking.wandb=offline."
         )
-    return wanted
+    return mode
 
 
 def has_api_key() -> bool:
@@ -76,5 +77,6 @@ def has_api_key() -> bool:
         return bool(settings.api_key or read_netrc_auth(host=settings.base_url))
     except WandbError as error:
         raise ConfigError(
-            f"tracking.wandb: W&B's own settings are at fault ({error}). Mend them, or use tracking.wandb=offline."
+            f"tracking.wandb: W&B's own settings are at fault ({error}). "
+            "Mend them, or use tracking.wandb=offline."
         ) from error

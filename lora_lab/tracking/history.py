@@ -18,10 +18,10 @@ from lora_lab.tracking.metrics_file import MetricsFile
 def replay(rows: Sequence[dict[str, Any]], loggers: Iterable[Logger], until_step: int) -> None:
     """Makes new loggers hold the rows before a checkpoint, so that resuming leaves each row exactly once.
 
-    Offline, the new W&B run gets the rows and the folders of earlier processes are deleted; their media
-    (tables and pictures) are logged when training ends, hence by none that was killed before. Online, W&B's own
-    resumption goes on with the rows that the server has: rows between the checkpoint and the kill then stand
-    there twice, with the same `trainer/global_step`. `metrics.csv` is exact in either mode.
+    Offline, the new W&B run gets the rows, and the folders of earlier processes are deleted. Pictures and
+    tables are no rows and are not repeated: they are logged when training ends, which no killed process has
+    seen. Online, W&B goes on with the rows that the server has: those between the checkpoint and the kill
+    then stand there twice, with the same `trainer/global_step`. `metrics.csv` is exact in either mode.
 
     Args:
         rows: what `read_metrics` returned before the run was resumed.
@@ -34,9 +34,8 @@ def replay(rows: Sequence[dict[str, Any]], loggers: Iterable[Logger], until_step
             logger.write(kept)
         elif isinstance(logger, WandbLogger) and logger.experiment.offline:
             for row in kept:
-                logger.log_metrics(
-                    {name: value for name, value in row.items() if name != "step"}, row["step"]
-                )
+                metrics = {name: value for name, value in row.items() if name != "step"}
+                logger.log_metrics(metrics, row["step"])
             _delete_earlier(logger.experiment)
 
 

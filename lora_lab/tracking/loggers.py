@@ -14,7 +14,7 @@ from wandb.errors import Error as WandbError
 
 from lora_lab.errors import ConfigError
 from lora_lab.files import writable
-from lora_lab.tracking.config import TrackingConfig, wandb_mode
+from lora_lab.tracking.config import Mode, TrackingConfig, wandb_mode
 from lora_lab.tracking.metrics_file import MetricsFile
 
 STEP = "trainer/global_step"
@@ -46,13 +46,15 @@ def build_loggers(
         loggers: list[Logger] = [MetricsFile(folder)]
     if mode == "disabled":
         return loggers
-    started = _start(config, mode, folder, experiment, run, settings) if rank_zero_only.rank == 0 else None
+    started = _start(config, mode, folder, experiment, run, settings)
     return [*loggers, WandbLogger(run, save_dir=folder, project=config.project, experiment=started)]
 
 
 @rank_zero_only
 def close_loggers(loggers: Iterable[Logger], failed: bool = False) -> None:
-    """Ends the W&B run, if there is one, after everything it was given is written or sent.
+    """Ends the W&B run, if there is one.
+
+    Offline, W&B may still write its last rows when this returns; the process does not exit before it is done.
 
     Args:
         loggers: what `build_loggers` made.
@@ -69,10 +71,11 @@ def run_id(config: TrackingConfig, experiment: str, run: str) -> str:
     return hashlib.sha256(names.encode()).hexdigest()[:16]
 
 
+@rank_zero_only
 def _start(
-    config: TrackingConfig, mode: str, folder: Path, experiment: str, run: str, settings: dict[str, Any]
+    config: TrackingConfig, mode: Mode, folder: Path, experiment: str, run: str, settings: dict[str, Any]
 ) -> wandb.Run:
-    # Lightning would start W&B itself, but with an obsolete argument that W&B complains about on the terminal.
+    # Lightning would start W&B with an obsolete argument, about which W&B complains on the terminal.
     try:
         started = wandb.init(
             dir=folder,

@@ -39,7 +39,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         return [{name: _number(value) for name, value in row.items() if value} for row in rows]
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error}). Mend it, or delete it to go on without the rows logged so far."
+            f"{path}: cannot be read ({error}). Mend it, or delete it to go on without the rows so far."
         ) from error
 
 

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lora_lab.adapters import AdapterSet
-from lora_lab.training.optimization import OptimizationConfig, build_optimizer, build_schedule
+from lora_lab.training.optimization import (
+    OptimizationConfig,
+    build_optimizer,
+    build_schedule,
+    parameter_groups,
+)
 from lora_lab.training.tasks import IGNORED, TASKS
 
 
@@ -50,6 +55,8 @@ class FineTuner(L.LightningModule):
                 for stage in ("validation", "test")
             }
         )
+        # Grouped here, so that what does not fit is told before anything is trained or written.
+        self._groups = parameter_groups(adapters, self.optimization)
         self._losses: list[Tensor] = []
         self._penalties: list[Tensor] = []
 
@@ -93,7 +100,9 @@ class FineTuner(L.LightningModule):
     def _log_evaluation(self, stage: str) -> None:
         parts: Any = self.evaluation[stage]
         found = {"loss": parts["loss"].compute(), **parts["metrics"].compute()}
-        self.log_dict({f"{stage}/{name}": value for name, value in found.items()}, prog_bar=stage == "validation")
+        self.log_dict(
+            {f"{stage}/{name}": value for name, value in found.items()}, prog_bar=stage == "validation"
+        )
         parts["loss"].reset()
         parts["metrics"].reset()
 
@@ -116,7 +125,7 @@ class FineTuner(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """Returns AdamW and its schedule, stepped once per optimizer step."""
         fused = self.trainer.precision != "16-mixed"
-        optimizer = build_optimizer(self.adapters, self.optimization, fused)
+        optimizer = build_optimizer(self._groups, self.optimization, fused)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = build_schedule(optimizer, self.optimization, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -125,6 +134,8 @@ class FineTuner(L.LightningModule):
         """Returns the adapters' tensors alone."""
         return self.adapters.state_dict()
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> None:
         """Takes over adapters' tensors; always strict about our own names and shapes."""
         self.adapters.load_state_dict(state_dict)

@@ -59,16 +59,19 @@ class OptimizationConfig:
             "warmup: must lie in [0, 1)": 0 <= self.warmup < 1,
             "gradient_clip: must be above 0, or null": self.gradient_clip is None or self.gradient_clip > 0,
         }
-        return [f"{rule}; got {getattr(self, rule.partition(':')[0])}" for rule, holds in rules.items() if not holds]
+        return [
+            f"{rule}; got {getattr(self, rule.partition(':')[0])}"
+            for rule, holds in rules.items()
+            if not holds
+        ]
 
 
-def build_optimizer(adapters: AdapterSet, config: OptimizationConfig, fused: bool = True) -> Optimizer:
-    """Makes AdamW over the trainable tensors, grouped by learning rate and weight decay.
+def parameter_groups(adapters: AdapterSet, config: OptimizationConfig) -> list[dict[str, Any]]:
+    """Groups the trainable tensors by learning rate and weight decay.
 
     Args:
         adapters: gives the tensors, and says which of them are spared from decay.
         config: rates and decay.
-        fused: one kernel for all tensors. Lightning cannot clip gradients before it under 16-mixed.
 
     Raises:
         IncompatibleError: if a LoRA+ ratio is asked for and the method has no B.
@@ -90,10 +93,20 @@ def build_optimizer(adapters: AdapterSet, config: OptimizationConfig, fused: boo
             rate *= config.loraplus_ratio
         decay = 0.0 if id(parameter) in spared else config.weight_decay
         groups.setdefault((rate, decay), []).append(parameter)
-    named: list[dict[str, Any]] = [
-        {"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()
-    ]
-    return AdamW(named, betas=(config.beta1, config.beta2), fused=fused)
+    return [{"params": found, "lr": rate, "weight_decay": decay} for (rate, decay), found in groups.items()]
+
+
+def build_optimizer(
+    groups: list[dict[str, Any]], config: OptimizationConfig, fused: bool = True
+) -> Optimizer:
+    """Makes AdamW over groups of tensors.
+
+    Args:
+        groups: what `parameter_groups` returned.
+        config: decay rates of the moments.
+        fused: one kernel for all tensors. Lightning cannot clip gradients before it under 16-mixed.
+    """
+    return AdamW(groups, betas=(config.beta1, config.beta2), fused=fused)
 
 
 def build_schedule(optimizer: Optimizer, config: OptimizationConfig, steps: int) -> LambdaLR:

@@ -1,4 +1,4 @@
-"""What a model is trained for: its loss, its metrics, and which of them says that one run is better than another."""
+"""What a model is trained for: its loss, its metrics, and the metric that says which run is better."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Task:
     """Whether less or more of it is better."""
 
 
-def _classes(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, "batch"]) -> tuple[Tensor, Tensor]:
+def _classes(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> tuple[Tensor, Tensor]:
     return logits.float(), labels
 
 

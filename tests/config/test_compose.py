@@ -43,7 +43,12 @@ def test_files_extend_others_and_the_nearest_wins(tmp_path):
     write(tmp_path / "parts" / "far.yaml", "adapter: {method: lora, rank: 2, alpha: 2}")
     write(tmp_path / "parts" / "near.yaml", "extends: [far.yaml]\nadapter: {rank: 4}")
     config = composed(tmp_path, "extends: [parts/near.yaml]\nadapter: {dropout: 0.5}", "seed=7")
-    assert (config.adapter.rank, config.adapter.alpha, config.adapter.dropout, config.seed) == (4, 2.0, 0.5, 7)
+    assert (config.adapter.rank, config.adapter.alpha, config.adapter.dropout, config.seed) == (
+        4,
+        2.0,
+        0.5,
+        7,
+    )
 
 
 def test_overrides_win_in_their_order(tmp_path):
@@ -53,17 +58,24 @@ def test_overrides_win_in_their_order(tmp_path):
 
 def test_overrides_take_lists_and_mappings(tmp_path):
     config = composed(
-        tmp_path, "adapter: {method: lora}", "adapter.targets=[layer1,layer2]", "adapter.rank_pattern={layer1: 2}"
+        tmp_path,
+        "adapter: {method: lora}",
+        "adapter.targets=[layer1,layer2]",
+        "adapter.rank_pattern={layer1: 2}",
     )
     assert config.adapter.targets == ["layer1", "layer2"]
     assert config.adapter.rank_pattern == {"layer1": 2}
 
 
 def test_all_faults_come_in_one_message_with_file_and_key(tmp_path):
-    found = faults(tmp_path, "adapter: {method: lora, rnak: 2, alpha: much}\nsede: 1", "trainer.max_epochs=many")
+    found = faults(
+        tmp_path, "adapter: {method: lora, rnak: 2, alpha: much}\nsede: 1", "trainer.max_epochs=many"
+    )
     file = str(tmp_path / "experiment.yaml")
     assert len(found) == 4
-    assert any(f.startswith(f"{file}: adapter.rnak: no such key; did you mean 'rank'? Known: ") for f in found)
+    assert any(
+        f.startswith(f"{file}: adapter.rnak: no such key; did you mean 'rank'? Known: ") for f in found
+    )
     assert any(f.startswith(f"{file}: adapter.alpha: ") and "much" in f for f in found)
     assert any(f.startswith(f"{file}: sede: no such key; did you mean 'seed'?") for f in found)
     assert any(f.startswith("command line: trainer.max_epochs: ") and "many" in f for f in found)
@@ -77,7 +89,9 @@ def test_other_libraries_names_are_translated(tmp_path):
 def test_faults_of_fields_that_are_each_well_formed_are_gathered_too(tmp_path):
     found = faults(
         tmp_path,
-        "adapter: {method: lora, rank: 0, dropout: 1.0}\noptimization: {learning_rate: -1}\ntrainer: {accumulate: 0}",
+        "adapter: {method: lora, rank: 0, dropout: 1.0}\n"
+        "optimization: {learning_rate: -1}\n"
+        "trainer: {accumulate: 0}",
     )
     assert [f.split(": ")[1] for f in found] == [
         "adapter.rank",
@@ -88,9 +102,10 @@ def test_faults_of_fields_that_are_each_well_formed_are_gathered_too(tmp_path):
 
 
 def test_an_unknown_method_is_told_with_a_suggestion(tmp_path):
-    assert "adapter.method: no method 'lroa'; did you mean 'lora'? Known: " in faults(
-        tmp_path, "adapter: {method: lroa}"
-    )[0]
+    assert (
+        "adapter.method: no method 'lroa'; did you mean 'lora'? Known: "
+        in faults(tmp_path, "adapter: {method: lroa}")[0]
+    )
 
 
 def test_a_missing_method_is_told_with_those_there_are(tmp_path):
@@ -107,7 +122,9 @@ def test_a_circle_of_extends_is_refused(tmp_path):
 def test_the_hash_depends_on_what_decides_the_result_and_on_nothing_else(tmp_path):
     text = "adapter: {method: lora}"
     plain = composed(tmp_path, text).hash()
-    assert composed(tmp_path, text, "output=elsewhere", "name=other", "tracking.wandb=disabled").hash() == plain
+    assert (
+        composed(tmp_path, text, "output=elsewhere", "name=other", "tracking.wandb=disabled").hash() == plain
+    )
     assert composed(tmp_path, text, "adapter.rank=9").hash() != plain
     assert composed(tmp_path, text, "seed=1").hash() != plain
 

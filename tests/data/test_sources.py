@@ -46,7 +46,10 @@ def test_toy_refuses_other_tasks_and_sizes():
 
 def test_embedded_refuses_tasks_without_labels():
     assert check_data(EmbeddedConfig(name="vader"), "regression") == []
-    assert "serves regression or causal_lm" in check_data(EmbeddedConfig(name="vader"), "sequence_classification")[0]
+    assert (
+        "serves regression or causal_lm"
+        in check_data(EmbeddedConfig(name="vader"), "sequence_classification")[0]
+    )
 
 
 def test_text_without_tokenizer_is_refused():

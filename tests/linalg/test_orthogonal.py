@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lora_lab.linalg.orthogonal import orthonormal_columns, reflect_chain, unit_columns
+from lora_lab.linalg.orthogonal import orthonormal_columns, overlap, reflect_chain, unit_columns
 
 
 def dense_chain(u: torch.Tensor) -> torch.Tensor:
@@ -92,3 +92,14 @@ def test_orthonormal_columns_are_left_alone():
     assert orthonormal_columns(Q.bfloat16()).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert orthonormal_columns(Q).dtype == torch.float32
+
+
+def test_overlap_is_zero_for_orthogonal_columns_of_any_length():
+    Q = orthonormal_columns(torch.randn(12, 3, dtype=torch.float64))
+    assert overlap(Q * torch.tensor([1.0, 10, 0.1])).item() == pytest.approx(0, abs=1e-7)
+    u = torch.randn(12, 3)
+    cosines = torch.nn.functional.cosine_similarity(u[:, :, None], u[:, None], dim=0)
+    expected = (cosines - torch.eye(3)).norm()
+    torch.testing.assert_close(overlap(u), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(overlap(u), expected)

@@ -6,7 +6,12 @@ from lora_lab.adapters import inject
 from lora_lab.adapters.methods.ia3 import IA3Spec
 from lora_lab.adapters.methods.lora import LoRASpec
 from lora_lab.errors import IncompatibleError
-from lora_lab.training.optimization import OptimizationConfig, build_optimizer, build_schedule
+from lora_lab.training.optimization import (
+    OptimizationConfig,
+    build_optimizer,
+    build_schedule,
+    parameter_groups,
+)
 
 
 def network() -> nn.Module:
@@ -18,21 +23,31 @@ def adapted(**options):
     return inject(network(), LoRASpec(targets=["0", "2"], rank=2, modules_to_save=["4"], **options))
 
 
+def build_optimizer_of(adapters, config):
+    return build_optimizer(parameter_groups(adapters, config), config)
+
+
 def rates(optimizer) -> dict[int, tuple[float, float]]:
-    return {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    return {
+        id(p): (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
 
 
 def test_every_trainable_tensor_is_in_exactly_one_group():
     adapters = adapted()
-    optimizer = build_optimizer(adapters, OptimizationConfig(loraplus_ratio=16, head_learning_rate=0.5))
+    optimizer = build_optimizer_of(adapters, OptimizationConfig(loraplus_ratio=16, head_learning_rate=0.5))
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in adapters.trainable_parameters())
 
 
 def test_loraplus_trains_b_and_the_bias_beside_it_faster_and_leaves_head_and_a_alone():
     adapters = adapted(lora_bias=True)
-    config = OptimizationConfig(learning_rate=0.01, loraplus_ratio=16, head_learning_rate=0.5, weight_decay=0.1)
-    found = rates(build_optimizer(adapters, config))
+    config = OptimizationConfig(
+        learning_rate=0.01, loraplus_ratio=16, head_learning_rate=0.5, weight_decay=0.1
+    )
+    found = rates(build_optimizer_of(adapters, config))
     first = adapters.adapters["0"]
     assert found[id(first.A)] == (0.01, 0.1)
     assert found[id(first.B)] == (0.16, 0.1)
@@ -44,14 +59,14 @@ def test_loraplus_trains_b_and_the_bias_beside_it_faster_and_leaves_head_and_a_a
 
 def test_tensors_whose_zero_means_something_are_spared_from_decay():
     adapters = inject(network(), IA3Spec(targets=["0", "2"], feedforward_modules=[], modules_to_save=[]))
-    found = rates(build_optimizer(adapters, OptimizationConfig(weight_decay=0.1)))
+    found = rates(build_optimizer_of(adapters, OptimizationConfig(weight_decay=0.1)))
     assert {decay for _, decay in found.values()} == {0.0}
 
 
 def test_loraplus_without_a_b_is_refused():
     adapters = inject(network(), IA3Spec(targets=["0", "2"], feedforward_modules=[], modules_to_save=[]))
     with pytest.raises(IncompatibleError, match="loraplus_ratio: ia3 has no factor B"):
-        build_optimizer(adapters, OptimizationConfig(loraplus_ratio=2))
+        build_optimizer_of(adapters, OptimizationConfig(loraplus_ratio=2))
 
 
 def course(config: OptimizationConfig, steps: int) -> list[float]:

@@ -79,6 +79,8 @@ def _config(spec: DoRASpec) -> dict[str, Any]:
 class DoRA(LinearAdapter):
     """The adapter of one linear map."""
 
+    weight_square: Tensor
+
     Spec = DoRASpec
     family = "low-rank"
     paper = "Liu et al. 2024, arXiv:2402.09353"
@@ -89,7 +91,7 @@ class DoRA(LinearAdapter):
         spec=_read_config,
     )
 
-    def __init__(self, base: nn.Module, spec: DoRASpec):
+    def __init__(self, base: Any, spec: DoRASpec):
         super().__init__(base)
         self.spec, self.scale = spec, spec.scale
         self.axis = 1 if spec.dora_axis == "out" else 0  # the axis that a norm sums over
@@ -113,10 +115,11 @@ class DoRA(LinearAdapter):
         # Autocast would compute the products below in half precision, and norms cancel in it.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.spec.detach_norm):
             with torch.autocast(weight.device.type, enabled=False):
-                left, right, weight = self.scale * self.B, self.A, widened(weight)
-                if self.axis == 0:
-                    weight, left, right = weight.T, right.T, left.T
-                square = squared_row_norms(weight, weight_square, left, right)
+                weight, left = widened(weight), self.scale * self.B
+                if self.axis == 1:
+                    square = squared_row_norms(weight, weight_square, left, self.A)
+                else:
+                    square = squared_row_norms(weight.T, weight_square, self.A.T, left.T)
                 norm = square.clamp(min=SMALLEST_NORM**2).sqrt()
         return self.m / norm
 

@@ -4,8 +4,8 @@
 
     trained   the module's own shapes; learned; a copy of the base at the start, hence W' = W
 
-The frozen original is kept, so that `remove()` is bitwise and a run can say what changed. That costs the base's
-memory once more; tied parameters stay tied.
+The frozen original is kept, so that `remove()` is bitwise and a run can say what changed. That costs the
+base's memory once more; tied parameters stay tied.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The head alone, on frozen features: the baseline which every adapter has to beat.
 
-    W' = W everywhere; only the task head (`modules_to_save`) is trained
+W' = W everywhere; only the task head (`modules_to_save`) is trained
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ class HeadSpec(AdapterSpec):
         """See `AdapterSpec.faults`."""
         if self.targets or self.layers is not None:
             return ["targets: head adapts no module of the base; leave targets and layers out"]
-        return ["modules_to_save: head trains nothing else; name a module"] if self.modules_to_save == [] else []
+        return (
+            ["modules_to_save: head trains nothing else; name a module"] if self.modules_to_save == [] else []
+        )
 
 
 class Head(Adapter):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lora_lab.adapters.base import InputAdapter, PeftLayout
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import IncompatibleError
-from lora_lab.linalg.orthogonal import orthonormal_columns, reflect_chain, unit_columns
+from lora_lab.linalg.orthogonal import orthonormal_columns, overlap, reflect_chain
 from lora_lab.linalg.start import kaiming_uniform
 
 
@@ -92,6 +92,8 @@ class HRA(InputAdapter):
     paper = "Yuan et al. 2024, arXiv:2405.17484"
     peft = PeftLayout("HRA", {"hra_u": "u"}, config=_write_config, spec=_read_config)
 
+    start_u: Tensor | None
+
     def __init__(self, base: nn.Module, spec: HRASpec):
         super().__init__(base)
         self.spec = spec
@@ -100,8 +102,7 @@ class HRA(InputAdapter):
                 f"adapter.rank: apply_GS needs rank <= {self.in_features}, the number of inputs here; got "
                 f"{spec.rank}. Lower the rank, or leave apply_GS out."
             )
-        paired = spec.identity_start and not spec.apply_GS
-        if paired:
+        if spec.identity_start and not spec.apply_GS:
             pairs = kaiming_uniform(self.in_features, spec.rank // 2, dtype=self.dtype)
             u = pairs.repeat_interleave(2, dim=1)  # (in, rank)
         else:
@@ -134,8 +135,7 @@ class HRA(InputAdapter):
         """See `Adapter.penalty`: how far the û_i are from orthogonal."""
         if not self.spec.reg_lambda:
             return 0.0
-        unit = unit_columns(self.u)
-        norm = torch.linalg.matrix_norm(torch.eye(self.rank, device=unit.device) - unit.T @ unit)
+        norm = overlap(self.u)
         return self.spec.reg_lambda * (norm.square() if self.spec.reg_squared else norm)
 
     def decay_exempt(self) -> list[nn.Parameter]:

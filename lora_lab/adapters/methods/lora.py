@@ -151,9 +151,12 @@ class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
         active: scalar, 1; 0 once the adapter was dropped.
     """
 
-    def __init__(
-        self, base: nn.Module, spec: LowRankSpec, scale: float, A: Tensor, B: Tensor, subtract: bool
-    ):
+    start_A: Tensor | None
+    start_B: Tensor | None
+    kept: Tensor
+    active: Tensor
+
+    def __init__(self, base: Any, spec: ScaledSpec, scale: float, A: Tensor, B: Tensor, subtract: bool):
         super().__init__(base)
         self.spec = spec
         self.scale = scale
@@ -172,7 +175,7 @@ class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Returns L (out, k) and R (k, in) with ΔW = s L R; k is 2·rank where a start is subtracted."""
-        if self.start_A is None:
+        if self.start_A is None or self.start_B is None:
             return self.B, self.A
         return torch.cat([self.B, -self.start_B], dim=1), torch.cat([self.A, self.start_A])
 
@@ -236,7 +239,7 @@ class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
         left, right, rank = tensors["lora_B.weight"], tensors["lora_A.weight"], self.spec.rank
         self.A.copy_(right[:rank])
         self.B.copy_(left[:, :rank])
-        if self.start_A is not None:
+        if self.start_A is not None and self.start_B is not None:
             self.start_A.copy_(right[rank:])
             self.start_B.copy_(-left[:, rank:])
 
@@ -257,7 +260,7 @@ class LoRA(LowRankAdapter):
         spec=_read_config,
     )
 
-    def __init__(self, base: nn.Module, spec: LoRASpec):
+    def __init__(self, base: Any, spec: LoRASpec):
         A, B = start(base, spec)
         super().__init__(base, spec, spec.scale, A, B, subtract=spec.init == "olora")
         self.c = nn.Parameter(torch.zeros(self.out_features, dtype=self.dtype)) if spec.lora_bias else None
@@ -303,7 +306,7 @@ class LoRA(LowRankAdapter):
             self.c.copy_(tensors["lora_B.bias"])
 
 
-def start(base: nn.Module, spec: LoRASpec) -> tuple[Tensor, Tensor]:
+def start(base: Any, spec: LoRASpec) -> tuple[Tensor, Tensor]:
     """Returns A (rank, in) and B (out, rank) as `spec.init` says.
 
     Raises:
@@ -329,7 +332,7 @@ def start(base: nn.Module, spec: LoRASpec) -> tuple[Tensor, Tensor]:
     return R[:rank].contiguous(), Q[:, :rank].contiguous()
 
 
-def refuse_rank_above(rank: int, base: nn.Module, what: str) -> None:
+def refuse_rank_above(rank: int, base: Any, what: str) -> None:
     """Raises for a rank that a decomposition of W cannot give."""
     most = min(base.in_features, base.out_features)
     if rank > most:
@@ -340,9 +343,11 @@ def refuse_rank_above(rank: int, base: nn.Module, what: str) -> None:
 
 
 class LoRAEmbedding(Adapter, RankAllocatable):
-    """The adapter of one embedding: out-of-place rows of A are looked up, then mapped by B."""
+    """The adapter of one embedding: columns of A are looked up, then mapped by B."""
 
     Spec = LoRASpec
+    base: nn.Embedding
+    kept: Tensor
     peft = PeftLayout("LORA", {"lora_embedding_A": "A", "lora_embedding_B": "B"}, LoRA.peft.config)
 
     def __init__(self, base: nn.Embedding, spec: LoRASpec):

@@ -85,7 +85,7 @@ def principal_part(
     return Q @ U, S, Vh
 
 
-def _start(base: nn.Module, spec: PiSSASpec) -> tuple[Tensor, Tensor]:
+def _start(base: Any, spec: PiSSASpec) -> tuple[Tensor, Tensor]:
     """Returns A₀ (rank, in) and B₀ (out, rank)."""
     refuse_rank_above(spec.rank, base, "pissa")
     weight = widened(base.weight)
@@ -114,6 +114,11 @@ def _read_config(config: dict[str, Any]) -> dict[str, Any] | None:
 class PiSSA(LowRankAdapter):
     """The adapter of one linear map."""
 
+    spec: PiSSASpec
+    start_A: Tensor
+    start_B: Tensor
+    residual: Tensor | None
+
     Spec = PiSSASpec
     family = "low-rank"
     paper = "Meng et al. 2024, arXiv:2404.02948"
@@ -124,7 +129,7 @@ class PiSSA(LowRankAdapter):
         spec=_read_config,
     )
 
-    def __init__(self, base: nn.Module, spec: PiSSASpec):
+    def __init__(self, base: Any, spec: PiSSASpec):
         if spec.mode == "residual" and not isinstance(base.weight, nn.Parameter):
             raise IncompatibleError(
                 "adapter.mode: residual holds W − s·B·A as a dense weight, which would undo the base's "

@@ -15,8 +15,8 @@ The reference's start is not the identity, on purpose. `init: identity` starts l
 and b = z or 0, the others with W = 0 and b = 0, hence h' = h; consreft has no such start.
 
 Positions count from the first token that is not padding. The prompt is the whole row, or its first
-`prompt_lengths` (batch,) tokens where the model is called with that keyword, which it never gets to see. While
-the key-value cache holds a prompt nothing is edited: the prompt was, when it was read.
+`prompt_lengths` (batch,) tokens if the model is called with that keyword, which it never gets to see. While a
+key-value cache holds the prompt, nothing is edited: the prompt was, when it was read.
 
 Not covered: `positions` other than `all` in encoder-decoders and on images; generation without a cache, with
 a prompt read in chunks, or with draft tokens; attention masks with holes. If a checkpointed function contains
@@ -165,16 +165,17 @@ class ReFT(HiddenStateAdapter):
     family = "hidden state"
     paper = "Wu et al. 2024, arXiv:2404.03592"
     identity_at_start = False
+    edits: Any
     peft = PeftLayout(None, tensors={}, config=lambda spec: {})
 
     def __init__(self, base: nn.Module, spec: ReFTSpec, positions: Positions):
         super().__init__(base)
         self.spec = spec
         self.positions = positions
-        entry = next((part for part in base.modules() if is_linear(part)), None)
+        entry: Any = next((part for part in base.modules() if is_linear(part)), None)
         if entry is None or spec.rank > entry.in_features:
             raise IncompatibleError(
-                f"adapter.rank: reft needs blocks beginning with a linear map of at least {spec.rank} inputs; "
+                f"adapter.rank: reft edits blocks beginning with a linear map of {spec.rank} inputs or more; "
                 f"{type(base).__name__} begins with {entry}. Lower the rank or name other targets."
             )
         # A block reads what it adds to: its first linear map tells the width of the hidden states.

@@ -72,15 +72,20 @@ class Projections(nn.Module):
             shows that it was made with other slices of them. None if A and B are stored.
     """
 
+    A: Tensor
+    B: Tensor
+    sizes: Tensor | None
+
     def __init__(self, sites: list[Site], spec: VeRASpec):
         super().__init__()
-        columns = max(site.module.in_features for site in sites)
-        rows = max(site.module.out_features for site in sites)
+        modules: list[Any] = [site.module for site in sites]
+        columns = max(module.in_features for module in modules)
+        rows = max(module.out_features for module in modules)
         generator = torch.Generator().manual_seed(spec.projection_prng_key)
         # PEFT's basis: drawn in float32 whatever the model's type, A first.
         A = _kaiming_uniform(spec.rank, columns, generator)
         B = _kaiming_uniform(rows, spec.rank, generator)
-        dtype = torch.promote_types(sites[0].module.weight.dtype, torch.float32)
+        dtype = torch.promote_types(modules[0].weight.dtype, torch.float32)
         self.register_buffer("A", A.to(dtype), persistent=spec.save_projection)
         self.register_buffer("B", B.to(dtype), persistent=spec.save_projection)
         self.register_buffer("sizes", None if spec.save_projection else torch.empty(columns, rows, 0))
@@ -121,7 +126,7 @@ class VeRA(AdditiveAdapter):
         },
     )
 
-    def __init__(self, base: nn.Module, spec: VeRASpec, projections: Projections):
+    def __init__(self, base: Any, spec: VeRASpec, projections: Projections):
         super().__init__(base)
         self.spec = spec
         self.projections = projections

@@ -1,0 +1,75 @@
+"""What each adapter of a model has become, in numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lora_lab.adapters import Adapter, AdapterSet
+from lora_lab.adapters.protocols import Droppable, RankAllocatable
+from lora_lab.linalg.rank import effective_rank, stable_rank
+from lora_lab.models.architectures import find_roles, layer_of
+
+
+@dataclass(frozen=True)
+class AdapterRow:
+    """What one adapter has become; None stands where a word has no meaning for the method."""
+
+    path: str
+    role: str
+    layer: int | None
+    rank: int | None
+    effective_rank: float | None
+    stable_rank: float | None
+    sparsity: float | None
+    trainable: int
+
+
+@torch.no_grad()
+def adapter_rows(adapters: AdapterSet) -> list[AdapterRow]:
+    """Measures every adapter, in the model's order."""
+    sites = {site.path: site for site in find_roles(adapters.model)}
+    rows = []
+    for path, adapter in adapters.items():
+        site = sites.get(path)
+        rows.append(
+            AdapterRow(
+                path,
+                site.role if site else path.rpartition(".")[2],
+                site.layer if site else layer_of(path),
+                adapter.rank,
+                *_spectrum(adapter),
+                sparsity(adapter),
+                sum(parameter.numel() for parameter in _trained(adapter)),
+            )
+        )
+    return rows
+
+
+def sparsity(adapter: Adapter) -> float | None:
+    """Returns the share of an adapter that is switched off, in [0, 1]; None where nothing is trained."""
+    if isinstance(adapter, Droppable) and adapter.dropped:
+        return 1.0
+    if isinstance(adapter, RankAllocatable):
+        return 1 - float(adapter.kept_components().float().mean())
+    trained = _trained(adapter)
+    zeros = sum(int((parameter == 0).sum()) for parameter in trained)
+    return zeros / sum(parameter.numel() for parameter in trained) if trained else None
+
+
+def _spectrum(adapter: Adapter) -> tuple[float | None, float | None]:
+    """Returns effective and stable rank of W' − W."""
+    try:
+        values = adapter.singular_values()
+    except torch.linalg.LinAlgError:
+        # A run that has diverged to inf or nan shall end as such, not within its statistics.
+        return math.nan, math.nan
+    return (None, None) if values is None else (effective_rank(values), stable_rank(values))
+
+
+def _trained(adapter: Adapter) -> list[nn.Parameter]:
+    tensors = adapter.adapter_tensors().values()
+    return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter) and tensor.requires_grad]

@@ -1,0 +1,64 @@
+"""Counting exactly what autograd keeps between forward and backward."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+class Holder:
+    """Holds one saved tensor, and dies with the node of the graph that saved it."""
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
+class SavedTensors:
+    """Sees every tensor that autograd saves between `start` and `stop`.
+
+    Counting all that is ever saved would be too much: graphs that die within the forward pass free theirs.
+    Hence each is held by its node alone, and `count` looks at those still alive.
+    """
+
+    def __init__(self) -> None:
+        self._holders: list[weakref.ref[Holder]] = []
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+
+    def start(self) -> None:
+        """Begins to look."""
+        self._hooks.__enter__()
+
+    def stop(self) -> None:
+        """Ceases to look; what was saved stays usable for the backward pass."""
+        self._hooks.__exit__()
+
+    def count(self, known: Iterable[Tensor] = ()) -> int:
+        """Returns the bytes of the distinct storages that are saved now.
+
+        Args:
+            known: tensors that are in memory anyway, such as parameters and buffers; they do not count.
+        """
+        alive = [holder.tensor for reference in self._holders if (holder := reference()) is not None]
+        storages = {_place(tensor): tensor.untyped_storage().nbytes() for tensor in alive}
+        for tensor in known:
+            storages.pop(_place(tensor), None)
+        return sum(storages.values())
+
+    def _pack(self, tensor: Tensor) -> Holder:
+        # Detached: a node that saves its own output would otherwise hold itself alive.
+        holder = Holder(tensor.detach())
+        self._holders.append(weakref.ref(holder))
+        return holder
+
+
+def _unpack(holder: Holder) -> Tensor:
+    return holder.tensor
+
+
+def _place(tensor: Tensor) -> tuple[torch.device, int]:
+    return tensor.device, tensor.untyped_storage().data_ptr()
