@@ -45,7 +45,9 @@ def train(
     adapters = inject(model, spec)
     module = FineTuner(model.train(), adapters, "sequence_classification", num_labels=3)
     callbacks = [AdapterStatistics(adapters), MemoryStatistics(adapters), SpeedStatistics()]
-    loggers = build_loggers(TrackingConfig(wandb=tracking), folder, "trial", "one", SETTINGS) if folder else []
+    loggers = (
+        build_loggers(TrackingConfig(wandb=tracking), folder, "trial", "one", SETTINGS) if folder else []
+    )
     arguments = {"max_epochs": 1, "log_every_n_steps": log_every, "accelerator": "cpu", **options}
     trainer = L.Trainer(
         callbacks=[*callbacks, *extra],

@@ -42,12 +42,11 @@ def offline_folders(folder: Path) -> list[Path]:
 
 
 def read_offline_run(folder: Path, ended: bool = True) -> OfflineRun:
-    """Reads the one offline run in a run's folder.
+    """Reads one of W&B's offline folders.
 
     W&B's `finish` returns before the file is whole: unless told otherwise, this waits for its end.
     """
-    (offline,) = offline_folders(folder)
-    (path,) = offline.glob("*.wandb")
+    (path,) = folder.glob("*.wandb")
     for _ in range(100):
         run = _read(path)
         if run.exit_code is not None or not ended:

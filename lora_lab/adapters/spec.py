@@ -63,13 +63,13 @@ class AdapterSpec:
                 found.append(f"{name}: must be one of {', '.join(get_args(hint))}; got {value!r}")
         return found
 
-    def for_site(self, patterns: dict[str, dict[str, Any]]) -> Self:
+    def for_site(self, values: dict[str, Any]) -> Self:
         """Returns this spec with the values that the `…_pattern` fields give for one site.
 
         Args:
-            patterns: field name (`rank`) to the values that matched the site, at most one each.
+            values: field name (`rank`) to the value whose key matched the site.
         """
-        return replace(self, **{name: value for name, value in patterns.items()})
+        return replace(self, **values)
 
 
 @dataclass

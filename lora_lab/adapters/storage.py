@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -157,7 +157,7 @@ def read_spec(folder: Path, tensors: Mapping[str, Tensor]) -> AdapterSpec:
         try:
             given = OmegaConf.load(own).adapter
             schema = OmegaConf.structured(METHODS[given.method].Spec)
-            return OmegaConf.to_object(OmegaConf.merge(schema, given))
+            return cast(AdapterSpec, OmegaConf.to_object(OmegaConf.merge(schema, given)))
         except (OmegaConfBaseException, YAMLError, AttributeError, KeyError, OSError, ValueError) as error:
             raise CheckpointError(
                 f"{own}: cannot be read as the spec of a method ({error}). Delete the file to read {CONFIG} "
@@ -173,7 +173,7 @@ def _spec_from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     from lora_lab.adapters import METHODS
 
     layouts = [(method, method.peft) for method in METHODS.values() if method.peft.peft_type]
-    known = {layout.peft_type for _, layout in layouts}
+    known = {str(layout.peft_type) for _, layout in layouts}
     peft_type = config["peft_type"]
     if peft_type is None:
         raise IncompatibleError(
@@ -183,8 +183,8 @@ def _spec_from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
         raise IncompatibleError(
             f"peft_type: no method here is PEFT's '{peft_type}'{suggest(str(peft_type), known)}"
         )
-    for name, allowed in {"bias": ("none", None), "exclude_modules": (None, [])}.items():
-        if config.get(name) not in allowed:
+    for name, none in {"bias": "none", "exclude_modules": []}.items():
+        if config.get(name) not in (none, None):
             raise IncompatibleError(
                 f"{name}: {config[name]!r} of PEFT's config has no counterpart in lora_lab."
             )
@@ -248,7 +248,8 @@ def _patterns(adapters: AdapterSet) -> dict[str, Any]:
     """Spells patterns out as PEFT understands them: ours may name roles, which PEFT does not know."""
     if not any(field.name == "rank_pattern" for field in fields(adapters.spec)):
         return {}
-    layout, found = _layout(adapters), {"rank_pattern": {}, "alpha_pattern": {}}
+    layout = _layout(adapters)
+    found: dict[str, dict[str, Any]] = {"rank_pattern": {}, "alpha_pattern": {}}
     general = layout.config(adapters.spec)
     names = {"rank_pattern": "r", "alpha_pattern": next((n for n in general if n.endswith("alpha")), "alpha")}
     for path, adapter in adapters.items():

@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tracked_run import train
-from wandb_file import read_offline_run
 
 from lora_lab.adapters import inject
 from lora_lab.adapters.methods.bitfit import BitFitSpec
@@ -19,6 +17,8 @@ from lora_lab.callbacks.adapter_rows import adapter_rows, sparsity
 from lora_lab.callbacks.adapter_statistics import final_statistics
 from lora_lab.callbacks.rank_heatmap import rank_heatmap
 from lora_lab.tracking import read_metrics
+from tests.tracked_run import train
+from tests.wandb_file import offline_folders, read_offline_run
 
 SPEC = LoRASpec(rank=4, targets=["query", "value"], rank_pattern={"value": 2})
 
@@ -27,7 +27,7 @@ SPEC = LoRASpec(rank=4, targets=["query", "value"], rank_pattern={"value": 2})
 def tracked(make_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tracked")
     run = train(make_model("bert"), SPEC, folder, max_epochs=2)
-    return run, read_metrics(folder), read_offline_run(folder)
+    return run, read_metrics(folder), read_offline_run(*offline_folders(folder))
 
 
 def test_statistics_stand_in_the_row_of_the_validation(tracked):
@@ -145,8 +145,8 @@ def test_a_diverged_adapter_gives_nan_and_no_error(make_model):
     adapters = inject(make_model("bert"), SPEC)
     next(iter(adapters)).A.data.fill_(math.nan)
     assert math.isnan(final_statistics(adapters)["effective_rank_mean"])
-    assert rank_heatmap([(row.layer, row.role, row.path, row.effective_rank) for row in adapter_rows(adapters)])\
-        is not None
+    places = [(row.layer, row.role, row.path, row.effective_rank) for row in adapter_rows(adapters)]
+    assert rank_heatmap(places) is not None
 
 
 def test_a_run_without_loggers_passes(make_model):
@@ -156,7 +156,9 @@ def test_a_run_without_loggers_passes(make_model):
 
 def test_heat_map_separates_equal_roles_of_two_stacks():
     places = [
-        (layer, "query", f"{stack}.block.{layer}.layer.0.q", 1.0) for layer in (0, 1) for stack in ("encoder", "decoder")
+        (layer, "query", f"{stack}.block.{layer}.layer.0.q", 1.0)
+        for layer in (0, 1)
+        for stack in ("encoder", "decoder")
     ]
     one = rank_heatmap([place for place in places if place[2].startswith("encoder")])
     both = rank_heatmap(places)
