@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import transformers
 import yaml
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
@@ -90,10 +91,11 @@ def run(config: ExperimentConfig, resume: bool = False, overwrite: bool = False)
         # Heads must start alike in every process; what is drawn from here on (dropout) must not be alike.
         L.seed_everything(config.seed + rank_zero_only.rank, workers=True, verbose=False)
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        metrics = dict(trainer.callback_metrics)
+        if statistics.best.metrics_are_old(trainer):
+            metrics |= trainer.validate(module, data, verbose=False)[0]
         if data.test_dataloader() is not None:
-            trainer.test(module, data, verbose=False)
-            metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+            metrics |= trainer.test(module, data, verbose=False)[0]
         record |= _end_record(trainer, adapters, statistics, metrics)
         if trainer.is_global_zero:
             save_adapter(adapters, folder.adapter, config.model.name, PEFT_TASKS[config.model.task])
@@ -249,7 +251,7 @@ def _start_record(
 
 
 def _end_record(
-    trainer: L.Trainer, adapters: AdapterSet, statistics: _Callbacks, metrics: dict[str, float]
+    trainer: L.Trainer, adapters: AdapterSet, statistics: _Callbacks, metrics: dict[str, Any]
 ) -> dict[str, Any]:
     return {
         "status": "finished",
@@ -264,7 +266,7 @@ def _end_record(
         "best_value": statistics.best.best_value,
         "best_step": statistics.best.best_step,
         "metrics": {
-            name: value
+            name: float(value)
             for name, value in metrics.items()
             if name.startswith(("train/", "validation/", "test/"))
         },
@@ -287,7 +289,10 @@ def quiet_libraries() -> None:
     for message in (
         ".*does not have many workers.*",
         ".*in eval mode at the start of training.*",
-        ".*dataloader is not resumable.*",
         ".*smaller than the logging interval.*",
+        ".*LeafSpec.*is deprecated.*",
+        ".*gradient_checkpointing.* is deprecated.*",  # its successor is missing in transformers 5.0
     ):
         warnings.filterwarnings("ignore", message=message)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()

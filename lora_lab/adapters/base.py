@@ -8,15 +8,15 @@ A method states its mathematics once, as `adapted_weight` or one of its fast for
     OutputAdapter       W' = S W          y = S base(x),  b' = S b
     HiddenStateAdapter  h' = f(h)         on the output of a whole block
 
-The base is never written to. Trainable tensors are float32 where the base is in half precision or quantised,
-else of the base's type.
+The base is never written to. An adapter's tensors are float32 where the base is in half precision or
+quantised, else of the base's type; modules trained whole (`TrainedCopy`) keep the base's type in every case.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -48,8 +48,8 @@ class PeftLayout:
     """Fields of an `adapter_config.json` of this `peft_type` → fields of our spec; None where the file means
     another of our methods (PEFT calls LoRA, DoRA and PiSSA all LORA)."""
 
-    shared: Mapping[str, str] = field(default_factory=dict)
-    """Tensor name at the root of the file → attribute that every adapter shares."""
+    shared: Callable[[Any], Mapping[str, Tensor]] = lambda adapter: {}
+    """Any adapter → the tensors that all of them share, by their names at the root of the file."""
 
     site_config: Callable[[Mapping[str, Adapter]], dict[str, Any]] = lambda adapters: {}
     """Adapters by path → fields of `adapter_config.json` that name modules: PEFT knows paths, not roles."""
@@ -65,6 +65,8 @@ class Adapter(nn.Module):
     """Authors, year and arXiv id."""
     mergeable: ClassVar[bool] = True
     identity_at_start: ClassVar[bool] = True
+    reads_prompt_lengths: ClassVar[bool] = False
+    """Whether the model must be called with `prompt_lengths` (batch,), which `watch` takes out of the call."""
     peft: ClassVar[PeftLayout]
 
     base: nn.Module
@@ -91,8 +93,9 @@ class Adapter(nn.Module):
     @classmethod
     def at(cls, site: Site, spec: Any, *shared: Any) -> Adapter:
         """Constructs the adapter of one site: seeded by the site, then with the base's device and mode."""
+        construct: Callable[..., Adapter] = cls  # a method's constructor takes its spec and what it shares too
         with site.seeded(), torch.no_grad():
-            adapter = cls(site.module, spec, *shared)
+            adapter = construct(site.module, spec, *shared)
         base = set(site.module.modules())
         for part in set(adapter.modules()) - base:
             part.training = site.module.training  # a model in eval mode must not get live dropout
@@ -351,7 +354,9 @@ class TrainedCopy(BorrowingAdapter):
     This is how task heads are trained beside adapters, and what full fine-tuning is made of.
     """
 
-    trained: nn.Module
+    base: Any
+    trained: Any
+    """A module of the base's class."""
 
     def __init__(self, base: nn.Module, copies: dict[int, Any]):
         super().__init__(base)

@@ -94,13 +94,29 @@ class LowRankSpec(AdapterSpec):
     def faults(self) -> list[str]:
         """See `AdapterSpec.faults`."""
         found = super().faults()
-        for name, rank in {"rank": self.rank, **_keyed("rank_pattern", self.rank_pattern)}.items():
-            if rank < 1:
-                found.append(f"{name}: must be at least 1; got {rank}")
-        for name, alpha in {"alpha": self.alpha, **_keyed("alpha_pattern", self.alpha_pattern)}.items():
-            if not math.isfinite(alpha) or alpha == 0:
-                found.append(f"{name}: must be finite and not 0; got {alpha}")
+        for name, rank in self.ranks().items():
+            found += least_fault(name, rank, 1)
+        for name, alpha in self.alphas().items():
+            found += zero_fault(name, alpha)
         return found + probability_fault("dropout", self.dropout)
+
+    def ranks(self) -> dict[str, int]:
+        """Returns every rank that is asked for, by the field that says it."""
+        return {"rank": self.rank, **_keyed("rank_pattern", self.rank_pattern)}
+
+    def alphas(self) -> dict[str, float]:
+        """Returns every alpha that is asked for, by the field that says it."""
+        return {"alpha": self.alpha, **_keyed("alpha_pattern", self.alpha_pattern)}
+
+
+def least_fault(name: str, value: float, least: float) -> list[str]:
+    """Returns the fault of a value below `least`, or nothing."""
+    return [] if value >= least else [f"{name}: must be at least {least}; got {value}"]
+
+
+def zero_fault(name: str, value: float) -> list[str]:
+    """Returns the fault of a factor that is zero, infinite or no number, or nothing."""
+    return [] if math.isfinite(value) and value else [f"{name}: must be finite and not 0; got {value}"]
 
 
 def probability_fault(name: str, value: float) -> list[str]:

@@ -112,6 +112,8 @@ def load_adapter(model: nn.Module, folder: Path) -> AdapterSet:
             adapter.load_peft_tensors({name: given[f"{start}{name}"] for name in adapter.peft_tensors()})
         for name, tensor in _shared_tensors(adapters).items():
             tensor.data.copy_(given[name])
+        for adapter in adapters.everything():
+            adapter.tensors_changed()
     except Exception:
         adapters.remove()
         raise
@@ -239,9 +241,7 @@ def _belongs(key: str, paths: Mapping[str, Any]) -> bool:
 
 def _shared_tensors(adapters: AdapterSet) -> dict[str, Tensor]:
     first = next(iter(adapters), None)
-    shared = _layout(adapters).shared.items()
-    found = {} if first is None else {name: getattr(first, attribute) for name, attribute in shared}
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
+    return {} if first is None else dict(_layout(adapters).shared(first))
 
 
 def _patterns(adapters: AdapterSet) -> dict[str, Any]:

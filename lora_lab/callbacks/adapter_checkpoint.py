@@ -27,11 +27,18 @@ class AdapterCheckpoint(L.Callback):
         self.best_step: int | None = None
         """Optimizer steps done by then."""
         self._best: dict[str, torch.Tensor] = {}
+        self._validated_step: int | None = None
+
+    def metrics_are_old(self, trainer: L.Trainer) -> bool:
+        """Whether the last validation was of other adapters than those the run ends with."""
+        ends_with = self.best_step if self._best else trainer.global_step
+        return self._validated_step != ends_with
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compares the validation just finished with the best so far."""
         if not isinstance(pl_module, FineTuner) or trainer.state.fn != "fit":
             return
+        self._validated_step = trainer.global_step
         value = float(trainer.callback_metrics[pl_module.monitor])
         best = self.best_value
         if best is None or (value > best if pl_module.task.mode == "max" else value < best):
@@ -48,9 +55,10 @@ class AdapterCheckpoint(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the best validation so far, and its adapters if they are to be kept."""
-        return {"best_value": self.best_value, "best_step": self.best_step, "best": self._best}
+        names = ("best_value", "best_step", "_best", "_validated_step")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what `state_dict` returned."""
-        self.best_value, self.best_step = state_dict["best_value"], state_dict["best_step"]
-        self._best = state_dict["best"]
+        for name, value in state_dict.items():
+            setattr(self, name, value)

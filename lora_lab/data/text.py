@@ -15,11 +15,15 @@ from lora_lab.errors import DataError
 
 
 class TokenisedTexts(Dataset[dict[str, Tensor]]):
-    """Examples of text without padding: `input_ids`, `token_type_ids` where known, and `labels`."""
+    """Examples of text without padding: `input_ids`, `token_type_ids` where known, and `labels`.
+
+    Where a text follows a prompt, `prompt_lengths` tells its tokens: methods that edit the prompt ask for them.
+    """
 
     def __init__(self, tokens: Tokens, labels: Tensor | None):
         self.tokens = tokens
         self.labels = labels
+        self.prompted = labels is None and bool(tokens.prompts.any())
 
     def __len__(self) -> int:
         return len(self.tokens.prompts)
@@ -34,6 +38,8 @@ class TokenisedTexts(Dataset[dict[str, Tensor]]):
         else:
             example["labels"] = example["input_ids"].clone()
             example["labels"][: self.tokens.prompts[index]] = IGNORED
+        if self.prompted:
+            example["prompt_lengths"] = self.tokens.prompts[index]
         return example
 
 

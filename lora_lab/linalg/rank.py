@@ -1,4 +1,4 @@
-"""How much rank a matrix really uses. Pure functions of tensors; everything is computed in float32 or wider."""
+"""How much rank a matrix really uses. Pure functions of tensors, computed in float32 or wider."""
 
 import torch
 from jaxtyping import Float
@@ -10,7 +10,7 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def product_singular_values(left: Float[Tensor, "out k"], right: Float[Tensor, "k in"]) -> Float[Tensor, "k"]:
+def product_singular_values(left: Float[Tensor, "out k"], right: Float[Tensor, "k in"]) -> Float[Tensor, " k"]:
     """Singular values of `left @ right` from two thin QRs and one small SVD: the product is never formed.
 
     Args:
@@ -25,8 +25,8 @@ def product_singular_values(left: Float[Tensor, "out k"], right: Float[Tensor, "
     return torch.linalg.svdvals(left_core @ right_core.T)
 
 
-def effective_rank(singular_values: Float[Tensor, "k"]) -> float:
-    """exp of the entropy of the normalised singular values (Roy and Vetterli 2007); 0 for a zero matrix.
+def effective_rank(singular_values: Float[Tensor, " k"]) -> float:
+    """Returns exp of the entropy of the normalised values (Roy and Vetterli 2007); 0 for a zero matrix.
 
     r equal singular values give exactly r; one dominating value gives close to 1.
     """
@@ -37,7 +37,7 @@ def effective_rank(singular_values: Float[Tensor, "k"]) -> float:
     return float(torch.exp(-(share * share.log()).sum()))
 
 
-def stable_rank(singular_values: Float[Tensor, "k"]) -> float:
+def stable_rank(singular_values: Float[Tensor, " k"]) -> float:
     """‖M‖_F² / ‖M‖₂² (Rudelson and Vershynin 2007); 0 for a zero matrix."""
     largest = singular_values.max() if singular_values.numel() else singular_values.sum()
     return 0.0 if largest == 0 else float((singular_values / largest).square().sum())

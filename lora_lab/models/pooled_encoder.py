@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -90,26 +91,50 @@ class PooledEncoder(PreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
-    ) -> SequenceClassifierOutput:
-        """Classifies a batch.
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SequenceClassifierOutput | tuple[Tensor, ...]:
+        """Classifies a batch; the arguments are those by which PEFT calls a classifier of transformers.
 
         Args:
             input_ids: (batch, time)
             attention_mask: (batch, time), 1 for tokens, 0 for padding; None means no padding.
             token_type_ids: (batch, time), for encoders that tell the first text from the second.
+            inputs_embeds: (batch, time, width), in the place of `input_ids`.
+            labels: (batch,), classes, or real numbers where the model has one label; adds `loss`.
+            output_attentions: add the encoder's attention weights.
+            output_hidden_states: add the encoder's hidden states.
+            return_dict: False gives the output as a tuple.
 
         Returns:
             Output with `logits`, (batch, num_labels).
         """
         if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if token_type_ids is not None and self._takes_token_types:
+            attention_mask = torch.ones_like(inputs_embeds[..., 0] if input_ids is None else input_ids)
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        inputs |= {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        if self._takes_token_types:
             inputs["token_type_ids"] = token_type_ids
-        hidden = self.body(**inputs).last_hidden_state  # (batch, time, width)
-        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)  # (batch, time, 1)
+        encoded = self.body(**{name: given for name, given in inputs.items() if given is not None})
+        hidden = encoded.last_hidden_state  # (batch, time, width)
+        mask = attention_mask.unsqueeze(-1).to(hidden)  # (batch, time, 1)
         mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)  # (batch, width)
-        return SequenceClassifierOutput(logits=self.classifier(self.dropout(mean)))
+        logits = self.classifier(self.dropout(mean))
+        output = SequenceClassifierOutput(
+            loss=None if labels is None else self._loss(logits, labels),
+            logits=logits,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if logits.shape[-1] == 1:
+            return F.mse_loss(logits.squeeze(-1), labels.to(logits))
+        return F.cross_entropy(logits, labels)

@@ -55,6 +55,8 @@ class FineTuner(L.LightningModule):
                 for stage in ("validation", "test")
             }
         )
+        prompts = any(adapter.reads_prompt_lengths for adapter in adapters)
+        self._hidden = {"labels"} if prompts else {"labels", "prompt_lengths"}
         # Grouped here, so that what does not fit is told before anything is trained or written.
         self._groups = parameter_groups(adapters, self.optimization)
         self._losses: list[Tensor] = []
@@ -67,7 +69,9 @@ class FineTuner(L.LightningModule):
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Returns the logits for a batch; its labels are not shown to the model."""
-        return self.model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
+        return self.model(
+            **{name: tensor for name, tensor in batch.items() if name not in self._hidden}
+        ).logits
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the task's loss plus the adapters' penalty."""
@@ -124,7 +128,8 @@ class FineTuner(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Returns AdamW and its schedule, stepped once per optimizer step."""
-        fused = self.trainer.precision != "16-mixed"
+        # Lightning clips no gradients before a fused step under mixed precision.
+        fused = self.trainer.precision == "32-true" or self.optimization.gradient_clip is None
         optimizer = build_optimizer(self._groups, self.optimization, fused)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = build_schedule(optimizer, self.optimization, steps)

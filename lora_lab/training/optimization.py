@@ -104,7 +104,7 @@ def build_optimizer(
     Args:
         groups: what `parameter_groups` returned.
         config: decay rates of the moments.
-        fused: one kernel for all tensors. Lightning cannot clip gradients before it under 16-mixed.
+        fused: one kernel for all tensors.
     """
     return AdamW(groups, betas=(config.beta1, config.beta2), fused=fused)
 

@@ -33,6 +33,9 @@ class BitFitSpec(AdapterSpec):
 class BitFit(BorrowingAdapter):
     """The shift of one module's bias."""
 
+    base: Any
+    """What `accepts` lets through: `weight` and `bias`, whatever its class."""
+
     Spec = BitFitSpec
     family = "baseline"
     paper = "Ben Zaken et al. 2021, arXiv:2106.10199"
@@ -56,7 +59,7 @@ class BitFit(BorrowingAdapter):
     @torch.no_grad()
     def merged_module(self) -> nn.Module:
         """See `Adapter.merged_module`."""
-        base: Any = self.base
+        base = self.base
         if isinstance(base, nn.LayerNorm):
             merged: nn.Module = nn.LayerNorm(base.normalized_shape, base.eps, device="meta")
         else:

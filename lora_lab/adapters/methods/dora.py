@@ -23,7 +23,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import LinearAdapter, PeftLayout
-from lora_lab.adapters.methods.lora import ScaledSpec, lora_config, lora_fields, refuse_foreign_options
+from lora_lab.adapters.low_rank import ScaledSpec, read_lora_config, write_lora_config
+from lora_lab.linalg.norms import squared_row_norms
 from lora_lab.linalg.rank import widened
 from lora_lab.linalg.start import kaiming_uniform
 
@@ -44,36 +45,10 @@ class DoRASpec(ScaledSpec):
     """Treat ‖V‖ as a constant in the backward pass, as in the paper's section 4.3."""
 
 
-def squared_row_norms(
-    weight: Float[Tensor, "rows columns"],
-    weight_square: Float[Tensor, " rows"],
-    left: Float[Tensor, "rows rank"],
-    right: Float[Tensor, "rank columns"],
-) -> Float[Tensor, " rows"]:
-    """Returns ‖W_i + L_i R‖² for every row i without forming the sum.
-
-    ‖W_i + L_i R‖² = ‖W_i‖² + ⟨L_i, 2 W_i Rᵀ + L_i R Rᵀ⟩
-
-    Args:
-        weight: W.
-        weight_square: ‖W_i‖².
-        left: L.
-        right: R.
-    """
-    return weight_square + (left * (2 * (weight @ right.T) + left @ (right @ right.T))).sum(1)
-
-
-def _read_config(config: dict[str, Any]) -> dict[str, Any] | None:
-    if not config.get("use_dora"):
-        return None
-    refuse_foreign_options(config)
-    return lora_fields(config)
-
-
-def _config(spec: DoRASpec) -> dict[str, Any]:
+def _write_config(spec: DoRASpec) -> dict[str, Any]:
     # PEFT has no magnitudes per input: without its type it refuses the folder instead of misreading it.
     foreign = {"peft_type": None} if spec.dora_axis == "in" else {}
-    return {**lora_config(spec), "use_dora": True, **foreign}
+    return {**write_lora_config(spec), "use_dora": True, **foreign}
 
 
 class DoRA(LinearAdapter):
@@ -87,8 +62,8 @@ class DoRA(LinearAdapter):
     peft = PeftLayout(
         "LORA",
         tensors={"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "m"},
-        config=_config,
-        spec=_read_config,
+        config=_write_config,
+        spec=lambda config: read_lora_config(config, "dora"),
     )
 
     def __init__(self, base: Any, spec: DoRASpec):

@@ -165,6 +165,7 @@ class ReFT(HiddenStateAdapter):
     family = "hidden state"
     paper = "Wu et al. 2024, arXiv:2404.03592"
     identity_at_start = False
+    reads_prompt_lengths = True
     edits: Any
     peft = PeftLayout(None, tensors={}, config=lambda spec: {})
 

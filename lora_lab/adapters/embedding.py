@@ -1,0 +1,78 @@
+"""The low-rank update of an embedding (vocabulary, width).
+
+    Wᵀ' = Wᵀ + s B A       y = base(t) + s B a_t, with a_t the column of A for token t
+
+    A   (rank, vocabulary)   learned; zeros at the start, hence W' = W
+    B   (width, rank)        learned; N(0, 1) at the start
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from lora_lab.adapters.base import BorrowingAdapter, PeftLayout
+from lora_lab.adapters.low_rank import ScaledSpec, write_lora_config
+from lora_lab.adapters.protocols import RankAllocatable
+from lora_lab.linalg.rank import product_singular_values, widened
+
+
+class LowRankEmbedding(BorrowingAdapter, RankAllocatable):
+    """The adapter of one embedding: columns of A are looked up, then mapped by B."""
+
+    base: nn.Embedding
+    kept: Tensor
+    peft = PeftLayout("LORA", {"lora_embedding_A": "A", "lora_embedding_B": "B"}, write_lora_config)
+
+    def __init__(self, base: nn.Embedding, spec: ScaledSpec):
+        super().__init__(base)
+        dtype = torch.promote_types(base.weight.dtype, torch.float32)
+        self.spec, self.scale = spec, spec.scale
+        self.A = nn.Parameter(torch.zeros(spec.rank, base.num_embeddings, dtype=dtype))
+        self.B = nn.Parameter(torch.randn(base.embedding_dim, spec.rank, dtype=dtype))
+        self.register_buffer("kept", torch.ones(spec.rank, dtype=torch.bool))
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """Plain embeddings: those of a subclass scale or renormalise what they look up."""
+        return type(module) is nn.Embedding and module.max_norm is None
+
+    @property
+    def rank(self) -> int:
+        """The number of components not silenced."""
+        return int(self.kept.sum())
+
+    def delta_weight(self) -> Float[Tensor, "vocabulary width"]:
+        """Returns W' − W."""
+        return self.scale * (self.B @ self.A).T
+
+    def singular_values(self) -> Float[Tensor, " k"]:
+        """See `Adapter.singular_values`."""
+        return abs(self.scale) * product_singular_values(self.B, self.A)
+
+    def forward(self, tokens: Int[Tensor, "..."]) -> Float[Tensor, "... width"]:
+        """Looks up base and update."""
+        y = self.base(tokens)
+        return (y + F.linear(F.embedding(tokens, self.A.T) * self.scale, self.B)).to(y.dtype)
+
+    @torch.no_grad()
+    def merged_module(self) -> nn.Module:
+        """See `Adapter.merged_module`."""
+        weight = (widened(self.base.weight) + self.delta_weight()).to(self.base.weight.dtype)
+        return nn.Embedding.from_pretrained(weight, freeze=True, padding_idx=self.base.padding_idx)
+
+    def rank_components(self) -> list[tuple[nn.Parameter, int]]:
+        """See `RankAllocatable`."""
+        return [(self.A, 0), (self.B, 1)]
+
+    @torch.no_grad()
+    def keep_components(self, keep: Bool[Tensor, " rank"]) -> None:
+        """See `RankAllocatable`."""
+        self.kept.copy_(keep)
+        self.A[~keep] = 0
+
+    def kept_components(self) -> Bool[Tensor, " rank"]:
+        """See `RankAllocatable`."""
+        return self.kept

@@ -1,0 +1,235 @@
+"""What LoRA and its relatives share: the update s B A, its spec, and how PEFT's files of type LORA are read.
+
+    ΔW = s (B A − B₀ A₀)       s = alpha / rank, or alpha / √rank with rslora (Kalajdzievski 2023, arXiv:2312.03732)
+
+A method whose start is not zero freezes a copy A₀, B₀ of it and learns the difference: W' = W at the start,
+and the base's tensors stay as they are. PEFT rewrites the base instead and its file holds A and B alone; ours
+holds the stacked factors [B, −B₀] and [A; A₀], and opens there as the plain LoRA of rank 2·rank that it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from lora_lab.adapters.base import AdditiveAdapter
+from lora_lab.adapters.protocols import Droppable, RankAllocatable
+from lora_lab.adapters.spec import LowRankSpec
+from lora_lab.errors import IncompatibleError
+from lora_lab.linalg.rank import product_singular_values, widened
+
+
+@dataclass
+class ScaledSpec(LowRankSpec):
+    """Adds the scale of B A."""
+
+    rslora: bool = False
+    """Scale by alpha / √rank, which keeps the update's size as the rank grows."""
+
+    @property
+    def scale(self) -> float:
+        """The factor s."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
+    """ΔW = s (B A − B₀ A₀), from a start A, B.
+
+    Attributes:
+        A: (rank, in), learned.
+        B: (out, rank), learned.
+        start_A: (rank, in), frozen; None where the update starts at zero.
+        start_B: (out, rank), frozen; None where the update starts at zero.
+        kept: (rank,), flags of the components that no controller has silenced.
+        active: scalar, 1; 0 once the adapter was dropped.
+    """
+
+    start_A: Tensor | None
+    start_B: Tensor | None
+    kept: Tensor
+    active: Tensor
+
+    def __init__(
+        self,
+        base: Any,
+        spec: ScaledSpec,
+        A: Float[Tensor, "rank in"],
+        B: Float[Tensor, "out rank"],
+        subtract: bool,
+    ):
+        super().__init__(base)
+        self.spec, self.scale = spec, spec.scale
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.register_buffer("start_A", A.clone() if subtract else None)
+        self.register_buffer("start_B", B.clone() if subtract else None)
+        self.register_buffer("kept", torch.ones(spec.rank, dtype=torch.bool))
+        self.register_buffer("active", torch.ones((), dtype=self.dtype))
+        self.dropout = nn.Dropout(spec.dropout) if spec.dropout else nn.Identity()
+
+    @property
+    def rank(self) -> int:
+        """The number of components not silenced."""
+        return 0 if self.dropped else int(self.kept.sum())
+
+    def factors(self) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
+        """Returns L and R with ΔW = s L R; k is 2·rank where a start is subtracted."""
+        if self.start_A is None or self.start_B is None:
+            return self.B, self.A
+        return torch.cat([self.B, -self.start_B], dim=1), torch.cat([self.A, self.start_A])
+
+    def delta_weight(self) -> Float[Tensor, "out in"]:
+        """See `AdditiveAdapter.delta_weight`."""
+        left, right = self.factors()
+        return self.scale * self.active * (widened(left) @ widened(right))
+
+    def delta_output(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        """See `AdditiveAdapter.delta_output`."""
+        left, right = self.factors()
+        # The scale goes onto the (..., rank) product: a pass over the (..., out) output costs far more.
+        return F.linear(F.linear(self.dropout(x), right) * (self.scale * self.active), left)
+
+    def singular_values(self) -> Float[Tensor, " k"]:
+        """See `LinearAdapter.singular_values`."""
+        return abs(self.scale) * self.active * product_singular_values(*self.factors())
+
+    def decay_exempt(self) -> list[nn.Parameter]:
+        """See `Adapter.decay_exempt`: where a start is subtracted, no change is that start."""
+        return [] if self.start_A is None else [self.A, self.B]
+
+    def loraplus_parameters(self) -> list[nn.Parameter]:
+        """See `Adapter.loraplus_parameters`."""
+        return [self.B]
+
+    def rank_components(self) -> list[tuple[nn.Parameter, int]]:
+        """See `RankAllocatable`."""
+        return [(self.A, 0), (self.B, 1)]
+
+    @torch.no_grad()
+    def keep_components(self, keep: Bool[Tensor, " rank"]) -> None:
+        """See `RankAllocatable`. B's columns are zeroed, A stays: from both zero nothing grows back."""
+        self.kept.copy_(keep)
+        self.B[:, ~keep] = 0
+        if self.start_B is not None:
+            self.start_B[:, ~keep] = 0
+
+    def kept_components(self) -> Bool[Tensor, " rank"]:
+        """See `RankAllocatable`."""
+        return self.kept
+
+    def drop(self) -> None:
+        """See `Droppable`. A switch, not zeros in B, which the optimizer's next step would fill again."""
+        self.active.zero_()
+
+    @property
+    def dropped(self) -> bool:
+        """See `Droppable`."""
+        return not self.active
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        """See `Adapter.peft_tensors`: the stacked factors; once dropped, all but A is zero."""
+        left, right = self.factors()
+        others = {**super().peft_tensors(), "lora_B.weight": left}
+        return {name: tensor * self.active for name, tensor in others.items()} | {"lora_A.weight": right}
+
+    @torch.no_grad()
+    def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `Adapter.load_peft_tensors`: takes apart what `factors` stacks."""
+        left, right, rank = tensors["lora_B.weight"], tensors["lora_A.weight"], self.spec.rank
+        super().load_peft_tensors(
+            {**tensors, "lora_A.weight": right[:rank], "lora_B.weight": left[:, :rank]}
+        )
+        if self.start_A is not None and self.start_B is not None:
+            self.start_A.copy_(right[rank:])
+            self.start_B.copy_(-left[:, rank:])
+
+
+def refuse_rank_above(rank: int, base: Any, what: str) -> None:
+    """Raises for a rank that a decomposition of W cannot give."""
+    most = min(base.in_features, base.out_features)
+    if rank > most:
+        raise IncompatibleError(
+            f"adapter.rank: {what} takes its start from W and allows at most min(in, out) = {most} here; "
+            f"got {rank}. Lower the rank, or use rank_pattern for this module."
+        )
+
+
+# PEFT's config ------------------------------------------------------------------------------------------
+
+STARTS_ON_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
+"""PEFT's `init_lora_weights` that leave the base as it is: of their files, A and B say all."""
+
+VARIANTS = (
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+)
+"""PEFT's options under which a file's A and B mean another function than LoRA's."""
+
+
+def write_lora_config(spec: ScaledSpec, factor: int = 1) -> dict[str, Any]:
+    """Returns PEFT's fields for a sum of `factor` updates of one scale stacked into one.
+
+    PEFT scales by alpha / rank, so alpha grows with the stacked rank to keep s (by √factor under rsLoRA).
+    """
+    return {
+        "r": spec.rank * factor,
+        "lora_alpha": spec.alpha * (math.sqrt(factor) if spec.rslora else factor),
+        "lora_dropout": spec.dropout,
+        "use_rslora": spec.rslora,
+        "init_lora_weights": True,
+    }
+
+
+def read_lora_config(config: dict[str, Any], kind: str) -> dict[str, Any] | None:
+    """Returns our spec's fields for a file of PEFT's type LORA, which is the type of three methods.
+
+    Args:
+        config: PEFT's fields.
+        kind: the method that asks, `lora`, `dora` or `pissa`.
+
+    Returns:
+        The fields that the three share; None if the file is another one's.
+
+    Raises:
+        IncompatibleError: if A and B do not say all that the file computes.
+    """
+    init = config.get("init_lora_weights", True)
+    start = "pissa" if str(init).startswith("pissa") else "lora"
+    if kind != ("dora" if config.get("use_dora") else start):
+        return None
+    if init not in STARTS_ON_THE_BASE and (kind, init) != ("pissa", "pissa"):
+        why = (
+            "started from a random SVD, which PEFT's file does not hold"
+            if kind == "pissa"
+            else "changed the base model when PEFT made this adapter, and the file does not hold that base"
+        )
+        raise IncompatibleError(
+            f"init_lora_weights: {init!r} {why}. Convert it in PEFT: "
+            "save_pretrained(path_initial_model_for_weight_conversion=…)."
+        )
+    for name in VARIANTS:
+        if config.get(name):
+            raise IncompatibleError(
+                f"{name}: {config[name]!r} of PEFT's config has no counterpart in lora_lab."
+            )
+    return {
+        "rank": config["r"],
+        "alpha": float(config["lora_alpha"]),
+        "dropout": config.get("lora_dropout", 0.0),
+        "rslora": config.get("use_rslora", False),
+        "rank_pattern": config.get("rank_pattern") or {},
+        "alpha_pattern": {key: float(value) for key, value in (config.get("alpha_pattern") or {}).items()},
+    }

@@ -1,0 +1,199 @@
+"""What tracking costs: a run with loggers and statistics against the same run without.
+
+    python -m lora_lab.bench.tracking_cost OUTPUT.csv
+
+The model has BERT base's shapes and random weights, LoRA of rank 8 on query and value, batches of 8 × 64 tokens.
+One thread and CPU time, of this process and of W&B's own: wall time would count whatever else the machine does.
+The two runs take turns, and each round gives one ratio. A CPU's speed drifts by several per cent within a round,
+so the cost itself is measured too: the time in hooks and loggers, in W&B's threads, and in W&B's process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import psutil
+import torch
+from lightning.pytorch.loggers import Logger
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import BertConfig, BertForSequenceClassification
+
+from lora_lab.adapters import AdapterSet, inject
+from lora_lab.adapters.methods.lora import LoRASpec
+from lora_lab.callbacks.adapter_statistics import AdapterStatistics
+from lora_lab.callbacks.memory_statistics import MemoryStatistics
+from lora_lab.callbacks.speed_statistics import SpeedStatistics
+from lora_lab.tracking import TrackingConfig, build_loggers, close_loggers
+from lora_lab.training.module import FineTuner
+
+ROUNDS, STEPS, LOG_EVERY, BATCH, LENGTH = 5, 10, 10, 8, 64
+ONCE = ("on_fit_start", "on_train_start", "on_train_end")
+EACH_STEP = (
+    "on_train_batch_start",
+    "on_before_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+)
+
+
+class Clock(L.Callback):
+    """Measures CPU seconds from the second batch, when all is warm, to the last row.
+
+    Attributes:
+        process: of this process.
+        main: of its main thread.
+        wandb: of W&B's process.
+        once: in hooks at the start and the end of training.
+        hooks: in the hooks and loggers of the measured steps.
+    """
+
+    def __init__(self) -> None:
+        self.process = self.main = self.wandb = self.once = self.hooks = 0.0
+        self._inside = False
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Starts at the second batch."""
+        if batch_idx == 1:
+            self.process, self.main, self.wandb = (-clock() for clock in CLOCKS)
+            self.hooks = 0.0
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Stops after the last row."""
+        now = [clock() for clock in CLOCKS]
+        self.process, self.main, self.wandb = self.process + now[0], self.main + now[1], self.wandb + now[2]
+
+    def watch(self, target: L.Callback | Logger, names: tuple[str, ...], sum_up: str) -> None:
+        """Adds the time of an object's methods to an attribute; what they call in turn is counted once."""
+        for name in names:
+            setattr(target, name, self._timed(getattr(target, name), sum_up))
+
+    def _timed(self, method: Callable[..., Any], sum_up: str) -> Callable[..., Any]:
+        def timed(*arguments: Any, **options: Any) -> Any:
+            if self._inside:
+                return method(*arguments, **options)
+            self._inside, begin = True, time.thread_time()
+            try:
+                return method(*arguments, **options)
+            finally:
+                self._inside = False
+                setattr(self, sum_up, getattr(self, sum_up) + time.thread_time() - begin)
+
+        return timed
+
+
+def children_time() -> float:
+    """Returns the CPU seconds that the child processes, W&B's service, have used."""
+    times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+    return sum(spent.user + spent.system for spent in times)
+
+
+CLOCKS = (time.process_time, time.thread_time, children_time)
+
+
+def train(model: nn.Module, folder: Path | None) -> Clock:
+    """Trains some steps; with a folder under full tracking, without one under none."""
+    adapters = inject(model, LoRASpec(rank=8, targets=["query", "value"]))
+    clock = Clock()
+    begin = time.process_time() + children_time()
+    loggers = (
+        build_loggers(TrackingConfig(wandb="offline"), folder, "cost", folder.name, {}) if folder else []
+    )
+    startup = time.process_time() + children_time() - begin
+    callbacks = _watched(adapters, loggers, clock) if folder else []
+    trainer = L.Trainer(
+        max_steps=STEPS + 1,
+        log_every_n_steps=LOG_EVERY,
+        accelerator="cpu",
+        callbacks=[clock, *callbacks],
+        logger=loggers,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    ids = torch.randint(1, 1000, (STEPS + 1, BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros(BATCH, dtype=torch.long)
+    batches = [{"input_ids": rows, "attention_mask": torch.ones_like(rows), "labels": labels} for rows in ids]
+    module = FineTuner(model.train(), adapters, "sequence_classification", num_labels=2)
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    close_loggers(loggers)
+    adapters.remove()
+    clock.once += startup
+    return clock
+
+
+def _watched(adapters: AdapterSet, loggers: list[Logger], clock: Clock) -> list[L.Callback]:
+    callbacks = [AdapterStatistics(adapters), MemoryStatistics(adapters), SpeedStatistics()]
+    for callback in callbacks:
+        clock.watch(callback, ONCE, "once")
+        clock.watch(callback, EACH_STEP, "hooks")
+    for logger in loggers:
+        clock.watch(logger, ("log_metrics",), "hooks")
+    return callbacks
+
+
+def measure(model: nn.Module, number: int) -> dict[str, Any]:
+    """Runs one round and returns its row; times are CPU milliseconds, of one step where not said otherwise."""
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {}
+        for tracked in (False, True) if number % 2 else (True, False):
+            runs[tracked] = train(model, Path(folder) / f"round-{number}" if tracked else None)
+    plain, tracked_run = runs[False], runs[True]
+    each = 1e3 / STEPS
+    # W&B's threads: what the process spends outside its main thread, less what it does without tracking.
+    threads = max(0.0, (tracked_run.process - tracked_run.main) - (plain.process - plain.main))
+    row = {
+        "round": number,
+        "plain_step": plain.process * each,
+        "tracked_step": (tracked_run.process + tracked_run.wandb) * each,
+        "ratio": (tracked_run.process + tracked_run.wandb) / plain.process,
+        "hooks_and_loggers": tracked_run.hooks * each,
+        "wandb_threads": threads * each,
+        "wandb_process": tracked_run.wandb * each,
+        "added": (tracked_run.hooks + threads + tracked_run.wandb) * each,
+        "once_per_run": tracked_run.once * 1e3,
+    }
+    return {name: round(value, 5) if isinstance(value, float) else value for name, value in row.items()}
+
+
+def machine() -> str:
+    """Returns the CPU in words."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{os.cpu_count()}-core {name or platform.processor()}, CPU"
+
+
+def main() -> None:
+    """Measures all rounds and writes one row each."""
+    parser = argparse.ArgumentParser(description="Measures what tracking costs.")
+    parser.add_argument("output", type=Path, help="CSV file to write")
+    output = parser.parse_args().output
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(vocab_size=1000, num_labels=2))
+    told = {"date": datetime.now(UTC).date().isoformat(), "machine": machine()}
+    told |= {name: version(name) for name in ("torch", "lightning", "wandb")}
+    rows = [told | measure(model, number) for number in range(1, ROUNDS + 1)]
+    with output.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    for name in ("plain_step", "tracked_step", "ratio", "added", "once_per_run"):
+        print(f"{name:15} median {statistics.median(row[name] for row in rows):.4f}")
+
+
+if __name__ == "__main__":
+    main()
