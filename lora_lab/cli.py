@@ -95,13 +95,12 @@ def _train(options: argparse.Namespace) -> None:
     if options.print_config:
         print(yaml.safe_dump(asdict(config), sort_keys=False), end="")
         return
-    from lightning.pytorch.utilities import rank_zero_only
-
     from lora_lab.experiment import run
     from lora_lab.report.tables import record_table
+    from lora_lab.runs import process_rank
 
     result = run(config, resume=options.resume, overwrite=options.overwrite)
-    if rank_zero_only.rank == 0:
+    if process_rank() == 0:
         console = Console()
         console.print(record_table(result.record))
         if not result.fresh:

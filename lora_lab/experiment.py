@@ -15,7 +15,6 @@ import torch
 import transformers
 import yaml
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from lora_lab.adapters import AdapterSet, inject
@@ -31,7 +30,7 @@ from lora_lab.data import TaskData, build_data
 from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError
 from lora_lab.files import write_text
 from lora_lab.models.build import build_model, build_tokenizer
-from lora_lab.runs import SCHEMA_VERSION, RunFolder, environment
+from lora_lab.runs import SCHEMA_VERSION, RunFolder, environment, process_rank
 from lora_lab.tracking import build_loggers, close_loggers, read_metrics, replay, wandb_mode
 from lora_lab.training.module import FineTuner
 from lora_lab.training.trainer import trainer_arguments
@@ -89,9 +88,9 @@ def run(config: ExperimentConfig, resume: bool = False, overwrite: bool = False)
         if checkpoint:
             replay(rows, loggers, _step_of(checkpoint))
         # Heads must start alike in every process; what is drawn from here on (dropout) must not be alike.
-        L.seed_everything(config.seed + rank_zero_only.rank, workers=True, verbose=False)
+        L.seed_everything(config.seed + process_rank(), workers=True, verbose=False)
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-        metrics = dict(trainer.callback_metrics)
+        metrics: dict[str, Any] = dict(trainer.callback_metrics)
         if statistics.best.metrics_are_old(trainer):
             metrics |= trainer.validate(module, data, verbose=False)[0]
         if data.test_dataloader() is not None:
@@ -109,7 +108,7 @@ def run(config: ExperimentConfig, resume: bool = False, overwrite: bool = False)
             if isinstance(error, KeyboardInterrupt | SystemExit)
             else f"{type(error).__name__}: {error}"
         )
-        if rank_zero_only.rank == 0:
+        if process_rank() == 0:
             folder.write({**record, "status": "failed", "error": reason})
         raise
     return RunResult(folder, record, fresh=True)
@@ -179,7 +178,7 @@ class _Callbacks:
 
     def everything(self, progress_bar: bool) -> list[L.Callback]:
         bars: list[L.Callback] = [RichProgressBar()] if progress_bar else []
-        # Statistics of the end stand behind the callback that puts the best adapters back; the clock stands last.
+        # The statistics stand behind the callback that puts the best adapters back; the clock stands last.
         return [self.best, self.adapters, self.memory, *bars, self.resume, self.speed]
 
 
@@ -188,7 +187,7 @@ def _check_folder(
 ) -> dict[str, Any] | None:
     """Decides what an earlier run in the folder means; returns its record if it goes on or is done."""
     folder.check_writable()
-    if rank_zero_only.rank != 0:
+    if process_rank() != 0:
         # The first process has decided and prepared the folder before it started this one.
         return folder.read() if resume else None
     before = folder.read()
@@ -212,7 +211,7 @@ def _check_folder(
     return before
 
 
-def _prepare_model(model: nn.Module, config: ExperimentConfig) -> None:
+def _prepare_model(model: Any, config: ExperimentConfig) -> None:
     if config.trainer.gradient_checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise IncompatibleError(f"trainer.gradient_checkpointing: {config.model.name} does not offer it.")
@@ -222,7 +221,7 @@ def _prepare_model(model: nn.Module, config: ExperimentConfig) -> None:
 
 
 def _write_start(folder: RunFolder, config: ExperimentConfig, record: dict[str, Any]) -> None:
-    if rank_zero_only.rank == 0:
+    if process_rank() == 0:
         write_text(folder.config, yaml.safe_dump(asdict(config), sort_keys=False))
         folder.checkpoint.parent.mkdir(exist_ok=True)
         folder.write(record)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from lora_lab.errors import CheckpointError
 from lora_lab.files import write_text
@@ -105,9 +106,14 @@ class RunFolder:
             )
 
 
+def process_rank() -> int:
+    """Returns the rank of this process, 0 for the first; known before there is a Trainer."""
+    return int(getattr(rank_zero_only, "rank", 0))
+
+
 def environment() -> dict[str, Any]:
     """Returns what a run's numbers depend on beside its config: versions, commit, hardware."""
-    packages = {}
+    packages: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             packages[name] = version(name)

@@ -66,10 +66,12 @@ class Adapter(nn.Module):
     mergeable: ClassVar[bool] = True
     identity_at_start: ClassVar[bool] = True
     reads_prompt_lengths: ClassVar[bool] = False
-    """Whether the model must be called with `prompt_lengths` (batch,), which `watch` takes out of the call."""
+    """Whether the model is to be called with `prompt_lengths` (batch,), which `watch` takes out again."""
     peft: ClassVar[PeftLayout]
 
     base: nn.Module
+    spec: Any = None
+    """The spec that holds at this site; None where no option matters once the adapter is made."""
 
     def __init__(self, base: nn.Module):
         super().__init__()
@@ -93,7 +95,8 @@ class Adapter(nn.Module):
     @classmethod
     def at(cls, site: Site, spec: Any, *shared: Any) -> Adapter:
         """Constructs the adapter of one site: seeded by the site, then with the base's device and mode."""
-        construct: Callable[..., Adapter] = cls  # a method's constructor takes its spec and what it shares too
+        # A method's own constructor takes its spec too, and what its adapters share.
+        construct: Callable[..., Adapter] = cls
         with site.seeded(), torch.no_grad():
             adapter = construct(site.module, spec, *shared)
         base = set(site.module.modules())
@@ -113,7 +116,7 @@ class Adapter(nn.Module):
     @property
     def rank(self) -> int | None:
         """The rank now in use; None where the word has no meaning for the method."""
-        return None
+        return getattr(self.spec, "rank", None)
 
     def singular_values(self) -> Float[Tensor, " k"] | None:
         """Returns the singular values of W' − W in falling order; None where no matrix is edited."""

@@ -1,9 +1,9 @@
 """The low-rank update of an embedding (vocabulary, width).
 
-    Wᵀ' = Wᵀ + s B A       y = base(t) + s B a_t, with a_t the column of A for token t
+Wᵀ' = Wᵀ + s B A       y = base(t) + s B a_t, with a_t the column of A for token t
 
-    A   (rank, vocabulary)   learned; zeros at the start, hence W' = W
-    B   (width, rank)        learned; N(0, 1) at the start
+A   (rank, vocabulary)   learned; zeros at the start, hence W' = W
+B   (width, rank)        learned; N(0, 1) at the start
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class LowRankEmbedding(BorrowingAdapter, RankAllocatable):
         """See `Adapter.singular_values`."""
         return abs(self.scale) * product_singular_values(self.B, self.A)
 
-    def forward(self, tokens: Int[Tensor, "..."]) -> Float[Tensor, "... width"]:
+    def forward(self, tokens: Int[Tensor, "*tokens"]) -> Float[Tensor, "*tokens width"]:
         """Looks up base and update."""
         y = self.base(tokens)
         return (y + F.linear(F.embedding(tokens, self.A.T) * self.scale, self.B)).to(y.dtype)

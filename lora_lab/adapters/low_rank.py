@@ -1,6 +1,6 @@
 """What LoRA and its relatives share: the update s B A, its spec, and how PEFT's files of type LORA are read.
 
-    ΔW = s (B A − B₀ A₀)       s = alpha / rank, or alpha / √rank with rslora (Kalajdzievski 2023, arXiv:2312.03732)
+    ΔW = s (B A − B₀ A₀)       s = alpha / rank, or alpha / √rank with rslora
 
 A method whose start is not zero freezes a copy A₀, B₀ of it and learns the difference: W' = W at the start,
 and the base's tensors stay as they are. PEFT rewrites the base instead and its file holds A and B alone; ours
@@ -31,7 +31,8 @@ class ScaledSpec(LowRankSpec):
     """Adds the scale of B A."""
 
     rslora: bool = False
-    """Scale by alpha / √rank, which keeps the update's size as the rank grows."""
+    """Scale by alpha / √rank, which keeps the update's size as the rank grows (Kalajdzievski 2023,
+    arXiv:2312.03732)."""
 
     @property
     def scale(self) -> float:
@@ -142,9 +143,7 @@ class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Adapter.load_peft_tensors`: takes apart what `factors` stacks."""
         left, right, rank = tensors["lora_B.weight"], tensors["lora_A.weight"], self.spec.rank
-        super().load_peft_tensors(
-            {**tensors, "lora_A.weight": right[:rank], "lora_B.weight": left[:, :rank]}
-        )
+        super().load_peft_tensors({**tensors, "lora_A.weight": right[:rank], "lora_B.weight": left[:, :rank]})
         if self.start_A is not None and self.start_B is not None:
             self.start_A.copy_(right[rank:])
             self.start_B.copy_(-left[:, rank:])

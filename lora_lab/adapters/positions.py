@@ -7,12 +7,13 @@ hook a bound method of it, so that the model can still be copied and pickled.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -63,6 +64,19 @@ class Positions:
             self._find(given, prompt_lengths)
         return arguments, keywords
 
+    def slots_of(self, hidden: Float[Tensor, "batch time width"]) -> dict[str, Slots]:
+        """Returns the edited positions of a block's output.
+
+        Raises:
+            IncompatibleError: if the block puts out other tokens than those of the model's input.
+        """
+        if self.shape != tuple(hidden.shape[:2]):
+            raise IncompatibleError(
+                f"adapter.positions: the block was called with {tuple(hidden.shape[:2])} tokens, the model "
+                f"with {self.shape}. Call the model as a whole, or use positions: all."
+            )
+        return self.slots
+
     def _find(self, given: Mapping[str, Any], prompt_lengths: Tensor | None) -> None:
         names = [
             name for name in ("input_ids", "inputs_embeds", *given) if isinstance(given.get(name), Tensor)
@@ -82,6 +96,14 @@ class Positions:
             )
         lengths = mask.sum(1) if prompt_lengths is None else prompt_lengths.to(mask.device)
         self.slots = prompt_slots(mask.long().argmax(1), lengths, self.counts, self.shape[1])
+
+
+def read_counts(text: str) -> dict[str, int]:
+    """Returns the numbers of first (`f`) and last (`l`) tokens in `f1+l2`; {} for what cannot be read."""
+    parts = re.findall(r"([fl])([1-9]\d*)", text)
+    written = "+".join(key + number for key, number in parts)
+    readable = written == text and len(dict(parts)) == len(parts)
+    return {key: int(number) for key, number in parts} if readable else {}
 
 
 def prompt_slots(

@@ -2,10 +2,11 @@
 
     python -m lora_lab.bench.tracking_cost OUTPUT.csv
 
-The model has BERT base's shapes and random weights, LoRA of rank 8 on query and value, batches of 8 × 64 tokens.
-One thread and CPU time, of this process and of W&B's own: wall time would count whatever else the machine does.
-The two runs take turns, and each round gives one ratio. A CPU's speed drifts by several per cent within a round,
-so the cost itself is measured too: the time in hooks and loggers, in W&B's threads, and in W&B's process.
+The model has BERT base's shapes and random weights, LoRA of rank 8 on query and value, batches of 8 × 64
+tokens. One thread and CPU time, of this process and of W&B's own: wall time would count whatever else the
+machine does. The two runs take turns, and each round gives one ratio. A CPU's speed drifts by some per cent
+within a round, so the cost itself is measured too: the time in hooks and loggers, in W&B's threads, and in
+W&B's process.
 """
 
 from __future__ import annotations
@@ -17,14 +18,12 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import psutil
 import torch
 from lightning.pytorch.loggers import Logger
 from torch import nn
@@ -33,80 +32,22 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from lora_lab.adapters import AdapterSet, inject
 from lora_lab.adapters.methods.lora import LoRASpec
+from lora_lab.bench.hook_clock import HookClock, children_time
 from lora_lab.callbacks.adapter_statistics import AdapterStatistics
 from lora_lab.callbacks.memory_statistics import MemoryStatistics
 from lora_lab.callbacks.speed_statistics import SpeedStatistics
 from lora_lab.tracking import TrackingConfig, build_loggers, close_loggers
 from lora_lab.training.module import FineTuner
 
-ROUNDS, STEPS, LOG_EVERY, BATCH, LENGTH = 5, 10, 10, 8, 64
+ROUNDS, STEPS, LOG_EVERY, BATCH, LENGTH = 3, 10, 10, 8, 64
 ONCE = ("on_fit_start", "on_train_start", "on_train_end")
-EACH_STEP = (
-    "on_train_batch_start",
-    "on_before_backward",
-    "on_before_optimizer_step",
-    "on_train_batch_end",
-)
+EACH_STEP = ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end")
 
 
-class Clock(L.Callback):
-    """Measures CPU seconds from the second batch, when all is warm, to the last row.
-
-    Attributes:
-        process: of this process.
-        main: of its main thread.
-        wandb: of W&B's process.
-        once: in hooks at the start and the end of training.
-        hooks: in the hooks and loggers of the measured steps.
-    """
-
-    def __init__(self) -> None:
-        self.process = self.main = self.wandb = self.once = self.hooks = 0.0
-        self._inside = False
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Starts at the second batch."""
-        if batch_idx == 1:
-            self.process, self.main, self.wandb = (-clock() for clock in CLOCKS)
-            self.hooks = 0.0
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Stops after the last row."""
-        now = [clock() for clock in CLOCKS]
-        self.process, self.main, self.wandb = self.process + now[0], self.main + now[1], self.wandb + now[2]
-
-    def watch(self, target: L.Callback | Logger, names: tuple[str, ...], sum_up: str) -> None:
-        """Adds the time of an object's methods to an attribute; what they call in turn is counted once."""
-        for name in names:
-            setattr(target, name, self._timed(getattr(target, name), sum_up))
-
-    def _timed(self, method: Callable[..., Any], sum_up: str) -> Callable[..., Any]:
-        def timed(*arguments: Any, **options: Any) -> Any:
-            if self._inside:
-                return method(*arguments, **options)
-            self._inside, begin = True, time.thread_time()
-            try:
-                return method(*arguments, **options)
-            finally:
-                self._inside = False
-                setattr(self, sum_up, getattr(self, sum_up) + time.thread_time() - begin)
-
-        return timed
-
-
-def children_time() -> float:
-    """Returns the CPU seconds that the child processes, W&B's service, have used."""
-    times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
-    return sum(spent.user + spent.system for spent in times)
-
-
-CLOCKS = (time.process_time, time.thread_time, children_time)
-
-
-def train(model: nn.Module, folder: Path | None) -> Clock:
+def train(model: nn.Module, folder: Path | None) -> HookClock:
     """Trains some steps; with a folder under full tracking, without one under none."""
     adapters = inject(model, LoRASpec(rank=8, targets=["query", "value"]))
-    clock = Clock()
+    clock = HookClock()
     begin = time.process_time() + children_time()
     loggers = (
         build_loggers(TrackingConfig(wandb="offline"), folder, "cost", folder.name, {}) if folder else []
@@ -134,7 +75,7 @@ def train(model: nn.Module, folder: Path | None) -> Clock:
     return clock
 
 
-def _watched(adapters: AdapterSet, loggers: list[Logger], clock: Clock) -> list[L.Callback]:
+def _watched(adapters: AdapterSet, loggers: list[Logger], clock: HookClock) -> list[L.Callback]:
     callbacks = [AdapterStatistics(adapters), MemoryStatistics(adapters), SpeedStatistics()]
     for callback in callbacks:
         clock.watch(callback, ONCE, "once")
@@ -145,7 +86,7 @@ def _watched(adapters: AdapterSet, loggers: list[Logger], clock: Clock) -> list[
 
 
 def measure(model: nn.Module, number: int) -> dict[str, Any]:
-    """Runs one round and returns its row; times are CPU milliseconds, of one step where not said otherwise."""
+    """Runs one round and returns its row: CPU milliseconds of a step, and of what is done once in a run."""
     with tempfile.TemporaryDirectory() as folder:
         runs = {}
         for tracked in (False, True) if number % 2 else (True, False):
@@ -156,14 +97,14 @@ def measure(model: nn.Module, number: int) -> dict[str, Any]:
     threads = max(0.0, (tracked_run.process - tracked_run.main) - (plain.process - plain.main))
     row = {
         "round": number,
-        "plain_step": plain.process * each,
-        "tracked_step": (tracked_run.process + tracked_run.wandb) * each,
+        "plain_step_milliseconds": plain.process * each,
+        "tracked_step_milliseconds": (tracked_run.process + tracked_run.wandb) * each,
         "ratio": (tracked_run.process + tracked_run.wandb) / plain.process,
-        "hooks_and_loggers": tracked_run.hooks * each,
-        "wandb_threads": threads * each,
-        "wandb_process": tracked_run.wandb * each,
-        "added": (tracked_run.hooks + threads + tracked_run.wandb) * each,
-        "once_per_run": tracked_run.once * 1e3,
+        "hooks_and_loggers_milliseconds": tracked_run.hooks * each,
+        "wandb_threads_milliseconds": threads * each,
+        "wandb_process_milliseconds": tracked_run.wandb * each,
+        "added_milliseconds": (tracked_run.hooks + threads + tracked_run.wandb) * each,
+        "once_per_run_milliseconds": tracked_run.once * 1e3,
     }
     return {name: round(value, 5) if isinstance(value, float) else value for name, value in row.items()}
 
@@ -191,8 +132,14 @@ def main() -> None:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    for name in ("plain_step", "tracked_step", "ratio", "added", "once_per_run"):
-        print(f"{name:15} median {statistics.median(row[name] for row in rows):.4f}")
+    for name in (
+        "plain_step_milliseconds",
+        "tracked_step_milliseconds",
+        "ratio",
+        "added_milliseconds",
+        "once_per_run_milliseconds",
+    ):
+        print(f"{name:26} median {statistics.median(row[name] for row in rows):.4f}")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ import torch.distributed as distributed
 class ResumeCheckpoint(L.Callback):
     """Writes `last.ckpt` every so many optimizer steps, with the state of every random generator.
 
-    It writes at the start of a batch, when all rows and validations of the steps before are logged. Lightning's
-    own checkpoints, made at the end of a batch, come before that batch's row and validation: a run resumed
-    from them would lose both. The file takes its name only when it is whole.
+    It writes at the start of a batch, when all rows and validations of the steps before are logged.
+    Lightning's own checkpoints, made at the end of a batch, come before that batch's row and validation: a
+    run resumed from them would lose both. The file takes its name only when it is whole.
 
     Args:
         path: the file.
@@ -82,7 +82,8 @@ def random_state() -> dict[str, Any]:
 
     `torch.load(weights_only=True)` refuses NumPy's arrays.
     """
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
+    state: Any = np.random.get_state(legacy=True)  # noqa: NPY002
+    name, keys, position, has_gauss, gauss = state
     return {
         "python": random.getstate(),
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],

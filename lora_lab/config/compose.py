@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -82,7 +82,7 @@ def compose_layers(layers: Sequence[Layer]) -> ExperimentConfig:
     if faults:
         raise ConfigError("\n".join(faults))
     try:
-        config = OmegaConf.to_object(schema)
+        config = cast(ExperimentConfig, OmegaConf.to_object(schema))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{where}: {error}") from error
     faults = _cross_checks(config)
@@ -136,7 +136,7 @@ def _parse_overrides(overrides: Sequence[str]) -> list[Layer]:
     if wrong:
         raise ConfigError("\n".join(wrong))
     try:
-        parsed = [OmegaConf.to_container(OmegaConf.from_dotlist([text])) for text in overrides]
+        parsed: list[Any] = [OmegaConf.to_container(OmegaConf.from_dotlist([text])) for text in overrides]
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"{COMMAND_LINE}: {' '.join(str(error).split())}") from error
     return [Layer(COMMAND_LINE, settings) for settings in parsed]
@@ -167,14 +167,14 @@ def _merge(
     schema: DictConfig, settings: Mapping[str, Any], source: str, prefix: str, faults: list[str]
 ) -> None:
     """Merges settings into a structured node key by key, so that one fault does not hide the others."""
-    kind = OmegaConf.get_type(schema)
+    kind: Any = OmegaConf.get_type(schema)
     known = [field.name for field in fields(kind)]
     for name, value in settings.items():
         key = f"{prefix}{name}"
         if name not in known:
             faults.append(f"{source}: {key}: no such key{_suggest_key(str(name), known)}")
             continue
-        child = schema._get_node(name)
+        child: Any = schema._get_node(name)
         child_kind = OmegaConf.get_type(child) if isinstance(child, DictConfig) else None
         if is_dataclass(child_kind):
             if isinstance(value, dict):

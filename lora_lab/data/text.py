@@ -17,7 +17,7 @@ from lora_lab.errors import DataError
 class TokenisedTexts(Dataset[dict[str, Tensor]]):
     """Examples of text without padding: `input_ids`, `token_type_ids` where known, and `labels`.
 
-    Where a text follows a prompt, `prompt_lengths` tells its tokens: methods that edit the prompt ask for them.
+    Where a text follows a prompt, `prompt_lengths` tells its tokens, for methods that edit prompts.
     """
 
     def __init__(self, tokens: Tokens, labels: Tensor | None):

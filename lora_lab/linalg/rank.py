@@ -10,7 +10,9 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def product_singular_values(left: Float[Tensor, "out k"], right: Float[Tensor, "k in"]) -> Float[Tensor, " k"]:
+def product_singular_values(
+    left: Float[Tensor, "out k"], right: Float[Tensor, "k in"]
+) -> Float[Tensor, " k"]:
     """Singular values of `left @ right` from two thin QRs and one small SVD: the product is never formed.
 
     Args:

@@ -3,7 +3,7 @@
 import inspect
 import json
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -116,9 +116,15 @@ class PooledEncoder(PreTrainedModel):
             Output with `logits`, (batch, num_labels).
         """
         if attention_mask is None:
-            attention_mask = torch.ones_like(inputs_embeds[..., 0] if input_ids is None else input_ids)
-        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
-        inputs |= {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+            tokens = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
+            attention_mask = torch.ones_like(cast(Tensor, tokens))
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+        }
         if self._takes_token_types:
             inputs["token_type_ids"] = token_type_ids
         encoded = self.body(**{name: given for name, given in inputs.items() if given is not None})

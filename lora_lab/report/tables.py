@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.filesize import decimal
 from rich.markdown import Markdown
 from rich.table import Table
 from rich.text import Text
@@ -27,7 +28,7 @@ def record_table(record: Mapping[str, Any]) -> Table:
     trained, total = record["trainable_parameters"], record["total_parameters"]
     table.add_row("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})")
     table.add_row("of these the method's", f"{record['method_parameters']:,}")
-    table.add_row("adapter file", f"{record['adapter_file_bytes'] / 1e6:.2f} MB")
+    table.add_row("adapter file", decimal(record["adapter_file_bytes"]))
     for label, name, form in (
         ("rank (mean)", "final_rank_mean", "{:.2f}"),
         ("effective rank (mean)", "effective_rank_mean", "{:.2f}"),
@@ -41,7 +42,7 @@ def record_table(record: Mapping[str, Any]) -> Table:
     table.add_row("time", f"{record['wall_seconds']:.0f} s, {record['steps']} steps")
     table.add_section()
     for name, value in sorted(record["metrics"].items()):
-        table.add_row(name, f"{value:.4f}")
+        table.add_row(name, f"{value:.4g}")
     return table
 
 
@@ -51,7 +52,7 @@ def metrics_table(metrics: Mapping[str, float], title: str) -> Table:
     table.add_column(style="bold")
     table.add_column(justify="right")
     for name, value in sorted(metrics.items()):
-        table.add_row(name, f"{value:.4f}")
+        table.add_row(name, f"{value:.4g}")
     return table
 
 
@@ -85,8 +86,7 @@ def method_description(name: str) -> RenderableType:
     for heading in ("field", "default", "meaning"):
         table.add_column(heading, no_wrap=heading == "field")
     documentation = field_documentation(method.Spec)
-    for field in fields(method.Spec):
-        default = field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc]
-        table.add_row(field.name, Text(str(default)), documentation.get(field.name, ""))
+    for name_of_field, default in asdict(method.Spec()).items():
+        table.add_row(name_of_field, Text(str(default)), documentation.get(name_of_field, ""))
     example = Markdown(f"```yaml\nadapter:\n  method: {name}\n```")
     return Group(Text(head), Text(), table, Text("\nExample:"), example)

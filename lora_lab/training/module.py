@@ -92,7 +92,8 @@ class FineTuner(L.LightningModule):
 
     def logging_due(self) -> bool:
         """Whether the optimizer step now under way is one whose numbers are logged."""
-        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+        trainer: Any = self.trainer
+        return (trainer.global_step + 1) % trainer.log_every_n_steps == 0
 
     def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> None:
         predictions, labels = self.task.align(self(batch), batch["labels"])
@@ -135,7 +136,7 @@ class FineTuner(L.LightningModule):
         schedule = build_schedule(optimizer, self.optimization, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Tensor]:
+    def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """Returns the adapters' tensors alone."""
         return self.adapters.state_dict()
 

@@ -41,7 +41,7 @@ class BitFit(BorrowingAdapter):
     paper = "Ben Zaken et al. 2021, arXiv:2106.10199"
     peft = PeftLayout(None, tensors={"bitfit_delta": "delta"}, config=lambda spec: {})
 
-    def __init__(self, base: nn.Module, spec: BitFitSpec):
+    def __init__(self, base: Any, spec: BitFitSpec):
         super().__init__(base)
         self.delta = nn.Parameter(torch.zeros_like(widened(base.bias), device="cpu"))  # (width,)
 

@@ -78,24 +78,19 @@ class DoRA(LinearAdapter):
         self.m = nn.Parameter(square.clamp(min=SMALLEST_NORM**2).sqrt())
         self.dropout = nn.Dropout(spec.dropout)
 
-    @property
-    def rank(self) -> int:
-        """The number of components of the direction's update."""
-        return self.spec.rank
-
     def gain(
         self, weight: Float[Tensor, "out in"], weight_square: Float[Tensor, " k"]
     ) -> Float[Tensor, " k"]:
         """Returns g = m / ‖W + s B A‖, the norms taken along the axis of the spec."""
         # Autocast would compute the products below in half precision, and norms cancel in it.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.spec.detach_norm):
-            with torch.autocast(weight.device.type, enabled=False):
-                weight, left = widened(weight), self.scale * self.B
-                if self.axis == 1:
-                    square = squared_row_norms(weight, weight_square, left, self.A)
-                else:
-                    square = squared_row_norms(weight.T, weight_square, self.A.T, left.T)
-                norm = square.clamp(min=SMALLEST_NORM**2).sqrt()
+        learns = torch.is_grad_enabled() and not self.spec.detach_norm
+        with torch.set_grad_enabled(learns), torch.autocast(weight.device.type, enabled=False):
+            weight, left = widened(weight), self.scale * self.B
+            if self.axis == 1:
+                square = squared_row_norms(weight, weight_square, left, self.A)
+            else:
+                square = squared_row_norms(weight.T, weight_square, self.A.T, left.T)
+            norm = square.clamp(min=SMALLEST_NORM**2).sqrt()
         return self.m / norm
 
     def adapted_weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:

@@ -111,11 +111,6 @@ class HRA(InputAdapter):
         undone = spec.apply_GS and spec.identity_start
         self.register_buffer("start_u", orthonormal_columns(u) if undone else None)
 
-    @property
-    def rank(self) -> int:
-        """The number of learned reflections."""
-        return self.spec.rank
-
     def chain(self) -> Tensor:
         """Returns the vectors of all reflections (in, rank), or (in, 2·rank) where a start is undone."""
         if not self.spec.apply_GS:
@@ -149,7 +144,6 @@ class HRA(InputAdapter):
     @torch.no_grad()
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Adapter.load_peft_tensors`. A doubled chain gives u back orthonormalised: the same R."""
-        learned = tensors["hra_u"][:, : self.rank]
-        self.u.copy_(learned)
+        self.u.copy_(tensors["hra_u"][:, : self.spec.rank])
         if self.start_u is not None:
-            self.start_u.copy_(tensors["hra_u"][:, self.rank :])
+            self.start_u.copy_(tensors["hra_u"][:, self.spec.rank :])

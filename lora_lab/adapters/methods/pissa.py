@@ -15,7 +15,6 @@ PEFT's own file holds A and B alone and PEFT decomposes W again; ours opens ther
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,16 +24,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import PeftLayout
-from lora_lab.adapters.methods.lora import (
+from lora_lab.adapters.low_rank import (
     LowRankAdapter,
     ScaledSpec,
-    lora_config,
-    lora_fields,
-    refuse_foreign_options,
+    read_lora_config,
     refuse_rank_above,
+    write_lora_config,
 )
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.rank import widened
+from lora_lab.linalg.spectral import principal_part
 
 
 @dataclass
@@ -53,8 +52,7 @@ class PiSSASpec(ScaledSpec):
     def faults(self) -> list[str]:
         """See `AdapterSpec.faults`."""
         found = super().faults()
-        patterned = {f"alpha_pattern.{key}": alpha for key, alpha in self.alpha_pattern.items()}
-        for name, alpha in {"alpha": self.alpha, **patterned}.items():
+        for name, alpha in self.alphas().items():
             if alpha < 0:
                 found.append(f"{name}: must be above 0 for pissa, whose start takes its root; got {alpha}")
         if self.niter is not None and self.niter < 0:
@@ -67,26 +65,12 @@ class PiSSASpec(ScaledSpec):
         return found
 
 
-def principal_part(
-    weight: Float[Tensor, "out in"], rank: int, niter: int | None
-) -> tuple[Float[Tensor, "out rank"], Float[Tensor, " rank"], Float[Tensor, "rank in"]]:
-    """Returns U_r, S_r and V_rᵀ: exactly, or by a randomised range finder (Halko et al. 2011).
+def start(base: Any, spec: PiSSASpec) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
+    """Returns A₀ and B₀.
 
-    Draws from torch's global CPU generator, whatever device the weight is on.
+    Raises:
+        IncompatibleError: if the rank is above min(in, out), or W is not finite.
     """
-    if niter is None:
-        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-        return U[:, :rank], S[:rank], Vh[:rank]
-    directions = torch.randn(weight.shape[1], rank, dtype=weight.dtype).to(weight.device)  # (in, rank)
-    Q = torch.linalg.qr(weight @ directions).Q  # (out, rank)
-    for _ in range(niter):
-        Q = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ Q).Q).Q
-    U, S, Vh = torch.linalg.svd(Q.T @ weight, full_matrices=False)
-    return Q @ U, S, Vh
-
-
-def _start(base: Any, spec: PiSSASpec) -> tuple[Tensor, Tensor]:
-    """Returns A₀ (rank, in) and B₀ (out, rank)."""
     refuse_rank_above(spec.rank, base, "pissa")
     weight = widened(base.weight)
     if not weight.isfinite().all():
@@ -96,19 +80,6 @@ def _start(base: Any, spec: PiSSASpec) -> tuple[Tensor, Tensor]:
     U, S, Vh = principal_part(weight, spec.rank, spec.niter)
     root = (S / spec.scale).sqrt()
     return root.unsqueeze(1) * Vh, U * root
-
-
-def _read_config(config: dict[str, Any]) -> dict[str, Any] | None:
-    init = str(config.get("init_lora_weights"))
-    if not init.startswith("pissa") or config.get("use_dora"):
-        return None
-    if init != "pissa":
-        raise IncompatibleError(
-            f"init_lora_weights: {init!r} started from a random SVD, which PEFT's file does not hold. "
-            "Convert it in PEFT: save_pretrained(path_initial_model_for_weight_conversion=…)."
-        )
-    refuse_foreign_options({**config, "init_lora_weights": True})
-    return lora_fields(config)
 
 
 class PiSSA(LowRankAdapter):
@@ -125,8 +96,8 @@ class PiSSA(LowRankAdapter):
     peft = PeftLayout(
         "LORA",
         tensors={"lora_A.weight": "A", "lora_B.weight": "B"},
-        config=lambda spec: lora_config(spec, 2),
-        spec=_read_config,
+        config=lambda spec: write_lora_config(spec, 2),
+        spec=lambda config: read_lora_config(config, "pissa"),
     )
 
     def __init__(self, base: Any, spec: PiSSASpec):
@@ -135,8 +106,7 @@ class PiSSA(LowRankAdapter):
                 "adapter.mode: residual holds W − s·B·A as a dense weight, which would undo the base's "
                 "quantisation. Use mode: subtract."
             )
-        A, B = _start(base, spec)
-        super().__init__(base, spec, spec.scale, A, B, subtract=True)
+        super().__init__(base, spec, *start(base, spec), subtract=True)
         self.register_buffer("residual", None, persistent=False)  # follows from W, A₀ and B₀
         self.tensors_changed()
 
@@ -170,10 +140,5 @@ class PiSSA(LowRankAdapter):
         A, B = tensors.get("lora_A.weight"), tensors.get("lora_B.weight")
         if A is None or B is None or A.shape != self.A.shape or B.shape != self.B.shape:
             return tensors
-        left, right = [B, -self.start_B.to(B)], [A, self.start_A.to(A)]
-        return {**tensors, "lora_A.weight": torch.cat(right), "lora_B.weight": torch.cat(left, dim=1)}
-
-    def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """See `Adapter.load_peft_tensors`."""
-        super().load_peft_tensors(tensors)
-        self.tensors_changed()
+        left, right = torch.cat([B, -self.start_B.to(B)], dim=1), torch.cat([A, self.start_A.to(A)])
+        return {**tensors, "lora_A.weight": right, "lora_B.weight": left}

@@ -26,7 +26,6 @@ next forward.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Union  # noqa: UP035  (omegaconf reads typing.Union)
@@ -38,9 +37,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_lab.adapters.base import Adapter, HiddenStateAdapter, PeftLayout, is_linear
-from lora_lab.adapters.positions import Positions
+from lora_lab.adapters.positions import Positions, read_counts
 from lora_lab.adapters.sites import Site
-from lora_lab.adapters.spec import AdapterSpec, probability_fault
+from lora_lab.adapters.spec import AdapterSpec, least_fault, probability_fault
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.orthogonal import orthonormal_columns
 from lora_lab.linalg.start import kaiming_uniform
@@ -89,10 +88,8 @@ class ReFTSpec(AdapterSpec):
 
     def faults(self) -> list[str]:
         """See `AdapterSpec.faults`."""
-        found = super().faults()
-        if self.rank < 1:
-            found.append(f"rank: must be at least 1; got {self.rank}")
-        if self.positions != "all" and not self.counts():
+        found = super().faults() + least_fault("rank", self.rank, 1)
+        if self.positions != "all" and not read_counts(self.positions):
             found.append(f"positions: must be 'all', or like 'f1', 'l1', 'f1+l1'; got '{self.positions}'")
         if self.act_fn != "none" and self.intervention not in SOURCED:
             found.append(f"act_fn: {self.intervention} has no W h + b to apply it to; leave it out")
@@ -103,13 +100,6 @@ class ReFTSpec(AdapterSpec):
         elif self.init == "identity" and self.intervention in REPLACING and self.act_fn != "none":
             found.append(f"init: {self.intervention} with an act_fn is never h' = h; use reference")
         return found + probability_fault("dropout", self.dropout)
-
-    def counts(self) -> dict[str, int]:
-        """Returns the number of first (`f`) and last (`l`) tokens; {} for `all` and what cannot be read."""
-        parts = re.findall(r"([fl])([1-9]\d*)", self.positions)
-        written = "+".join(key + number for key, number in parts)
-        readable = written == self.positions and len(dict(parts)) == len(parts)
-        return {key: int(number) for key, number in parts} if readable else {}
 
 
 class Edit(nn.Module):
@@ -151,11 +141,10 @@ class Edit(nn.Module):
             if spec.intervention in REPLACING:
                 target = target - (h @ R if self.z is None else h @ R + self.z)
             delta = target @ R.T
-            if not (self.training and spec.dropout):
-                return delta
-            if spec.dropout_on == "delta":
-                return F.dropout(delta, spec.dropout)
-            return F.dropout(h + delta, spec.dropout) - h
+            if self.training and spec.dropout:
+                kept = h if spec.dropout_on == "output" else torch.zeros_like(h)
+                delta = F.dropout(kept + delta, spec.dropout) - kept
+            return delta
 
 
 class ReFT(HiddenStateAdapter):
@@ -188,7 +177,7 @@ class ReFT(HiddenStateAdapter):
     @classmethod
     def build(cls, sites: list[Site], spec: ReFTSpec) -> dict[str, Adapter]:
         """See `Adapter.build`: the adapters share the positions."""
-        positions = Positions(spec.counts())
+        positions = Positions(read_counts(spec.positions))
         return {site.path: cls.at(site, spec, positions) for site in sites}
 
     @classmethod
@@ -196,11 +185,6 @@ class ReFT(HiddenStateAdapter):
         """See `Adapter.watch`."""
         positions: Any = next(iter(adapters.values())).positions
         return positions.watch(model)
-
-    @property
-    def rank(self) -> int:
-        """The dimension of the edited subspace."""
-        return self.spec.rank
 
     def transform_hidden(self, hidden: Tensor) -> Tensor:
         """See `HiddenStateAdapter.transform_hidden`."""
@@ -211,13 +195,8 @@ class ReFT(HiddenStateAdapter):
             )
         if not self.positions.counts:
             return (hidden + self.edits["t"](hidden)).to(hidden.dtype)
-        if self.positions.shape != tuple(hidden.shape[:2]):
-            raise IncompatibleError(
-                f"adapter.positions: the block was called with {tuple(hidden.shape[:2])} tokens, the model "
-                f"with {self.positions.shape}. Call the model as a whole, or use positions: all."
-            )
         edited = hidden
-        for name, (index, used) in self.positions.slots.items():
+        for name, (index, used) in self.positions.slots_of(hidden).items():
             rows = index.to(hidden.device)[..., None].expand(-1, -1, self.width)  # (batch, slots, width)
             edit = self.edits[name if name in self.edits else "t"]
             delta = edit(hidden.gather(1, rows)) * used.to(hidden.device)[..., None]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, AdditiveAdapter, PeftLayout
 from lora_lab.adapters.sites import Site
-from lora_lab.adapters.spec import AdapterSpec, probability_fault
+from lora_lab.adapters.spec import AdapterSpec, least_fault, probability_fault, zero_fault
 from lora_lab.linalg.rank import product_singular_values, widened
 
 
@@ -52,14 +52,13 @@ class VeRASpec(AdapterSpec):
 
     def faults(self) -> list[str]:
         """See `AdapterSpec.faults`."""
-        found = super().faults() + probability_fault("dropout", self.dropout)
-        if self.rank < 1:
-            found.append(f"rank: must be at least 1; got {self.rank}")
-        if not math.isfinite(self.d_initial) or self.d_initial == 0:
-            found.append(f"d_initial: must be finite and not 0; got {self.d_initial}")
-        if self.projection_prng_key < 0:
-            found.append(f"projection_prng_key: must be at least 0; got {self.projection_prng_key}")
-        return found
+        return [
+            *super().faults(),
+            *least_fault("rank", self.rank, 1),
+            *probability_fault("dropout", self.dropout),
+            *zero_fault("d_initial", self.d_initial),
+            *least_fault("projection_prng_key", self.projection_prng_key, 0),
+        ]
 
 
 class Projections(nn.Module):
@@ -83,17 +82,27 @@ class Projections(nn.Module):
         rows = max(module.out_features for module in modules)
         generator = torch.Generator().manual_seed(spec.projection_prng_key)
         # PEFT's basis: drawn in float32 whatever the model's type, A first.
-        A = _kaiming_uniform(spec.rank, columns, generator)
-        B = _kaiming_uniform(rows, spec.rank, generator)
         dtype = torch.promote_types(modules[0].weight.dtype, torch.float32)
-        self.register_buffer("A", A.to(dtype), persistent=spec.save_projection)
-        self.register_buffer("B", B.to(dtype), persistent=spec.save_projection)
+        for name, shape in {"A": (spec.rank, columns), "B": (rows, spec.rank)}.items():
+            bound = math.sqrt(6 / shape[1])
+            drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+            self.register_buffer(name, drawn.to(dtype), persistent=spec.save_projection)
         self.register_buffer("sizes", None if spec.save_projection else torch.empty(columns, rows, 0))
 
+    def stored(self) -> dict[str, Tensor]:
+        """Returns what files hold, by its name there."""
+        found = {"A": self.A, "B": self.B} if self.sizes is None else {"sizes": self.sizes}
+        return {f"base_model.vera_{name}": tensor for name, tensor in found.items()}
 
-def _kaiming_uniform(rows: int, columns: int, generator: torch.Generator) -> Float[Tensor, "rows columns"]:
-    bound = math.sqrt(6 / columns)
-    return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
+
+FIELDS = {
+    "r": "rank",
+    "vera_dropout": "dropout",
+    "d_initial": "d_initial",
+    "projection_prng_key": "projection_prng_key",
+    "save_projection": "save_projection",
+}
+"""PEFT's fields and ours."""
 
 
 class VeRA(AdditiveAdapter):
@@ -105,25 +114,9 @@ class VeRA(AdditiveAdapter):
     peft = PeftLayout(
         "VERA",
         tensors={"vera_lambda_b": "lambda_b", "vera_lambda_d": "lambda_d"},
-        config=lambda spec: {
-            "r": spec.rank,
-            "vera_dropout": spec.dropout,
-            "d_initial": spec.d_initial,
-            "projection_prng_key": spec.projection_prng_key,
-            "save_projection": spec.save_projection,
-        },
-        spec=lambda config: {
-            "rank": config["r"],
-            "dropout": config.get("vera_dropout", 0.0),
-            "d_initial": config.get("d_initial", 0.1),
-            "projection_prng_key": config["projection_prng_key"],
-            "save_projection": config.get("save_projection", True),
-        },
-        shared={
-            "base_model.vera_A": "stored_A",
-            "base_model.vera_B": "stored_B",
-            "base_model.vera_sizes": "sizes",
-        },
+        config=lambda spec: {name: getattr(spec, own) for name, own in FIELDS.items()},
+        spec=lambda config: {own: config[name] for name, own in FIELDS.items() if name in config},
+        shared=lambda adapter: adapter.projections.stored(),
     )
 
     def __init__(self, base: Any, spec: VeRASpec, projections: Projections):
@@ -141,11 +134,6 @@ class VeRA(AdditiveAdapter):
         return {site.path: cls.at(site, spec, projections) for site in sites}
 
     @property
-    def rank(self) -> int:
-        """The number of rows of A."""
-        return self.spec.rank
-
-    @property
     def A(self) -> Float[Tensor, "rank in"]:
         """This map's columns of the shared A."""
         return self.projections.A[:, : self.in_features]
@@ -154,21 +142,6 @@ class VeRA(AdditiveAdapter):
     def B(self) -> Float[Tensor, "out rank"]:
         """This map's rows of the shared B."""
         return self.projections.B[: self.out_features]
-
-    @property
-    def stored_A(self) -> Tensor | None:
-        """The shared A, where files hold it."""
-        return self.projections.A if self.spec.save_projection else None
-
-    @property
-    def stored_B(self) -> Tensor | None:
-        """The shared B, where files hold it."""
-        return self.projections.B if self.spec.save_projection else None
-
-    @property
-    def sizes(self) -> Tensor | None:
-        """See `Projections`."""
-        return self.projections.sizes
 
     def factors(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
         """Returns diag(λ_b) B and diag(λ_d) A."""
