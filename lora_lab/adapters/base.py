@@ -66,7 +66,7 @@ class Adapter(nn.Module):
     mergeable: ClassVar[bool] = True
     identity_at_start: ClassVar[bool] = True
     reads_prompt_lengths: ClassVar[bool] = False
-    """Whether the model is to be called with `prompt_lengths` (batch,), which `watch` takes out again."""
+    """Whether the model must be called with `prompt_lengths` (batch,); `watch` takes them out of the call."""
     peft: ClassVar[PeftLayout]
 
     base: nn.Module

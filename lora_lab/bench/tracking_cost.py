@@ -4,9 +4,11 @@
 
 The model has BERT base's shapes and random weights, LoRA of rank 8 on query and value, batches of 8 × 64
 tokens. One thread and CPU time, of this process and of W&B's own: wall time would count whatever else the
-machine does. The two runs take turns, and each round gives one ratio. A CPU's speed drifts by some per cent
-within a round, so the cost itself is measured too: the time in hooks and loggers, in W&B's threads, and in
-W&B's process.
+machine does. The two runs take turns, and each round gives one ratio.
+
+A CPU's speed drifts by some per cent within a round, which hides a cost below that. Hence the cost is measured
+twice more: directly, as the time in hooks and loggers, in W&B's threads and in W&B's process; and as a
+difference again, on a model with the same adapters but so narrow that the same drift is few milliseconds.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import platform
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -39,12 +42,29 @@ from lora_lab.callbacks.speed_statistics import SpeedStatistics
 from lora_lab.tracking import TrackingConfig, build_loggers, close_loggers
 from lora_lab.training.module import FineTuner
 
-ROUNDS, STEPS, LOG_EVERY, BATCH, LENGTH = 3, 10, 10, 8, 64
+LOG_EVERY, BATCH, LENGTH = 10, 8, 64
+TOLD = ("plain_step_milliseconds", "ratio", "difference_milliseconds", "added_milliseconds")
 ONCE = ("on_fit_start", "on_train_start", "on_train_end")
 EACH_STEP = ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end")
 
 
-def train(model: nn.Module, folder: Path | None) -> HookClock:
+@dataclass(frozen=True)
+class Setting:
+    """A model and how long it is measured."""
+
+    name: str
+    widths: dict[str, int]
+    rounds: int
+    steps: int
+
+
+SETTINGS = (
+    Setting("base", {"hidden_size": 768, "intermediate_size": 3072}, rounds=3, steps=10),
+    Setting("narrow", {"hidden_size": 48, "intermediate_size": 96}, rounds=5, steps=40),
+)
+
+
+def train(model: nn.Module, steps: int, folder: Path | None) -> HookClock:
     """Trains some steps; with a folder under full tracking, without one under none."""
     adapters = inject(model, LoRASpec(rank=8, targets=["query", "value"]))
     clock = HookClock()
@@ -55,7 +75,7 @@ def train(model: nn.Module, folder: Path | None) -> HookClock:
     startup = time.process_time() + children_time() - begin
     callbacks = _watched(adapters, loggers, clock) if folder else []
     trainer = L.Trainer(
-        max_steps=STEPS + 1,
+        max_steps=steps + 1,
         log_every_n_steps=LOG_EVERY,
         accelerator="cpu",
         callbacks=[clock, *callbacks],
@@ -64,7 +84,7 @@ def train(model: nn.Module, folder: Path | None) -> HookClock:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    ids = torch.randint(1, 1000, (STEPS + 1, BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(1, 1000, (steps + 1, BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     labels = torch.zeros(BATCH, dtype=torch.long)
     batches = [{"input_ids": rows, "attention_mask": torch.ones_like(rows), "labels": labels} for rows in ids]
     module = FineTuner(model.train(), adapters, "sequence_classification", num_labels=2)
@@ -85,20 +105,22 @@ def _watched(adapters: AdapterSet, loggers: list[Logger], clock: HookClock) -> l
     return callbacks
 
 
-def measure(model: nn.Module, number: int) -> dict[str, Any]:
+def measure(model: nn.Module, setting: Setting, number: int) -> dict[str, Any]:
     """Runs one round and returns its row: CPU milliseconds of a step, and of what is done once in a run."""
     with tempfile.TemporaryDirectory() as folder:
         runs = {}
         for tracked in (False, True) if number % 2 else (True, False):
-            runs[tracked] = train(model, Path(folder) / f"round-{number}" if tracked else None)
+            runs[tracked] = train(model, setting.steps, Path(folder) / "tracked" if tracked else None)
     plain, tracked_run = runs[False], runs[True]
-    each = 1e3 / STEPS
+    each = 1e3 / setting.steps
     # W&B's threads: what the process spends outside its main thread, less what it does without tracking.
     threads = max(0.0, (tracked_run.process - tracked_run.main) - (plain.process - plain.main))
     row = {
+        "setting": setting.name,
         "round": number,
         "plain_step_milliseconds": plain.process * each,
         "tracked_step_milliseconds": (tracked_run.process + tracked_run.wandb) * each,
+        "difference_milliseconds": (tracked_run.process + tracked_run.wandb - plain.process) * each,
         "ratio": (tracked_run.process + tracked_run.wandb) / plain.process,
         "hooks_and_loggers_milliseconds": tracked_run.hooks * each,
         "wandb_threads_milliseconds": threads * each,
@@ -117,6 +139,11 @@ def machine() -> str:
     return f"{os.cpu_count()}-core {name or platform.processor()}, CPU"
 
 
+def median(rows: list[dict[str, Any]], setting: str, name: str) -> float:
+    """Returns a column's median over the rounds of a setting."""
+    return statistics.median(row[name] for row in rows if row["setting"] == setting)
+
+
 def main() -> None:
     """Measures all rounds and writes one row each."""
     parser = argparse.ArgumentParser(description="Measures what tracking costs.")
@@ -124,22 +151,18 @@ def main() -> None:
     output = parser.parse_args().output
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = BertForSequenceClassification(BertConfig(vocab_size=1000, num_labels=2))
     told = {"date": datetime.now(UTC).date().isoformat(), "machine": machine()}
     told |= {name: version(name) for name in ("torch", "lightning", "wandb")}
-    rows = [told | measure(model, number) for number in range(1, ROUNDS + 1)]
+    rows = []
+    for setting in SETTINGS:
+        shape = BertConfig(vocab_size=1000, num_labels=2, **setting.widths)
+        model = BertForSequenceClassification(shape)
+        rows += [told | measure(model, setting, number) for number in range(1, setting.rounds + 1)]
+        print(setting.name, *(f"{name}: {median(rows, setting.name, name):.4f}" for name in TOLD), sep="\n  ")
     with output.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    for name in (
-        "plain_step_milliseconds",
-        "tracked_step_milliseconds",
-        "ratio",
-        "added_milliseconds",
-        "once_per_run_milliseconds",
-    ):
-        print(f"{name:26} median {statistics.median(row[name] for row in rows):.4f}")
 
 
 if __name__ == "__main__":
