@@ -73,10 +73,12 @@ def run(config: ExperimentConfig, resume: bool = False, overwrite: bool = False)
 
     rows = read_metrics(folder.path) if before else []
     checkpoint = folder.checkpoint if before and folder.checkpoint.is_file() else None
+    done_steps = _step_of(checkpoint) if checkpoint else 0
     record = _start_record(config, adapters, data, before)
     statistics = _Callbacks.build(config, adapters, folder)
     wandb_mode(config.tracking)  # raises while nothing is written yet
-    _write_start(folder, config, record)
+    if process_rank() == 0:
+        _write_start(folder, config, record, afresh=overwrite)
     loggers = build_loggers(config.tracking, folder.path, config.name, config.run_name(), asdict(config))
     try:
         trainer = L.Trainer(
@@ -85,8 +87,8 @@ def run(config: ExperimentConfig, resume: bool = False, overwrite: bool = False)
             logger=loggers,
             default_root_dir=folder.path,
         )
-        if checkpoint:
-            replay(rows, loggers, _step_of(checkpoint))
+        if before:
+            replay(rows, loggers, done_steps)
         # Heads must start alike in every process; what is drawn from here on (dropout) must not be alike.
         L.seed_everything(config.seed + process_rank(), workers=True, verbose=False)
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
@@ -190,10 +192,7 @@ def _check_folder(
     if process_rank() != 0:
         # The first process has decided and prepared the folder before it started this one.
         return folder.read() if resume else None
-    before = folder.read()
-    if before and overwrite:
-        folder.clear()
-        before = None
+    before = None if overwrite else folder.read()
     if before is None:
         if resume:
             raise CheckpointError(f"{folder.path}: holds no run to resume. Leave --resume out to start it.")
@@ -220,11 +219,12 @@ def _prepare_model(model: Any, config: ExperimentConfig) -> None:
         model.compile()
 
 
-def _write_start(folder: RunFolder, config: ExperimentConfig, record: dict[str, Any]) -> None:
-    if process_rank() == 0:
-        write_text(folder.config, yaml.safe_dump(asdict(config), sort_keys=False))
-        folder.checkpoint.parent.mkdir(exist_ok=True)
-        folder.write(record)
+def _write_start(folder: RunFolder, config: ExperimentConfig, record: dict[str, Any], afresh: bool) -> None:
+    if afresh:
+        folder.clear()
+    write_text(folder.config, yaml.safe_dump(asdict(config), sort_keys=False))
+    folder.checkpoint.parent.mkdir(exist_ok=True)
+    folder.write(record)
 
 
 def _start_record(

@@ -245,6 +245,14 @@ def test_a_checkpoint_that_is_a_pickle_of_objects_is_told(finished, capsys):
     assert json.loads(before)["status"] == "running"
 
 
+def test_overwriting_loses_nothing_when_the_new_run_cannot_start(finished, capsys):
+    shutil.copytree(finished / "runs" / "bad" / "one", finished / "runs" / "bad" / "four")
+    before = {path: path.read_bytes() for path in (finished / "runs" / "bad" / "four").glob("*.*")}
+    config = str(finished / "experiment.yaml")
+    refused(capsys, "train", config, "run=four", "--overwrite", "adapter.targets=[qery]")
+    assert {path: path.read_bytes() for path in (finished / "runs" / "bad" / "four").glob("*.*")} == before
+
+
 def test_an_unknown_method_to_describe_is_told(capsys):
     assert "did you mean 'dora'" in refused(capsys, "describe", "dorra")
 

@@ -152,6 +152,21 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(config, uninterr
     assert history(folder) == history(uninterrupted)
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_again_from_the_beginning(config, uninterrupted):
+    process = start(config, "early")
+    folder = folder_of(config, "early")
+    deadline = time.monotonic() + 120
+    while not (folder / "run.json").is_file() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    process.wait(60)
+    assert not (folder / "checkpoints" / "last.ckpt").is_file()
+    output, _ = (resumed := start(config, "early", "--resume")).communicate(timeout=300)
+    assert resumed.returncode == 0, output
+    pd.testing.assert_frame_equal(table(folder), table(uninterrupted), check_exact=True)
+    assert history(folder) == history(uninterrupted)
+
+
 def test_the_checkpoint_holds_nothing_of_the_frozen_base_and_loads_without_pickle(uninterrupted):
     checkpoint = torch.load(uninterrupted / "checkpoints" / "last.ckpt", weights_only=True)
     names = set(checkpoint["state_dict"])
