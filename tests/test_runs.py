@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from lora_lab.assets import fetch
@@ -172,7 +173,8 @@ def test_sum_to_product_runs_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "HERE", tmp_path)
     monkeypatch.chdir(tmp_path)
     module.main()
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert [row["network"] for row in results["rows"]] == list(module.PARTS)
-    assert all(row["merge_error"] < 1e-5 for row in results["rows"][1:])
+    results = pd.read_csv(tmp_path / "results.csv")
+    assert results["network"].tolist() == list(module.PARTS)
+    assert (results["merge_error"][1:] < 1e-5).all()
+    assert results["trained_parameters"].tolist() == [4929, 260, 1068]
     assert (tmp_path / "losses.png").stat().st_size > 10_000

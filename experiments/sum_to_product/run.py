@@ -2,10 +2,9 @@
 
     python experiments/sum_to_product/run.py
 
-Writes results.json, results.csv and losses.png beside this file. Finished runs are not trained again.
+Writes results.csv and losses.png beside this file. Finished runs are not trained again.
 """
 
-import json
 from pathlib import Path
 
 import matplotlib
@@ -19,13 +18,14 @@ from lora_lab.adapters.storage import load_adapter  # noqa: E402
 from lora_lab.config import compose  # noqa: E402
 from lora_lab.experiment import RunResult, build_parts, evaluate, run  # noqa: E402
 from lora_lab.models.conversion import save_model  # noqa: E402
+from lora_lab.report.collect import collect  # noqa: E402
 from lora_lab.tracking import read_metrics  # noqa: E402
 
 HERE = Path(__file__).parent
 PARTS = {
     "pre-trained": "pretrain.yaml",
     "LoRA on the last layer": "experiment.yaml",
-    "LoRA on all": "all_layers.yaml",
+    "LoRA on all layers": "all_layers.yaml",
 }
 
 
@@ -70,9 +70,9 @@ def main() -> None:
             row[f"mse_{target}"] = evaluate(result.folder.path, [f"data.target={target}"])["test/mse"]
         rows.append({**row, "merge_error": errors.get(name)})
     table = pd.DataFrame(rows)
-    table.to_csv(HERE / "results.csv", index=False)
-    about = {name: pretrained.record[name] for name in ("packages", "hardware", "git_commit")}
-    (HERE / "results.json").write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
+    runs = collect(result.record for result in results.values())
+    about = runs[["run", "seed", "steps", "wall_seconds", "git_commit", "processor", "torch"]]
+    pd.concat([table, about], axis=1).to_csv(HERE / "results.csv", index=False)
     draw(results, HERE / "losses.png")
     print(table.to_string(index=False))
 

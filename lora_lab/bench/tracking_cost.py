@@ -6,23 +6,19 @@ The model has BERT base's shapes and random weights, LoRA of rank 8 on query and
 tokens. One thread and CPU time, of this process and of W&B's own: wall time would count whatever else the
 machine does. The two runs take turns, and each round gives one ratio.
 
-A CPU's speed drifts by some per cent within a round, which hides a cost below that. Hence the cost is measured
-twice more: directly, as the time in hooks and loggers, in W&B's threads and in W&B's process; and as a
-difference again, on a model with the same adapters but so narrow that the same drift is few milliseconds.
+A CPU's speed drifts by some per cent within a round, which hides a cost below that. Hence two more measures:
+directly, the time in hooks and loggers, in W&B's threads and in W&B's process; and the difference of the two
+runs on a model with the same adapters but so narrow that the same drift is a few milliseconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import os
-import platform
-import statistics
 import tempfile
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +35,11 @@ from lora_lab.bench.hook_clock import HookClock, children_time
 from lora_lab.callbacks.adapter_statistics import AdapterStatistics
 from lora_lab.callbacks.memory_statistics import MemoryStatistics
 from lora_lab.callbacks.speed_statistics import SpeedStatistics
+from lora_lab.runs import environment
 from lora_lab.tracking import TrackingConfig, build_loggers, close_loggers
 from lora_lab.training.module import FineTuner
 
 LOG_EVERY, BATCH, LENGTH = 10, 8, 64
-TOLD = ("plain_step_milliseconds", "ratio", "difference_milliseconds", "added_milliseconds")
 ONCE = ("on_fit_start", "on_train_start", "on_train_end")
 EACH_STEP = ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end")
 
@@ -86,7 +82,9 @@ def train(model: nn.Module, steps: int, folder: Path | None) -> HookClock:
     )
     ids = torch.randint(1, 1000, (steps + 1, BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     labels = torch.zeros(BATCH, dtype=torch.long)
-    batches = [{"input_ids": rows, "attention_mask": torch.ones_like(rows), "labels": labels} for rows in ids]
+    batches: Any = [
+        {"input_ids": rows, "attention_mask": torch.ones_like(rows), "labels": labels} for rows in ids
+    ]
     module = FineTuner(model.train(), adapters, "sequence_classification", num_labels=2)
     trainer.fit(module, DataLoader(batches, batch_size=None))
     close_loggers(loggers)
@@ -131,19 +129,6 @@ def measure(model: nn.Module, setting: Setting, number: int) -> dict[str, Any]:
     return {name: round(value, 5) if isinstance(value, float) else value for name, value in row.items()}
 
 
-def machine() -> str:
-    """Returns the CPU in words."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{os.cpu_count()}-core {name or platform.processor()}, CPU"
-
-
-def median(rows: list[dict[str, Any]], setting: str, name: str) -> float:
-    """Returns a column's median over the rounds of a setting."""
-    return statistics.median(row[name] for row in rows if row["setting"] == setting)
-
-
 def main() -> None:
     """Measures all rounds and writes one row each."""
     parser = argparse.ArgumentParser(description="Measures what tracking costs.")
@@ -151,14 +136,17 @@ def main() -> None:
     output = parser.parse_args().output
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    told = {"date": datetime.now(UTC).date().isoformat(), "machine": machine()}
-    told |= {name: version(name) for name in ("torch", "lightning", "wandb")}
+    found = environment()
+    told: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat()}
+    told["machine"] = f"{found['hardware']['cores']}-core {found['hardware']['processor']}, CPU"
+    told |= {name: found["packages"][name] for name in ("torch", "lightning", "wandb")}
     rows = []
     for setting in SETTINGS:
-        shape = BertConfig(vocab_size=1000, num_labels=2, **setting.widths)
-        model = BertForSequenceClassification(shape)
-        rows += [told | measure(model, setting, number) for number in range(1, setting.rounds + 1)]
-        print(setting.name, *(f"{name}: {median(rows, setting.name, name):.4f}" for name in TOLD), sep="\n  ")
+        shape: dict[str, Any] = {"vocab_size": 1000, "num_labels": 2, **setting.widths}
+        model = BertForSequenceClassification(BertConfig(**shape))
+        for number in range(1, setting.rounds + 1):
+            rows.append(told | measure(model, setting, number))
+            print(rows[-1])
     with output.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
