@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +16,12 @@ def write_text(path: Path, text: str) -> None:
         CheckpointError: if the folder cannot be written to.
     """
     with writable(path.parent):
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        unfinished = _beside(path)
+        with unfinished.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        os.replace(unfinished, path)
 
 
 @contextmanager
@@ -32,20 +31,17 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: if the parent folder cannot be written to.
     """
+    fresh, old = _beside(path), _beside(path, "old")
     with writable(path.parent):
-        fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        fresh.mkdir()
     try:
         yield fresh
-        fresh.chmod(0o755)  # mkdtemp makes folders that nobody else can read
         if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-            os.rename(path, old / path.name)
-            os.rename(fresh, path)
-            shutil.rmtree(old)
-        else:
-            os.rename(fresh, path)
+            os.rename(path, old)
+        os.rename(fresh, path)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -59,3 +55,8 @@ def writable(folder: Path) -> Iterator[None]:
             f"{folder}: cannot be written to ({error.strerror or error}). Choose another folder, or mend its "
             "rights."
         ) from error
+
+
+def _beside(path: Path, kind: str = "unfinished") -> Path:
+    """Returns a name in the same folder: a file made there has the usual rights, and renaming it is one step."""
+    return path.with_name(f".{path.name}.{kind}.{os.getpid()}")

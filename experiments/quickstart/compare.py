@@ -2,7 +2,7 @@
 
     python experiments/quickstart/compare.py
 
-Takes about 12 minutes on 2 CPU cores. Finished runs are not trained again.
+Takes 5 to 10 minutes on 2 CPU cores. Finished runs are not trained again.
 """
 
 from pathlib import Path
