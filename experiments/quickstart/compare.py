@@ -2,7 +2,7 @@
 
     python experiments/quickstart/compare.py
 
-Takes 5 to 10 minutes on 2 CPU cores. Finished runs are not trained again.
+Takes 10 to 15 minutes on 2 CPU cores. Finished runs are not trained again.
 """
 
 from pathlib import Path
