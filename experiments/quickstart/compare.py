@@ -16,7 +16,7 @@ from lora_lab.report.collect import collect
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
-SHOWN = ("validation/accuracy", "test/accuracy", "wall_seconds", "median_step_milliseconds")
+SHOWN = ("validation/accuracy", "test/accuracy", "wall_seconds")
 
 
 def main() -> None:
