@@ -58,5 +58,5 @@ def writable(folder: Path) -> Iterator[None]:
 
 
 def _beside(path: Path, kind: str = "unfinished") -> Path:
-    """Returns a name in the same folder: a file made there has the usual rights, and renaming it is one step."""
+    """Returns a name in the same folder: what is made there has usual rights, and renaming is one step."""
     return path.with_name(f".{path.name}.{kind}.{os.getpid()}")

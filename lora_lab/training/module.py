@@ -105,7 +105,7 @@ class FineTuner(L.LightningModule):
     def _log_evaluation(self, stage: str) -> None:
         parts: Any = self.evaluation[stage]
         found = {"loss": parts["loss"].compute(), **parts["metrics"].compute()}
-        # torchmetrics has joined the processes' counts already; without sync_dist Lightning warns all the same.
+        # torchmetrics has joined the processes' counts already; sync_dist only spares Lightning's warning.
         told = {f"{stage}/{name}": value for name, value in found.items()}
         self.log_dict(told, prog_bar=stage == "validation", sync_dist=True)
         parts["loss"].reset()
