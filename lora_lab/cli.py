@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         options.overrides += rest
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked loader workers would warn about it
+    # A process that tracks runs hands its W&B service down; a run killed there would leave its id in use.
+    os.environ.pop("WANDB_SERVICE", None)
     try:
         options.command(options)
     except LabError as error:

@@ -15,6 +15,7 @@ import torch
 import transformers
 import yaml
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from lora_lab.adapters import AdapterSet, inject
@@ -79,8 +80,9 @@ def run(config: ExperimentConfig, resume: bool = False, overwrite: bool = False)
     wandb_mode(config.tracking)  # raises while nothing is written yet
     if process_rank() == 0:
         _write_start(folder, config, record, afresh=overwrite)
-    loggers = build_loggers(config.tracking, folder.path, config.name, config.run_name(), asdict(config))
+    loggers: list[Logger] = []
     try:
+        loggers = build_loggers(config.tracking, folder.path, config.name, config.run_name(), asdict(config))
         trainer = L.Trainer(
             **trainer_arguments(config.trainer, config.optimization.gradient_clip),
             callbacks=statistics.everything(config.trainer.progress_bar),

@@ -322,6 +322,7 @@ def test_failure_of_pip_is_its_last_error(output, expected, tmp_path, monkeypatc
 def test_silent_hub_is_given_up_soon(monkeypatch):
     def open_slowly(request, timeout):
         time.sleep(5)
+        return io.BytesIO()
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(sources, "HUB_PATIENCE", 0.05)

@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+import wandb
 from safetensors.torch import load_file
 
 from tests.wandb_file import offline_folders, read_offline_run
@@ -87,6 +89,16 @@ def stop_after(process: subprocess.Popen, folder: Path, rows: int, how: signal.S
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.005)
     raise AssertionError("the run never came so far")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def wandb_in_use():
+    """A W&B run of this process, whose service killed runs must not share: it would keep their ids in use."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = wandb.Settings(silent=True, console="off")
+        own = wandb.init(dir=folder, mode="offline", project="own", settings=settings)
+        yield
+        own.finish()
 
 
 @pytest.fixture(scope="module")

@@ -13,5 +13,5 @@ def field_documentation(kind: type) -> dict[str, str]:
         for statement, following in zip(body, body[1:], strict=False):
             if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
                 if isinstance(following.value, ast.Constant) and isinstance(following.value.value, str):
-                    found[statement.target.id] = inspect.cleandoc(following.value.value)  # type: ignore[union-attr]
+                    found[statement.target.id] = " ".join(following.value.value.split())  # type: ignore[union-attr]
     return found

@@ -10,7 +10,6 @@ from typing import Any
 import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
-from wandb.errors import Error as WandbError
 
 from lora_lab.errors import ConfigError
 from lora_lab.files import writable
@@ -92,7 +91,7 @@ def _start(
             # create_new: a run that the user's own script has open is neither joined nor ended.
             settings=wandb.Settings(silent=True, console="off", reinit="create_new"),
         )
-    except WandbError as error:
+    except Exception as error:  # W&B's service has exceptions that are no WandbError
         raise ConfigError(
             f"tracking: W&B does not start ({error}). Mend the names under tracking, or use "
             "tracking.wandb=offline and `wandb sync` later."
