@@ -31,6 +31,7 @@ from lora_lab.data import TaskData, build_data
 from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError
 from lora_lab.files import write_text
 from lora_lab.models.build import build_model, build_tokenizer
+from lora_lab.models.sources import public_name
 from lora_lab.runs import SCHEMA_VERSION, RunFolder, environment, process_rank
 from lora_lab.tracking import build_loggers, close_loggers, read_metrics, replay, wandb_mode
 from lora_lab.training.module import FineTuner
@@ -101,7 +102,9 @@ def run(config: ExperimentConfig, resume: bool = False, overwrite: bool = False)
             metrics |= trainer.test(module, data, verbose=False)[0]
         record |= _end_record(trainer, adapters, statistics, metrics)
         if trainer.is_global_zero:
-            save_adapter(adapters, folder.adapter, config.model.name, PEFT_TASKS[config.model.task])
+            save_adapter(
+                adapters, folder.adapter, public_name(config.model.name), PEFT_TASKS[config.model.task]
+            )
             record["adapter_file_bytes"] = (folder.adapter / TENSORS).stat().st_size
             folder.write(record)
         close_loggers(loggers)

@@ -26,10 +26,10 @@ data: {source: files, train: DATA, text: [text], label: label, batch_size: 4, ma
 adapter: {method: lora, rank: 2, dropout: 0.2}
 optimization: {learning_rate: 0.01}
 trainer: 
-  {max_epochs: 6, validate_every: 0.5, log_every: 2, checkpoint_every: 7, progress_bar: false, keep: best}
+  {max_epochs: 20, validate_every: 0.5, log_every: 2, checkpoint_every: 7, progress_bar: false, keep: best}
 tracking: {wandb: offline}
 """
-STEPS = 6 * (90 // 4)  # 100 rows, a tenth of them set aside for validation, the last short batch dropped
+STEPS = 20 * (90 // 4)  # 100 rows, a tenth of them set aside for validation, the last short batch dropped
 VOLATILE = ("speed/", "memory/peak", "_runtime", "_timestamp", "_step", "_wandb", "epoch_seconds")
 """Names of what measures the machine and not the run."""
 

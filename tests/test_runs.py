@@ -104,6 +104,8 @@ def test_the_quickstart_leaves_a_complete_record_and_folder(quickstart):
         "adapter_model.safetensors",
         "lora_lab.yaml",
     }
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "sentence-transformers/all-MiniLM-L6-v2"
     record = json.loads((folder / "run.json").read_text())
     assert set(record) == RECORD
     assert record["status"] == "finished"

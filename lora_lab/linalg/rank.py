@@ -12,7 +12,7 @@ def widened(tensor: Tensor) -> Tensor:
 
 def product_singular_values(
     left: Float[Tensor, "out k"], right: Float[Tensor, "k in"]
-) -> Float[Tensor, " k"]:
+) -> Float[Tensor, " least"]:
     """Singular values of `left @ right` from two thin QRs and one small SVD: the product is never formed.
 
     Args:

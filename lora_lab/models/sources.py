@@ -41,6 +41,15 @@ def source_of(name: str) -> str:
     return str(Path(name).expanduser()) if is_folder_name(name) else name
 
 
+def public_name(name: str) -> str | None:
+    """Returns the name by which others find the same weights; None where nobody else has them."""
+    kind, _, value = name.partition(":")
+    if kind == "embedded":
+        hub = ASSETS[value].hub
+        return hub.repository if hub else None
+    return None if kind == "random" else name
+
+
 def folder_faults(folder: Path, pooling: str) -> list[str]:
     """Returns why a folder cannot be opened as a model with this pooling; empty where it can."""
     if not folder.is_dir():
