@@ -72,6 +72,7 @@ OVERRIDES = {
     "layer out of range": ("adapter.layers=[7]", "have no layer [7]; their layers are [0, 1]"),
     "pattern that matches nothing": ("adapter.rank_pattern={kye: 3}", "'kye' matches no adapted module"),
     "module to save that is not there": ("adapter.modules_to_save=[hed]", "no module 'hed'"),
+    "module to save without parameters": ("adapter.modules_to_save=[dropout]", "has no parameters to train"),
     "odd rank where halves are needed": ("adapter={method: lora, init: orthogonal, rank: 3}", "must be even"),
     "rank above min(m, n)": (
         "adapter={method: lora, init: olora, rank: 33}",

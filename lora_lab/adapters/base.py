@@ -9,7 +9,7 @@ A method states its mathematics once, as `adapted_weight` or one of its fast for
     HiddenStateAdapter  h' = f(h)         on the output of a whole block
 
 The base is never written to. An adapter's tensors are float32 where the base is in half precision or
-quantised, else of the base's type; modules trained whole (`TrainedCopy`) keep the base's type in every case.
+quantised, else of the base's type, and so are task heads; full fine-tuning keeps the base's type.
 """
 
 from __future__ import annotations
@@ -354,7 +354,7 @@ class HiddenStateAdapter(BorrowingAdapter):
 class TrainedCopy(BorrowingAdapter):
     """A whole module trained in place of its frozen original, which is kept aside for `remove`.
 
-    This is how task heads are trained beside adapters, and what full fine-tuning is made of.
+    This is what full fine-tuning is made of, and how task heads are trained.
     """
 
     base: Any
@@ -403,3 +403,31 @@ class TrainedCopy(BorrowingAdapter):
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Adapter.load_peft_tensors`."""
         self.trained.load_state_dict(dict(tensors))
+
+
+class TrainedHead(TrainedCopy):
+    """A module trained whole beside adapters, in float32 where the base is in half precision.
+
+    It takes and gives the base's type: bfloat16 has too few digits for the steps of its weights, not for its
+    inputs.
+    """
+
+    def __init__(self, base: nn.Module, copies: dict[int, Any]):
+        super().__init__(base, copies)
+        self.narrow: torch.dtype = next(self.trained.parameters()).dtype
+        self.wide: torch.dtype = torch.promote_types(self.narrow, torch.float32)
+        self.trained.to(self.wide)
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        """Runs the trained module in its own type."""
+        inputs = [value.to(self.wide) if _is(value, self.narrow) else value for value in arguments]
+        output = self.trained(*inputs, **options)
+        return output.to(self.narrow) if _is(output, self.wide) else output
+
+    def merged_module(self) -> nn.Module:
+        """Returns a copy of the trained module in the base's type."""
+        return copy.deepcopy(self.trained).to(self.narrow)
+
+
+def _is(value: Any, dtype: torch.dtype) -> bool:
+    return isinstance(value, Tensor) and value.dtype == dtype

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lora_lab.adapters.base import Adapter, TrainedCopy
+from lora_lab.adapters.base import Adapter, TrainedHead
 from lora_lab.adapters.sites import find_sites, saved_modules
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError, suggest
@@ -53,7 +53,7 @@ def inject(model: nn.Module, spec: AdapterSpec, seed: int = 0) -> AdapterSet:
     sites = find_sites(model, spec, method.accepts, seed) if spec.targets else []
     adapters = method.build(sites, spec)
     copies: dict = {}
-    heads = {path: TrainedCopy(model.get_submodule(path), copies) for path in saved_modules(model, spec)}
+    heads = {path: TrainedHead(model.get_submodule(path), copies) for path in saved_modules(model, spec)}
     hooks = method.watch(model, adapters)
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(False)
@@ -77,7 +77,7 @@ class AdapterSet:
         model: nn.Module,
         spec: AdapterSpec,
         adapters: Mapping[str, Adapter],
-        saved: Mapping[str, TrainedCopy],
+        saved: Mapping[str, TrainedHead],
         requires_grad: Mapping[str, bool],
         hooks: Sequence[RemovableHandle] = (),
     ):

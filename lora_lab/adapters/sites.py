@@ -112,6 +112,9 @@ def saved_modules(model: nn.Module, spec: AdapterSpec) -> list[str]:
         if not paths:
             names = {path.rpartition(".")[2] for path, _ in model.named_modules() if path}
             raise TargetError(f"adapter.modules_to_save: no module '{name}'{suggest(name, names)}")
+        empty = [path for path in paths if next(model.get_submodule(path).parameters(), None) is None]
+        if empty:
+            raise TargetError(f"adapter.modules_to_save: {empty[0]} has no parameters to train; take it out.")
         found += paths
     # A module inside another one of the list is trained with it.
     return [path for path in found if not any(path.startswith(f"{other}.") for other in found)]

@@ -1,7 +1,8 @@
 """The contract that every method keeps: one body, run for all of METHODS on models of every kind.
 
-A new method is added to OPTIONS, COUNTS and REACH; a check that cannot hold for it goes into one of the
-tables of exceptions, with the reason.
+A new method is tried with its defaults at once. Two facts about it are asked for as data, COUNTS and REACH;
+variants of its options go into OPTIONS, and a check that cannot hold for it into one of the tables of
+exceptions, with the reason.
 """
 
 import copy
@@ -16,7 +17,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from lora_lab.adapters import METHODS, inject
-from lora_lab.adapters.base import Adapter, AdditiveAdapter, LinearAdapter, PeftLayout, TrainedCopy
+from lora_lab.adapters.base import (
+    Adapter,
+    AdditiveAdapter,
+    LinearAdapter,
+    PeftLayout,
+    TrainedCopy,
+    TrainedHead,
+)
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import IncompatibleError, TargetError
 from lora_lab.linalg.rank import widened
@@ -61,6 +69,7 @@ OPTIONS: dict[str, dict] = {
     "head": {"method": "head"},
     "full": {"method": "full"},
 }
+OPTIONS |= {name: {"method": name} for name in METHODS if name not in OPTIONS}
 """The specs that are tried; those named like their method on every model, the others on one."""
 
 TARGETS: dict[str, dict[str, dict]] = {
@@ -360,7 +369,7 @@ def test_half_precision_base(case):
     trained = {
         id(p)
         for adapter in narrow_adapters.everything()
-        if isinstance(adapter, TrainedCopy)
+        if isinstance(adapter, TrainedCopy) and not isinstance(adapter, TrainedHead)
         for p in adapter.parameters()
     }
     for parameter in narrow_adapters.trainable_parameters():
@@ -374,6 +383,20 @@ def test_half_precision_base(case):
         logits = logits_of(wide, case.batch())
     assert_close(logits.float(), expected, 5e-2)
     backward(case, wide, adapters)
+
+
+def test_heads_of_a_double_precision_base_stay_double(make_model, make_batch):
+    model = make_model("bert").double()
+    inject(model, METHODS["head"].Spec())
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert logits_of(model, make_batch("bert")).dtype == torch.float64
+
+
+def test_a_merged_half_precision_model_has_one_type(make_model, make_batch):
+    model = make_model("bert").bfloat16()
+    with inject(model, METHODS["lora"].Spec()).merged():
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        assert logits_of(model, make_batch("bert")).dtype == torch.bfloat16
 
 
 # The checks on one model ----------------------------------------------------------------------------------
@@ -594,7 +617,6 @@ def test_second_injection_is_refused(make_model):
 
 
 def test_tables_know_every_method():
-    assert set(METHODS) <= set(OPTIONS)
     assert {name for name in METHODS if name not in ("head", "full")} <= set(REACH)
     assert {name for name in METHODS if name not in ("head", "reft")} <= set(COUNTS)
     for name, method in METHODS.items():
