@@ -44,6 +44,7 @@ def test_describe_tells_formula_fields_defaults_and_an_example(capsys, monkeypat
     assert "W'" in told or "h'" in told or "b'" in told
     assert "targets" in told
     assert f"method: {name}" in told
+    assert "[] means none" in " ".join(told.replace("│", " ").split())  # brackets are no markup
 
 
 def test_print_config_prints_what_composes_to_the_same_and_trains_nothing(config, capsys, tmp_path):

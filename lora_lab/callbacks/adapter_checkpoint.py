@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import lightning as L
@@ -40,6 +41,8 @@ class AdapterCheckpoint(L.Callback):
             return
         self._validated_step = trainer.global_step
         value = float(trainer.callback_metrics[pl_module.monitor])
+        if math.isnan(value):
+            return  # no later value would compare as better
         best = self.best_value
         if best is None or (value > best if pl_module.task.mode == "max" else value < best):
             self.best_value, self.best_step = value, trainer.global_step

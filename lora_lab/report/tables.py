@@ -87,6 +87,6 @@ def method_description(name: str) -> RenderableType:
         table.add_column(heading, no_wrap=heading == "field")
     documentation = field_documentation(method.Spec)
     for name_of_field, default in asdict(method.Spec()).items():
-        table.add_row(name_of_field, Text(str(default)), documentation.get(name_of_field, ""))
+        table.add_row(name_of_field, Text(str(default)), Text(documentation.get(name_of_field, "")))
     example = Markdown(f"```yaml\nadapter:\n  method: {name}\n```")
     return Group(Text(head), Text(), table, Text("\nExample:"), example)
