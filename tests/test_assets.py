@@ -321,7 +321,7 @@ def test_failure_of_pip_is_its_last_error(output, expected, tmp_path, monkeypatc
 
 def test_silent_hub_is_given_up_soon(monkeypatch):
     def open_slowly(request, timeout):
-        time.sleep(5)
+        time.sleep(10)
         return io.BytesIO()
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
@@ -329,7 +329,7 @@ def test_silent_hub_is_given_up_soon(monkeypatch):
     monkeypatch.setattr(urllib.request, "urlopen", open_slowly)
     start = time.monotonic()
     assert not sources.hub_reachable.__wrapped__()
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 5
 
 
 def test_hub_is_not_asked_when_switched_off(monkeypatch):

@@ -1,12 +1,13 @@
-"""Speed is that of training alone."""
+"""Speed is that of training alone. The clock is the tests' own where times are compared."""
 
-import time
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 
 from lora_lab.adapters.methods.lora import LoRASpec
+from lora_lab.callbacks import speed_statistics
 from lora_lab.callbacks.speed_statistics import token_count
 from lora_lab.tracking import read_metrics
 from tests.tracked_run import TOKENS, train
@@ -17,17 +18,19 @@ NAMES = {"speed/step_milliseconds", "speed/tokens_per_second"}
 
 
 class Slow(L.Callback):
-    """Makes a batch's hooks and validation take known times."""
+    """Makes each batch and each validation take a known time, and nothing else take any."""
 
-    def __init__(self, batch: float = 0.0, validation: float = 0.0):
-        self.batch = batch
+    def __init__(self, monkeypatch, batches=lambda step: 0.05, validation: float = 0.5):
+        self.batches = batches
         self.validation = validation
+        self.now = 0.0
+        monkeypatch.setattr(speed_statistics, "time", SimpleNamespace(perf_counter=lambda: self.now))
 
-    def on_before_backward(self, *arguments):
-        time.sleep(self.batch)
+    def on_before_backward(self, trainer, *arguments):
+        self.now += self.batches(trainer.global_step)
 
     def on_validation_start(self, *arguments):
-        time.sleep(self.validation)
+        self.now += self.validation
 
 
 def logged(folder):
@@ -46,32 +49,27 @@ def test_speed_stands_in_the_rows_of_the_loss(make_model, tmp_path):
     assert sum(NAMES <= row.keys() for row in offline.history) == 2
 
 
-def test_a_step_is_all_its_batches_and_nothing_else(make_model, tmp_path):
-    slow = Slow(batch=0.05, validation=0.5)
+def test_a_step_is_all_its_batches_and_nothing_else(make_model, tmp_path, monkeypatch):
     run = train(
         make_model("bert"),
         SPEC,
         tmp_path,
         tracking="disabled",
         log_every=1,
-        extra=[slow],
+        extra=[Slow(monkeypatch)],
         accumulate_grad_batches=2,
         val_check_interval=2,
     )
     times = [row["speed/step_milliseconds"] for row in logged(tmp_path)]
-    assert len(times) == 4
-    assert all(100 < milliseconds < 500 for milliseconds in times)
-    assert 100 < run.speed.median_step_milliseconds < 500
-    assert run.speed.tokens_per_second == pytest.approx(2e3 * TOKENS / (sum(times) / 4), rel=1e-4)
+    assert times == pytest.approx([100.0] * 4)
+    assert run.speed.median_step_milliseconds == pytest.approx(100)
+    assert run.speed.tokens_per_second == pytest.approx(2 * TOKENS / 0.1)
 
 
-def test_the_median_does_not_see_one_slow_step(make_model):
-    class SlowOnce(Slow):
-        def on_before_backward(self, trainer, *arguments):
-            time.sleep(0.5 if trainer.global_step == 3 else 0.0)
-
-    run = train(make_model("bert"), SPEC, extra=[SlowOnce()])
-    assert run.speed.median_step_milliseconds < 250
+def test_the_median_does_not_see_one_slow_step(make_model, monkeypatch):
+    slow = Slow(monkeypatch, batches=lambda step: 9.0 if step == 3 else 0.05)
+    run = train(make_model("bert"), SPEC, extra=[slow])
+    assert run.speed.median_step_milliseconds == pytest.approx(50)
 
 
 def test_padding_is_no_token_and_features_are_examples():
