@@ -1,6 +1,7 @@
 """What a run leaves behind."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +11,7 @@ from lora_lab.assets import fetch
 from lora_lab.config import compose
 from lora_lab.errors import AssetError
 from lora_lab.experiment import evaluate, run
+from lora_lab.runs import environment
 from tests.wandb_file import offline_folders, read_offline_run
 
 ROOT = Path(__file__).parent.parent
@@ -180,3 +182,16 @@ def test_sum_to_product_runs_from_end_to_end(tmp_path, monkeypatch):
     assert (results["merge_error"][1:] < 1e-5).all()
     assert results["trained_parameters"].tolist() == [4929, 260, 1068]
     assert (tmp_path / "losses.png").stat().st_size > 10_000
+
+
+def test_the_record_names_the_commit_and_marks_a_changed_working_tree(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        (tmp_path / "file").write_text("one")
+        identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+        subprocess.run(["git", *identity, *command], check=True)
+    head = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
+    assert environment()["git_commit"] == commit
+    (tmp_path / "file").write_text("two")
+    assert environment()["git_commit"] == f"{commit}+"
