@@ -86,7 +86,7 @@ def run(config: ExperimentConfig, resume: bool = False, overwrite: bool = False)
         loggers = build_loggers(config.tracking, folder.path, config.name, config.run_name(), asdict(config))
         trainer = L.Trainer(
             **trainer_arguments(config.trainer, config.optimization.gradient_clip),
-            callbacks=statistics.everything(config.trainer.progress_bar),
+            callbacks=statistics.everything(_progress_bars(config)),
             logger=loggers,
             default_root_dir=folder.path,
         )
@@ -100,7 +100,7 @@ def run(config: ExperimentConfig, resume: bool = False, overwrite: bool = False)
             metrics |= trainer.validate(module, data, verbose=False)[0]
         if data.test_dataloader() is not None:
             metrics |= trainer.test(module, data, verbose=False)[0]
-        record |= _end_record(trainer, adapters, statistics, metrics)
+        record |= _end_record(trainer, statistics, metrics)
         if trainer.is_global_zero:
             save_adapter(
                 adapters, folder.adapter, public_name(config.model.name), PEFT_TASKS[config.model.task]
@@ -153,9 +153,7 @@ def evaluate(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
     adapters = load_adapter(model, folder.adapter)
     module = FineTuner(model.eval(), adapters, config.model.task, data.num_labels, config.optimization)
     arguments = trainer_arguments(config.trainer, None)
-    trainer = L.Trainer(
-        **arguments, logger=False, callbacks=[RichProgressBar()] if config.trainer.progress_bar else []
-    )
+    trainer = L.Trainer(**arguments, logger=False, callbacks=_progress_bars(config))
     metrics: dict[str, float] = {}
     for split, loader in {"validate": data.val_dataloader(), "test": data.test_dataloader()}.items():
         if loader is not None:
@@ -183,8 +181,7 @@ class _Callbacks:
             ResumeCheckpoint(folder.checkpoint, config.trainer.checkpoint_every),
         )
 
-    def everything(self, progress_bar: bool) -> list[L.Callback]:
-        bars: list[L.Callback] = [RichProgressBar()] if progress_bar else []
+    def everything(self, bars: list[L.Callback]) -> list[L.Callback]:
         # The statistics stand behind the callback that puts the best adapters back; the clock stands last.
         return [self.best, self.adapters, self.memory, *bars, self.resume, self.speed]
 
@@ -213,6 +210,10 @@ def _check_folder(
             "--overwrite it."
         )
     return before
+
+
+def _progress_bars(config: ExperimentConfig) -> list[L.Callback]:
+    return [RichProgressBar()] if config.trainer.progress_bar else []
 
 
 def _prepare_model(model: Any, config: ExperimentConfig) -> None:
@@ -254,9 +255,7 @@ def _start_record(
     }
 
 
-def _end_record(
-    trainer: L.Trainer, adapters: AdapterSet, statistics: _Callbacks, metrics: dict[str, Any]
-) -> dict[str, Any]:
+def _end_record(trainer: L.Trainer, statistics: _Callbacks, metrics: dict[str, Any]) -> dict[str, Any]:
     return {
         "status": "finished",
         "steps": trainer.global_step,
@@ -266,7 +265,7 @@ def _end_record(
         "tokens_per_second": statistics.speed.tokens_per_second,
         "peak_memory_megabytes": statistics.memory.peak_megabytes,
         "peak_memory_kind": statistics.memory.peak_kind,
-        **final_statistics(adapters),
+        **final_statistics(statistics.adapters.rows),
         "best_value": statistics.best.best_value,
         "best_step": statistics.best.best_step,
         "metrics": {

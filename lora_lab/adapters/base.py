@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -420,14 +421,15 @@ class TrainedHead(TrainedCopy):
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
         """Runs the trained module in its own type."""
-        inputs = [value.to(self.wide) if _is(value, self.narrow) else value for value in arguments]
-        output = self.trained(*inputs, **options)
-        return output.to(self.narrow) if _is(output, self.wide) else output
+        widen = partial(_retyped, old=self.narrow, new=self.wide)
+        named = {name: widen(value) for name, value in options.items()}
+        output = self.trained(*map(widen, arguments), **named)
+        return _retyped(output, self.wide, self.narrow)
 
     def merged_module(self) -> nn.Module:
         """Returns a copy of the trained module in the base's type."""
         return copy.deepcopy(self.trained).to(self.narrow)
 
 
-def _is(value: Any, dtype: torch.dtype) -> bool:
-    return isinstance(value, Tensor) and value.dtype == dtype
+def _retyped(value: Any, old: torch.dtype, new: torch.dtype) -> Any:
+    return value.to(new) if isinstance(value, Tensor) and value.dtype == old else value

@@ -58,7 +58,7 @@ def inject(model: nn.Module, spec: AdapterSpec, seed: int = 0) -> AdapterSet:
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(False)
     adapter_set = AdapterSet(model, spec, adapters, heads, requires_grad, hooks)
-    adapter_set._place({path: adapter for path, adapter in adapter_set._all.items()})
+    adapter_set._place(adapter_set._all)
     return adapter_set
 
 
@@ -157,7 +157,7 @@ class AdapterSet:
             CheckpointError: if names, shapes or kinds of numbers differ; nothing is changed then.
         """
         load_tensors(self.named_tensors(), state, "the checkpoint")
-        for adapter in self._all.values():
+        for adapter in self.everything():
             adapter.tensors_changed()
 
     def penalty(self) -> Tensor | float:

@@ -97,7 +97,7 @@ def load_adapter(model: nn.Module, folder: Path) -> AdapterSet:
     spec = read_spec(folder, tensors)
     adapters = inject(model, spec)
     try:
-        by_path = _by_path(adapters, tensors)
+        by_path, others = _by_path(adapters, tensors)
         given = {
             f"{PREFIX}{path}.{name}": tensor
             for path, own in by_path.items()
@@ -105,7 +105,7 @@ def load_adapter(model: nn.Module, folder: Path) -> AdapterSet:
         }
         # Shared tensors follow from the spec, so that a file may leave them out.
         given |= _shared_tensors(adapters)
-        given |= {name: tensor for name, tensor in tensors.items() if not _belongs(name, by_path)}
+        given |= others
         load_tensors(_file_tensors(adapters), given, str(folder), write=False)
         for path, adapter in adapters._all.items():
             start = f"{PREFIX}{path}."
@@ -221,22 +221,22 @@ def _file_tensors(adapters: AdapterSet) -> dict[str, Tensor]:
     return found
 
 
-def _by_path(adapters: AdapterSet, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Sorts a file's tensors by the adapter that they belong to."""
+def _by_path(
+    adapters: AdapterSet, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Sorts a file's tensors by the adapter that they belong to; returns those that belong to none apart."""
     found: dict[str, dict[str, Tensor]] = {path: {} for path in adapters._all}
+    others = dict(tensors)
     for key, tensor in tensors.items():
         for path, own in found.items():
             if key.startswith(f"{PREFIX}{path}."):
                 own[key.removeprefix(f"{PREFIX}{path}.")] = tensor
-    return found
+                others.pop(key, None)
+    return found, others
 
 
 def _empty(folder: Path) -> bool:
     return not any(folder.iterdir())
-
-
-def _belongs(key: str, paths: Mapping[str, Any]) -> bool:
-    return any(key.startswith(f"{PREFIX}{path}.") for path in paths)
 
 
 def _shared_tensors(adapters: AdapterSet) -> dict[str, Tensor]:

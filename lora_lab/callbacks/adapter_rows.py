@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_lab.adapters import Adapter, AdapterSet
 from lora_lab.adapters.protocols import Droppable, RankAllocatable
-from lora_lab.linalg.rank import effective_rank, stable_rank
+from lora_lab.linalg.rank import effective_rank, stable_rank, zero_fraction
 from lora_lab.models.architectures import find_roles, layer_of
 
 
@@ -56,8 +56,7 @@ def sparsity(adapter: Adapter) -> float | None:
     if isinstance(adapter, RankAllocatable):
         return 1 - float(adapter.kept_components().float().mean())
     trained = _trained(adapter)
-    zeros = sum(int((parameter == 0).sum()) for parameter in trained)
-    return zeros / sum(parameter.numel() for parameter in trained) if trained else None
+    return zero_fraction(*trained) if trained else None
 
 
 def _spectrum(adapter: Adapter) -> tuple[float | None, float | None]:
@@ -71,5 +70,4 @@ def _spectrum(adapter: Adapter) -> tuple[float | None, float | None]:
 
 
 def _trained(adapter: Adapter) -> list[nn.Parameter]:
-    tensors = adapter.adapter_tensors().values()
-    return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter) and tensor.requires_grad]
+    return [parameter for parameter in adapter.parameters() if parameter.requires_grad]  # the base is frozen

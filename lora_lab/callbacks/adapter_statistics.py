@@ -21,9 +21,9 @@ from lora_lab.callbacks.adapter_rows import AdapterRow, adapter_rows
 from lora_lab.callbacks.rank_heatmap import rank_heatmap
 
 
-def final_statistics(adapters: AdapterSet) -> dict[str, float | None]:
+def final_statistics(rows: list[AdapterRow]) -> dict[str, float | None]:
     """Returns the means that a run's record keeps; None where a word has no meaning for the method."""
-    means = _means(adapter_rows(adapters))
+    means = _means(rows)
     return {
         "final_rank_mean": means.get("rank/mean"),
         "effective_rank_mean": means.get("rank/effective_mean"),
@@ -44,6 +44,8 @@ class AdapterStatistics(L.Callback):
 
     def __init__(self, adapters: AdapterSet):
         self.adapters = adapters
+        self.rows: list[AdapterRow] = []
+        """What the adapters had become when training ended, in the first process; empty before."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs the start."""
@@ -61,7 +63,7 @@ class AdapterStatistics(L.Callback):
         """Logs the end, and to W&B the table `rank/table` and the picture `rank/heatmap`."""
         if not trainer.is_global_zero:
             return
-        rows = adapter_rows(self.adapters)
+        self.rows = rows = adapter_rows(self.adapters)
         self._log(trainer, rows)
         picture = rank_heatmap([(row.layer, row.role, row.path, row.effective_rank) for row in rows])
         columns, table = [column.name for column in fields(AdapterRow)], [list(astuple(row)) for row in rows]

@@ -71,6 +71,7 @@ class MemoryStatistics(L.Callback):
         self.saved_activation_bytes: int | None = None
         """Bytes kept for backward by the first batch; None before it, and under torch.compile."""
         self._probe: SavedTensors | None = None
+        self._probes = True
         self._due = False
         self._device = torch.device("cpu")
 
@@ -87,8 +88,9 @@ class MemoryStatistics(L.Callback):
         return peak / MEGABYTE
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the GPU's peak afresh: runs in one process must not see each other's."""
+        """Looks at what is there, and starts the GPU's peak afresh: runs in one process must not share it."""
         self._device = pl_module.device
+        self._probes = not is_compiled(pl_module)
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
 
@@ -96,7 +98,7 @@ class MemoryStatistics(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Starts to count at the first batch."""
-        if self.saved_activation_bytes is None and not is_compiled(pl_module):
+        if self.saved_activation_bytes is None and self._probes:
             self._probe = SavedTensors()
             self._probe.start()
 

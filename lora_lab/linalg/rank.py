@@ -45,6 +45,7 @@ def stable_rank(singular_values: Float[Tensor, " k"]) -> float:
     return 0.0 if largest == 0 else float((singular_values / largest).square().sum())
 
 
-def zero_fraction(tensor: Tensor) -> float:
-    """Share of entries that are exactly zero, in [0, 1]."""
-    return float((tensor == 0).double().mean()) if tensor.numel() else 0.0
+def zero_fraction(*tensors: Tensor) -> float:
+    """Returns the share of entries that are exactly zero over all tensors, in [0, 1]; 0 if there are none."""
+    entries = sum(tensor.numel() for tensor in tensors)
+    return sum(int((tensor == 0).sum()) for tensor in tensors) / entries if entries else 0.0

@@ -22,9 +22,7 @@ PROTOCOLS = (RankAllocatable, NestedRank, Droppable)
 
 def record_table(record: Mapping[str, Any]) -> Table:
     """Shows what came of a run."""
-    table = Table(title=f"{record['experiment']} / {record['run']}", title_justify="left", show_header=False)
-    table.add_column(style="bold")
-    table.add_column(justify="right")
+    table = _facts(f"{record['experiment']} / {record['run']}")
     trained, total = record["trainable_parameters"], record["total_parameters"]
     table.add_row("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})")
     table.add_row("of these the method's", f"{record['method_parameters']:,}")
@@ -41,18 +39,14 @@ def record_table(record: Mapping[str, Any]) -> Table:
     table.add_row(f"peak memory ({record['peak_memory_kind']})", f"{record['peak_memory_megabytes']:,.0f} MB")
     table.add_row("time", f"{record['wall_seconds']:.0f} s, {record['steps']} steps")
     table.add_section()
-    for name, value in sorted(record["metrics"].items()):
-        table.add_row(name, f"{value:.4g}")
+    _add_metrics(table, record["metrics"])
     return table
 
 
 def metrics_table(metrics: Mapping[str, float], title: str) -> Table:
     """Shows metrics by name."""
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column(style="bold")
-    table.add_column(justify="right")
-    for name, value in sorted(metrics.items()):
-        table.add_row(name, f"{value:.4g}")
+    table = _facts(title)
+    _add_metrics(table, metrics)
     return table
 
 
@@ -90,3 +84,15 @@ def method_description(name: str) -> RenderableType:
         table.add_row(name_of_field, Text(str(default)), Text(documentation.get(name_of_field, "")))
     example = Markdown(f"```yaml\nadapter:\n  method: {name}\n```")
     return Group(Text(head), Text(), table, Text("\nExample:"), example)
+
+
+def _facts(title: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    return table
+
+
+def _add_metrics(table: Table, metrics: Mapping[str, float]) -> None:
+    for name, value in sorted(metrics.items()):
+        table.add_row(name, f"{value:.4g}")

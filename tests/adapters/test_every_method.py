@@ -399,6 +399,12 @@ def test_a_merged_half_precision_model_has_one_type(make_model, make_batch):
         assert logits_of(model, make_batch("bert")).dtype == torch.bfloat16
 
 
+def test_a_half_precision_head_may_be_called_by_keyword():
+    head = TrainedHead(nn.Bilinear(3, 4, 2).bfloat16(), {})
+    one, two = torch.randn(5, 3).bfloat16(), torch.randn(5, 4).bfloat16()
+    assert torch.equal(head(input1=one, input2=two), head(one, two))
+
+
 # The checks on one model ----------------------------------------------------------------------------------
 
 

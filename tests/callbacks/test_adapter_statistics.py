@@ -87,7 +87,7 @@ def test_picture_is_there_and_not_empty(tracked):
 
 def test_final_statistics_are_those_of_the_last_row(tracked):
     run, rows, _ = tracked
-    final = final_statistics(run.adapters)
+    final = final_statistics(adapter_rows(run.adapters))
     assert final == {
         "final_rank_mean": rows[-1]["rank/mean"],
         "effective_rank_mean": rows[-1]["rank/effective_mean"],
@@ -114,7 +114,7 @@ def test_effective_rank_is_that_of_the_dense_update(tracked):
 )
 def test_names_without_a_meaning_do_not_appear(make_model, tmp_path, spec, absent):
     run = train(make_model("bert"), spec, tmp_path, tracking="disabled", batches=2)
-    final = final_statistics(run.adapters)
+    final = final_statistics(adapter_rows(run.adapters))
     assert {name for name, value in final.items() if value is None} == absent
     logged = {name for row in read_metrics(tmp_path) for name in row}
     named = {"final_rank_mean": "rank/mean", "effective_rank_mean": "rank/effective_mean"}
@@ -144,7 +144,7 @@ def test_without_units_of_rank_zeros_are_counted(make_model):
 def test_a_diverged_adapter_gives_nan_and_no_error(make_model):
     adapters = inject(make_model("bert"), SPEC)
     next(iter(adapters)).A.data.fill_(math.nan)
-    assert math.isnan(final_statistics(adapters)["effective_rank_mean"])
+    assert math.isnan(final_statistics(adapter_rows(adapters))["effective_rank_mean"])
     places = [(row.layer, row.role, row.path, row.effective_rank) for row in adapter_rows(adapters)]
     assert rank_heatmap(places) is not None
 
