@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lora_lab.adapters import AdapterSet
+from lora_lab.data.config import IGNORED
 from lora_lab.training.optimization import (
     OptimizationConfig,
     build_optimizer,
     build_schedule,
     parameter_groups,
 )
-from lora_lab.training.tasks import IGNORED, TASKS
+from lora_lab.training.tasks import TASKS
 
 
 class FineTuner(L.LightningModule):

@@ -14,8 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from torchmetrics.regression import MeanAbsoluteError, PearsonCorrCoef
 from torchmetrics.text import Perplexity
 
-IGNORED = -100
-"""Label of positions that are not learned from, as in `torch.nn.functional.cross_entropy`."""
+from lora_lab.data.config import IGNORED
 
 
 @dataclass(frozen=True)

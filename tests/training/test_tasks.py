@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lora_lab.training.tasks import IGNORED, TASKS
+from lora_lab.data.config import IGNORED
+from lora_lab.training.tasks import TASKS
 
 
 def test_causal_loss_compares_each_position_with_the_next_token_and_skips_ignored_ones():
