@@ -15,17 +15,17 @@ quantised, else of the base's type, and so are task heads; full fine-tuning keep
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lora_lab.adapters.maps import is_convolution, is_linear, matrix, project, with_weight
 from lora_lab.adapters.sites import Site, site_spec
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import IncompatibleError
@@ -127,6 +127,19 @@ class Adapter(nn.Module):
         """Returns a term for the training loss (an orthogonality penalty, say); 0 for most methods."""
         return 0.0
 
+    @classmethod
+    def total_penalty(cls, adapters: Iterable[Adapter]) -> Tensor | float:
+        """Returns the term of all adapters of a model; by default the sum, one after the other."""
+        return sum((adapter.penalty() for adapter in adapters), start=0.0)
+
+    def frozen_parts(self) -> list[tuple[nn.Parameter, Bool[Tensor, ...]]]:
+        """Returns trained tensors of which the next step must leave a part as it is, with flags of that part.
+
+        A gradient of zero is not enough for that: momentum and weight decay move what it does not. The flags
+        broadcast to the tensor's shape. The optimizer's own state of these parts stays as it is too.
+        """
+        return []
+
     def merged_module(self) -> nn.Module:
         """Returns a new plain module that computes what base and adapter compute together."""
         raise IncompatibleError(
@@ -147,6 +160,11 @@ class Adapter(nn.Module):
         named = {name: getattr(self, attribute) for name, attribute in self.peft.tensors.items()}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
+    @property
+    def stored_spec(self) -> Any:
+        """The spec of what `peft_tensors` returns: of another rank where components are left out of the file."""
+        return self.spec
+
     def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns a file's tensors for this adapter in the form of `peft_tensors`.
 
@@ -158,7 +176,8 @@ class Adapter(nn.Module):
         """Takes over tensors under PEFT's names, which `storage` has checked against `peft_tensors`."""
         with torch.no_grad():
             for name, tensor in tensors.items():
-                getattr(self, self.peft.tensors[name]).copy_(tensor)
+                own = getattr(self, self.peft.tensors[name])
+                own.copy_(tensor.reshape(own.shape))
 
     def tensors_changed(self) -> None:
         """Recomputes what the adapter derives from its tensors; called after they were loaded."""
@@ -169,38 +188,30 @@ class Adapter(nn.Module):
         return {name: tensor for name, tensor in state.items() if not name.startswith("base.")}
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear map: it lends a floating (out, in) `weight`, dequantised where need be."""
-    if not (hasattr(module, "in_features") and hasattr(module, "out_features")):
-        return False
-    weight = getattr(module, "weight", None)
-    return (
-        isinstance(weight, Tensor)
-        and weight.is_floating_point()
-        and weight.shape == (module.out_features, module.in_features)
-    )
-
-
 class LinearAdapter(Adapter):
-    """Edits a linear map. `adapted_weight` is the method; all else follows from it."""
+    """Edits a linear map. `adapted_weight` is the method; all else follows from it.
+
+    A convolution is such a map too, see `maps`: `in` then counts the numbers of a patch, `out` the channels.
+    """
 
     base: Any
-    """What `is_linear` accepts: `weight`, `bias`, `in_features`, `out_features`, whatever its class."""
+    """What `accepts` allows: it lends `weight` and `bias`, whatever its class."""
+    convolves: ClassVar[bool] = False
+    """Whether the method's own forms use `maps.project` and `maps.mix`, which convolutions need."""
 
     def __init__(self, base: Any):
         super().__init__(base)
-        self.in_features: int = base.in_features
-        self.out_features: int = base.out_features
+        self.out_features, self.in_features = matrix(base).shape
         self.dtype: torch.dtype = torch.promote_types(base.weight.dtype, torch.float32)
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
         """See `Adapter.accepts`."""
-        return is_linear(module)
+        return is_linear(module) or (cls.convolves and is_convolution(module))
 
     # Model code looks at these of the linear maps it calls (T5 asks for `wo.weight.dtype`).
     @property
-    def weight(self) -> Float[Tensor, "out in"]:
+    def weight(self) -> Tensor:
         """The frozen base's weight."""
         return self.base.weight
 
@@ -219,7 +230,7 @@ class LinearAdapter(Adapter):
 
     def delta_weight(self) -> Float[Tensor, "out in"]:
         """Returns W' − W, in float32 or wider."""
-        weight = widened(self.base.weight)
+        weight = widened(matrix(self.base))
         return self.adapted_weight(weight) - weight
 
     def singular_values(self) -> Float[Tensor, " k"]:
@@ -232,9 +243,9 @@ class LinearAdapter(Adapter):
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """Applies the adapted map; the slow form, for methods without a better one."""
-        weight, bias = widened(self.base.weight), self.base.bias
+        weight, bias = widened(matrix(self.base)), self.base.bias
         bias = self.adapted_bias(None if bias is None else widened(bias))
-        return F.linear(self.cast(x), self.adapted_weight(weight), bias).to(x.dtype)
+        return project(self.base, self.cast(x), self.adapted_weight(weight), bias).to(x.dtype)
 
     @torch.no_grad()
     def merged_module(self) -> nn.Module:
@@ -244,18 +255,14 @@ class LinearAdapter(Adapter):
             IncompatibleError: if a merged number is not finite.
         """
         base = self.base
-        weight = self.adapted_weight(widened(base.weight))
+        weight = self.adapted_weight(widened(matrix(base)))
         bias = self.adapted_bias(None if base.bias is None else widened(base.bias))
         if not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
             raise IncompatibleError(
                 "the merged weight is not finite; the adapter's training has diverged. Nothing was merged: "
                 "train again with a smaller learning rate, or load an earlier checkpoint."
             )
-        merged = nn.Linear(base.in_features, base.out_features, bias is not None, device="meta")
-        merged.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
-        if bias is not None:
-            merged.bias = nn.Parameter(bias.to(base.weight.dtype), requires_grad=False)
-        return merged.train(self.training)
+        return with_weight(base, weight, bias)
 
 
 class AdditiveAdapter(LinearAdapter):
@@ -271,7 +278,7 @@ class AdditiveAdapter(LinearAdapter):
 
     def delta_output(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """Returns x ΔWᵀ; low-rank methods never form ΔW for it."""
-        return F.linear(x, self.delta_weight())
+        return project(self.base, x, self.delta_weight())
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """Applies base and update side by side."""

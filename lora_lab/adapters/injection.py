@@ -161,8 +161,10 @@ class AdapterSet:
             adapter.tensors_changed()
 
     def penalty(self) -> Tensor | float:
-        """Returns the sum of the adapters' penalties."""
-        return sum((adapter.penalty() for adapter in self), start=0.0)
+        """Returns the adapters' term of the training loss."""
+        from lora_lab.adapters import METHODS
+
+        return METHODS[self.spec.method].total_penalty(self)
 
     # Merging and removing -----------------------------------------------------------------------------
 

@@ -15,15 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import AdditiveAdapter
+from lora_lab.adapters.maps import is_convolution, mix, pointwise, project
 from lora_lab.adapters.protocols import Droppable, RankAllocatable
 from lora_lab.adapters.spec import LowRankSpec
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.rank import product_singular_values, widened
+from lora_lab.linalg.start import kaiming_uniform
 
 
 @dataclass
@@ -41,7 +42,7 @@ class ScaledSpec(LowRankSpec):
 
 
 class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
-    """ΔW = s (B A − B₀ A₀), from a start A, B.
+    """ΔW = s (B A − B₀ A₀), from a start A, B; by default LoRA's, U(±1/√in) and zeros.
 
     Attributes:
         A: (rank, in), learned.
@@ -61,18 +62,25 @@ class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
         self,
         base: Any,
         spec: ScaledSpec,
-        A: Float[Tensor, "rank in"],
-        B: Float[Tensor, "out rank"],
-        subtract: bool,
+        start: tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]] | None = None,
+        subtract: bool = False,
     ):
         super().__init__(base)
-        self.spec, self.scale = spec, spec.scale
-        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
-        self.register_buffer("start_A", A.clone() if subtract else None)
-        self.register_buffer("start_B", B.clone() if subtract else None)
+        self.spec = spec
+        if start is None:
+            A = kaiming_uniform(spec.rank, self.in_features, dtype=self.dtype)
+            start = A, torch.zeros(self.out_features, spec.rank, dtype=self.dtype)
+        self.A, self.B = (nn.Parameter(factor) for factor in start)
+        self.register_buffer("start_A", start[0].clone() if subtract else None)
+        self.register_buffer("start_B", start[1].clone() if subtract else None)
         self.register_buffer("kept", torch.ones(spec.rank, dtype=torch.bool))
         self.register_buffer("active", torch.ones((), dtype=self.dtype))
         self.dropout = nn.Dropout(spec.dropout) if spec.dropout else nn.Identity()
+
+    @property
+    def scale(self) -> float:
+        """The factor s."""
+        return self.spec.scale
 
     @property
     def rank(self) -> int:
@@ -94,7 +102,8 @@ class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
         """See `AdditiveAdapter.delta_output`."""
         left, right = self.factors()
         # The scale goes onto the (..., rank) product: a pass over the (..., out) output costs far more.
-        return F.linear(F.linear(self.dropout(x), right) * (self.scale * self.active), left)
+        hidden = project(self.base, self.dropout(x), right) * (self.scale * self.active)
+        return mix(self.base, hidden, left)
 
     def singular_values(self) -> Float[Tensor, " k"]:
         """See `LinearAdapter.singular_values`."""
@@ -119,6 +128,7 @@ class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
         self.B[:, ~keep] = 0
         if self.start_B is not None:
             self.start_B[:, ~keep] = 0
+        self.tensors_changed()
 
     def kept_components(self) -> Bool[Tensor, " rank"]:
         """See `RankAllocatable`."""
@@ -127,6 +137,7 @@ class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
     def drop(self) -> None:
         """See `Droppable`. A switch, not zeros in B, which the optimizer's next step would fill again."""
         self.active.zero_()
+        self.tensors_changed()
 
     @property
     def dropped(self) -> bool:
@@ -137,26 +148,26 @@ class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
         """See `Adapter.peft_tensors`: the stacked factors; once dropped, all but A is zero."""
         left, right = self.factors()
         others = {**super().peft_tensors(), "lora_B.weight": left}
-        return {name: tensor * self.active for name, tensor in others.items()} | {"lora_A.weight": right}
+        tensors = {name: tensor * self.active for name, tensor in others.items()} | {"lora_A.weight": right}
+        return in_pefts_shapes(self.base, tensors)
 
     @torch.no_grad()
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Adapter.load_peft_tensors`: takes apart what `factors` stacks."""
-        left, right, rank = tensors["lora_B.weight"], tensors["lora_A.weight"], self.spec.rank
+        left, right = tensors["lora_B.weight"].flatten(1), tensors["lora_A.weight"].flatten(1)
+        rank = self.spec.rank
         super().load_peft_tensors({**tensors, "lora_A.weight": right[:rank], "lora_B.weight": left[:, :rank]})
         if self.start_A is not None and self.start_B is not None:
             self.start_A.copy_(right[rank:])
             self.start_B.copy_(-left[:, rank:])
 
 
-def refuse_rank_above(rank: int, base: Any, what: str) -> None:
-    """Raises for a rank that a decomposition of W cannot give."""
-    most = min(base.in_features, base.out_features)
-    if rank > most:
-        raise IncompatibleError(
-            f"adapter.rank: {what} takes its start from W and allows at most min(in, out) = {most} here; "
-            f"got {rank}. Lower the rank, or use rank_pattern for this module."
-        )
+def in_pefts_shapes(base: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns PEFT's tensors of one LoRA on this base: A and B of a convolution are convolutions there."""
+    A, B = tensors["lora_A.weight"], tensors["lora_B.weight"]
+    if is_convolution(base):
+        A, B = A.reshape(-1, *base.weight.shape[1:]), pointwise(base, B)
+    return {**tensors, "lora_A.weight": A, "lora_B.weight": B}
 
 
 # PEFT's config ------------------------------------------------------------------------------------------

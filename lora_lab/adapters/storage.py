@@ -253,7 +253,7 @@ def _patterns(adapters: AdapterSet) -> dict[str, Any]:
     general = layout.config(adapters.spec)
     names = {"rank_pattern": "r", "alpha_pattern": next((n for n in general if n.endswith("alpha")), "alpha")}
     for path, adapter in adapters.items():
-        own = layout.config(adapter.spec)
+        own = layout.config(adapter.stored_spec)
         for pattern, name in names.items():
             if own.get(name) != general.get(name):
                 found[pattern][f"^{re.escape(path)}"] = own[name]

@@ -16,6 +16,7 @@ from lora_lab.training.optimization import (
     OptimizationConfig,
     build_optimizer,
     build_schedule,
+    keep_frozen_parts,
     parameter_groups,
 )
 from lora_lab.training.tasks import TASKS
@@ -133,6 +134,7 @@ class FineTuner(L.LightningModule):
         # Lightning clips no gradients before a fused step under mixed precision.
         fused = self.trainer.precision == "32-true" or self.optimization.gradient_clip is None
         optimizer = build_optimizer(self._groups, self.optimization, fused)
+        keep_frozen_parts(optimizer, self.adapters)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = build_schedule(optimizer, self.optimization, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

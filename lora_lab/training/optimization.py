@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -107,6 +108,35 @@ def build_optimizer(
         fused: one kernel for all tensors.
     """
     return AdamW(groups, betas=(config.beta1, config.beta2), fused=fused)
+
+
+def keep_frozen_parts(optimizer: Optimizer, adapters: AdapterSet) -> None:
+    """Makes every step leave alone what adapters hold frozen (`Adapter.frozen_parts`), its moments included.
+
+    Works with any optimizer whose state has tensors of the parameter's shape, AdamW's moments for one.
+    """
+    before: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
+
+    def numbers_of(parameter: Tensor) -> dict[str, Tensor]:
+        state = optimizer.state.get(parameter, {})
+        moments = {name: x for name, x in state.items() if getattr(x, "shape", None) == parameter.shape}
+        return {"": parameter.detach(), **moments}
+
+    def remember(*_: Any) -> None:
+        for adapter in adapters:
+            for parameter, frozen in adapter.frozen_parts():
+                old = {name: x.clone() for name, x in numbers_of(parameter).items()}
+                before.append((parameter, frozen, old))
+
+    def restore(*_: Any) -> None:
+        for parameter, frozen, old in before:
+            for name, x in numbers_of(parameter).items():
+                # Moments that this step has made began at zero.
+                x.copy_(torch.where(frozen, old.get(name, torch.zeros_like(x)), x))
+        before.clear()
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(restore)
 
 
 def build_schedule(optimizer: Optimizer, config: OptimizationConfig, steps: int) -> LambdaLR:

@@ -10,6 +10,7 @@ from lora_lab.training.optimization import (
     OptimizationConfig,
     build_optimizer,
     build_schedule,
+    keep_frozen_parts,
     parameter_groups,
 )
 
@@ -94,3 +95,37 @@ def test_cosine_schedule_is_half_way_in_the_middle():
 
 def test_constant_schedule_stays():
     assert course(OptimizationConfig(schedule="constant", warmup=0.0), 5) == [1.0] * 5
+
+
+def test_frozen_parts_and_their_moments_outlive_steps_with_decay_and_momentum():
+    adapters = adapted()
+    adapter = adapters.adapters["0"]
+    config = OptimizationConfig(learning_rate=0.1, weight_decay=0.5)
+    optimizer = build_optimizer_of(adapters, config)
+    keep_frozen_parts(optimizer, adapters)
+
+    def step():
+        for parameter in adapters.trainable_parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+    flags = torch.tensor([[True], [False]])
+    adapter.frozen_parts = lambda: [(adapter.A, flags)]
+    start = adapter.A.detach().clone()
+    step()  # the first step makes the moments
+    assert torch.equal(adapter.A[0], start[0])
+    assert not torch.equal(adapter.A[1], start[1])
+    assert not optimizer.state[adapter.A]["exp_avg"][0].any()
+    adapter.frozen_parts = lambda: []
+    step()
+    before = [x.clone() for x in (adapter.A.detach(), *moments(optimizer, adapter.A))]
+    adapter.frozen_parts = lambda: [(adapter.A, flags)]
+    step()
+    for old, new in zip(before, (adapter.A, *moments(optimizer, adapter.A)), strict=True):
+        assert torch.equal(new[0], old[0])
+        assert not torch.equal(new[1], old[1])
+
+
+def moments(optimizer, parameter):
+    state = optimizer.state[parameter]
+    return state["exp_avg"], state["exp_avg_sq"]

@@ -15,7 +15,8 @@ from typing import Any, Union  # noqa: UP035
 import torch
 from torch import Tensor, nn
 
-from lora_lab.adapters.base import BorrowingAdapter, PeftLayout, is_linear
+from lora_lab.adapters.base import BorrowingAdapter, PeftLayout
+from lora_lab.adapters.maps import is_linear
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.linalg.rank import widened
 

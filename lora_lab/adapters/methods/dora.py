@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import LinearAdapter, PeftLayout
-from lora_lab.adapters.low_rank import ScaledSpec, read_lora_config, write_lora_config
+from lora_lab.adapters.low_rank import ScaledSpec, in_pefts_shapes, read_lora_config, write_lora_config
+from lora_lab.adapters.maps import is_convolution, matrix, mix, pointwise, project
+from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.norms import squared_row_norms
 from lora_lab.linalg.rank import widened
 from lora_lab.linalg.start import kaiming_uniform
@@ -55,6 +56,7 @@ class DoRA(LinearAdapter):
     """The adapter of one linear map."""
 
     weight_square: Tensor
+    convolves = True
 
     Spec = DoRASpec
     family = "low-rank"
@@ -69,11 +71,16 @@ class DoRA(LinearAdapter):
     def __init__(self, base: Any, spec: DoRASpec):
         super().__init__(base)
         self.spec, self.scale = spec, spec.scale
+        if spec.dora_axis == "in" and is_convolution(base):
+            raise IncompatibleError(
+                "adapter.dora_axis: in cannot scale the inputs of a convolution, which overlap in patches; use "
+                "dora_axis: out, or take the convolution out of targets."
+            )
         self.axis = 1 if spec.dora_axis == "out" else 0  # the axis that a norm sums over
         self.A = nn.Parameter(kaiming_uniform(spec.rank, self.in_features, dtype=self.dtype))
         self.B = nn.Parameter(torch.zeros(self.out_features, spec.rank, dtype=self.dtype))
         # Constant, so it is computed once: with it a norm costs rank products per row.
-        square = widened(base.weight.detach()).square().sum(self.axis)
+        square = widened(matrix(base).detach()).square().sum(self.axis)
         self.register_buffer("weight_square", square, persistent=False)
         self.m = nn.Parameter(square.clamp(min=SMALLEST_NORM**2).sqrt())
         self.dropout = nn.Dropout(spec.dropout)
@@ -100,7 +107,7 @@ class DoRA(LinearAdapter):
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """Applies the adapted map; dropout acts on everything but the base's own product."""
-        gain = self.gain(self.base.weight, self.weight_square)
+        gain = self.gain(matrix(self.base), self.weight_square)
         return self._scaled_outputs(x, gain) if self.axis == 1 else self._scaled_inputs(x, gain)
 
     @property
@@ -115,15 +122,15 @@ class DoRA(LinearAdapter):
         product = self.base(dropped) if self.dropping else y
         bias = None if self.base.bias is None else (1 - gain) * self.base.bias
         # g goes onto B's (out, rank): a pass over the (..., out) output costs far more.
-        hidden = F.linear(self.cast(dropped), self.A) * self.scale
-        update = F.linear(hidden, gain.unsqueeze(1) * self.B, bias)
-        return (y + (gain - 1) * product + update).to(y.dtype)
+        hidden = project(self.base, self.cast(dropped), self.A) * self.scale
+        update = mix(self.base, hidden, gain.unsqueeze(1) * self.B, bias)
+        return (y + pointwise(self.base, gain - 1) * product + update).to(y.dtype)
 
     def _scaled_inputs(self, x: Tensor, gain: Tensor) -> Tensor:
         """Returns W x + b + W (g − 1) ⊙ x̃ + s B A (g ⊙ x̃), which is V (g ⊙ x) + b without dropout."""
         dropped = self.dropout(self.cast(x))
         scaled = gain * dropped
-        update = F.linear(F.linear(scaled, self.A) * self.scale, self.B)
+        update = mix(self.base, project(self.base, scaled, self.A) * self.scale, self.B)
         if not self.dropping:
             y = self.base(scaled.to(x.dtype))
             return (y + update).to(y.dtype)
@@ -131,6 +138,13 @@ class DoRA(LinearAdapter):
         if self.base.bias is not None:
             shift = shift - self.base.bias
         return (y + shift + update).to(y.dtype)
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        """See `Adapter.peft_tensors`."""
+        tensors = in_pefts_shapes(self.base, super().peft_tensors())
+        if is_convolution(self.base):
+            tensors["lora_magnitude_vector"] = pointwise(self.base, self.m).unsqueeze(0)
+        return tensors
 
     def decay_exempt(self) -> list[nn.Parameter]:
         """See `Adapter.decay_exempt`: without its magnitude a row of W' is zero."""

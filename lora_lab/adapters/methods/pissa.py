@@ -7,8 +7,8 @@
     B    (out, rank)  learned; B₀ at the start, hence W' = W
     A₀, B₀            frozen copies
 
-`mode: residual` computes W' as the paper does: W_res + s B A with W_res = W − s B₀ A₀ (out, in), frozen, of
-W's own type. W is kept aside, so that the adapter can be removed: its memory is needed twice.
+`mode: subtract` is LoRA with init: pissa. `mode: residual` computes W' as the paper does: W_res + s B A with
+W_res = W − s B₀ A₀ (out, in), frozen, of W's own type. W is kept aside, so that the adapter can be removed.
 
 PEFT's own file holds A and B alone and PEFT decomposes W again; ours opens there as a LoRA of rank 2·rank.
 """
@@ -19,44 +19,33 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import PeftLayout
-from lora_lab.adapters.low_rank import (
-    LowRankAdapter,
-    ScaledSpec,
-    read_lora_config,
-    refuse_rank_above,
-    write_lora_config,
-)
+from lora_lab.adapters.low_rank import LowRankAdapter, read_lora_config, write_lora_config
+from lora_lab.adapters.maps import matrix, mix, project
+from lora_lab.adapters.starts import StartedSpec, start
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.rank import widened
-from lora_lab.linalg.spectral import principal_part
 
 
 @dataclass
-class PiSSASpec(ScaledSpec):
+class PiSSASpec(StartedSpec):
     """PiSSA's options; the paper uses alpha = rank, no dropout and all linear maps."""
 
     method: str = "pissa"
+
+    init: Literal["pissa"] = "pissa"
+    """Always the SVD of W."""
 
     mode: Literal["subtract", "residual"] = "subtract"
     """`subtract` leaves the base as it is and costs a second product of this rank; `residual`, the paper's
     form, costs the memory of W once more, and in half precision rounds at the start."""
 
-    niter: int | None = None
-    """Power iterations of a randomised SVD, 4 to 16 in the paper; null decomposes W exactly."""
-
     def faults(self) -> list[str]:
         """See `AdapterSpec.faults`."""
         found = super().faults()
-        for name, alpha in self.alphas().items():
-            if alpha < 0:
-                found.append(f"{name}: must be above 0 for pissa, whose start takes its root; got {alpha}")
-        if self.niter is not None and self.niter < 0:
-            found.append(f"niter: must be at least 0, or null for an exact SVD; got {self.niter}")
         if self.mode == "residual" and self.dropout:
             found.append(
                 "dropout: must be 0 for mode: residual, where it would drop the principal part of W too; "
@@ -65,27 +54,9 @@ class PiSSASpec(ScaledSpec):
         return found
 
 
-def start(base: Any, spec: PiSSASpec) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
-    """Returns A₀ and B₀.
-
-    Raises:
-        IncompatibleError: if the rank is above min(in, out), or W is not finite.
-    """
-    refuse_rank_above(spec.rank, base, "pissa")
-    weight = widened(base.weight)
-    if not weight.isfinite().all():
-        raise IncompatibleError(
-            "pissa: the base's weight has numbers that are not finite; load the model again."
-        )
-    U, S, Vh = principal_part(weight, spec.rank, spec.niter)
-    root = (S / spec.scale).sqrt()
-    return root.unsqueeze(1) * Vh, U * root
-
-
 class PiSSA(LowRankAdapter):
     """The adapter of one linear map."""
 
-    spec: PiSSASpec
     start_A: Tensor
     start_B: Tensor
     residual: Tensor | None
@@ -106,34 +77,24 @@ class PiSSA(LowRankAdapter):
                 "adapter.mode: residual holds W − s·B·A as a dense weight, which would undo the base's "
                 "quantisation. Use mode: subtract."
             )
-        super().__init__(base, spec, *start(base, spec), subtract=True)
+        super().__init__(base, spec, start(base, spec), subtract=True)
         self.register_buffer("residual", None, persistent=False)  # follows from W, A₀ and B₀
         self.tensors_changed()
 
     @torch.no_grad()
     def tensors_changed(self) -> None:
-        """See `Adapter.tensors_changed`: W_res follows the frozen start."""
+        """See `Adapter.tensors_changed`: W_res follows the frozen start, and gives back what is silenced."""
         if self.spec.mode == "residual":
             start = self.scale * self.active * (self.start_B @ self.start_A)
-            self.residual = (widened(self.base.weight) - start).to(self.base.weight.dtype)
+            self.residual = (widened(matrix(self.base)) - start).to(self.base.weight.dtype)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """See `AdditiveAdapter.forward`."""
         if self.residual is None:
             return super().forward(x)
-        y = F.linear(x, self.residual, self.base.bias)
-        hidden = F.linear(self.cast(x), self.A) * (self.scale * self.active)
-        return (y + F.linear(hidden, self.B)).to(y.dtype)
-
-    def keep_components(self, keep: Tensor) -> None:
-        """See `RankAllocatable`. A silenced component gives its part of the start back to W_res."""
-        super().keep_components(keep)
-        self.tensors_changed()
-
-    def drop(self) -> None:
-        """See `Droppable`."""
-        super().drop()
-        self.tensors_changed()
+        y = project(self.base, x, self.residual, self.base.bias)
+        hidden = project(self.base, self.cast(x), self.A) * (self.scale * self.active)
+        return (y + mix(self.base, hidden, self.B)).to(y.dtype)
 
     def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `Adapter.complete_peft_tensors`: PEFT's file has A and B alone; the start follows from W."""

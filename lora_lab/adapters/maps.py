@@ -1,0 +1,83 @@
+"""The modules that are linear maps, and how a matrix is applied the way such a module applies its own.
+
+A convolution is a linear map of patches: its weight (out, in, *kernel), flattened to (out, in · kernel), is
+the matrix W of every formula, and its outputs are the channels. So a low-rank update L R of it is a
+convolution with the rows of R followed by a 1 × 1 convolution with L, without a line of its own in a method.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+CONVOLUTIONS: dict[type[nn.Module], Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear map: it lends a floating (out, in) `weight`, dequantised where need be."""
+    if not (hasattr(module, "in_features") and hasattr(module, "out_features")):
+        return False
+    weight = getattr(module, "weight", None)
+    return (
+        isinstance(weight, Tensor)
+        and weight.is_floating_point()
+        and weight.shape == (module.out_features, module.in_features)
+    )
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether a module is a convolution of one group with zeros around its input."""
+    return (
+        isinstance(module, nn.Conv1d | nn.Conv2d)
+        and type(module) in CONVOLUTIONS
+        and module.groups == 1
+        and module.padding_mode == "zeros"
+    )
+
+
+def matrix(base: Any) -> Float[Tensor, "out in"]:
+    """Returns a map's weight as a matrix, a convolution's with its kernel in the columns."""
+    return base.weight.flatten(1)
+
+
+def project(base: Any, x: Tensor, rows: Float[Tensor, "k in"], bias: Tensor | None = None) -> Tensor:
+    """Applies a matrix to x in the way the map applies its own, to (..., in) or (batch, in, *size).
+
+    Returns:
+        (..., k), or (batch, k, *size of the map's outputs).
+    """
+    if type(base) not in CONVOLUTIONS:
+        return F.linear(x, rows, bias)
+    kernel = rows.reshape(-1, *base.weight.shape[1:])
+    return CONVOLUTIONS[type(base)](x, kernel, bias, base.stride, base.padding, base.dilation)
+
+
+def mix(base: Any, y: Tensor, rows: Float[Tensor, "out k"], bias: Tensor | None = None) -> Tensor:
+    """Applies a matrix to the channels of what `project` returned, at each position alone."""
+    if type(base) not in CONVOLUTIONS:
+        return F.linear(y, rows, bias)
+    return CONVOLUTIONS[type(base)](y, pointwise(base, rows), bias)
+
+
+def pointwise(base: Any, values: Tensor) -> Tensor:
+    """Appends an axis of length 1 for each axis of a convolution's kernel; values of a linear map pass."""
+    if type(base) not in CONVOLUTIONS:
+        return values
+    return values.reshape(*values.shape, *[1] * (base.weight.ndim - 2))
+
+
+def with_weight(base: Any, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None) -> nn.Module:
+    """Returns a plain, frozen module like the base with these values, of the base's type of numbers."""
+    if type(base) in CONVOLUTIONS:
+        shape = (base.in_channels, base.out_channels, base.kernel_size, base.stride, base.padding)
+        new: Any = type(base)(*shape, base.dilation, bias=bias is not None, device="meta")
+    else:
+        new = nn.Linear(base.in_features, base.out_features, bias is not None, device="meta")
+    dtype = base.weight.dtype
+    new.weight = nn.Parameter(weight.reshape(base.weight.shape).to(dtype), requires_grad=False)
+    if bias is not None:
+        new.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    return new.train(base.training)

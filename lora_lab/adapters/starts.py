@@ -1,0 +1,116 @@
+"""How the factors A (rank, in) and B (out, rank) of a low-rank update start.
+
+    init               A               B              start of s B A
+    default            U(±1/√in)       0              0
+    gaussian           N(0, 1/rank²)   0              0
+    scaled_gaussian    N(0, 1/rank)    0              0
+    orthogonal         random          random         0 up to rounding, in two halves of one basis
+    olora              R_r             Q_r            the leading part of W = Q R (arXiv:2406.01775)
+    pissa              √(S_r/s) V_rᵀ   U_r √(S_r/s)   the leading part of W = U S Vᵀ (arXiv:2404.02948)
+    random             U(±1/√in)       U(±1/√rank)    anything, for comparison
+
+What `olora` and `pissa` start with is subtracted again, see `low_rank`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_lab.adapters.low_rank import ScaledSpec
+from lora_lab.adapters.maps import matrix
+from lora_lab.errors import IncompatibleError
+from lora_lab.linalg.rank import widened
+from lora_lab.linalg.spectral import principal_part
+from lora_lab.linalg.start import kaiming_uniform
+
+Factors = tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]
+"""A and B."""
+
+SUBTRACTED = ("olora", "pissa")
+"""The starts that are not zero and taken off again, so that W' = W."""
+
+
+@dataclass
+class StartedSpec(ScaledSpec):
+    """Adds the choice of a start."""
+
+    init: Literal["default", "gaussian", "scaled_gaussian", "orthogonal", "olora", "pissa", "random"] = (
+        "default"
+    )
+    """Start of A: `default` U(±1/√in), `gaussian` N(0, 1/rank²), `scaled_gaussian` N(0, 1/rank), B = 0 in
+    each; `orthogonal` (even rank) starts both with B A = 0 up to rounding; `olora` (QR of W) and `pissa` (SVD
+    of W) start both and subtract the start; `random` starts both and is not the identity."""
+
+    niter: int | None = None
+    """Power iterations of a randomised SVD for init: pissa, 4 to 16 in its paper; null decomposes exactly."""
+
+    def faults(self) -> list[str]:
+        """See `AdapterSpec.faults`."""
+        found = super().faults()
+        if self.init == "orthogonal":
+            odd = {name: rank for name, rank in self.ranks().items() if rank % 2}
+            found += [f"{name}: must be even for init: orthogonal; got {rank}" for name, rank in odd.items()]
+        if self.init == "pissa":
+            for name, alpha in self.alphas().items():
+                if alpha < 0:
+                    found.append(
+                        f"{name}: must be above 0 for pissa, whose start takes its root; got {alpha}"
+                    )
+        elif self.niter is not None:
+            found.append(f"niter: goes with init: pissa; got init: {self.init}")
+        if self.niter is not None and self.niter < 0:
+            found.append(f"niter: must be at least 0, or null for an exact SVD; got {self.niter}")
+        return found
+
+
+def start(base: Any, spec: StartedSpec) -> Factors:
+    """Returns A and B as the spec says.
+
+    Raises:
+        IncompatibleError: if `olora` or `pissa` is asked for a rank above min(in, out), or W is not finite.
+    """
+    weight = matrix(base)
+    (rows, columns), rank = weight.shape, spec.rank
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    zeros = torch.zeros(rows, rank, dtype=dtype)
+    match spec.init:
+        case "default":
+            return kaiming_uniform(rank, columns, dtype=dtype), zeros
+        case "random":
+            return kaiming_uniform(rank, columns, dtype=dtype), kaiming_uniform(rows, rank, dtype=dtype)
+        case "gaussian":
+            return torch.randn(rank, columns, dtype=dtype) / rank, zeros
+        case "scaled_gaussian":
+            return torch.randn(rank, columns, dtype=dtype) / math.sqrt(rank), zeros
+        case "orthogonal":
+            basis = torch.linalg.qr(torch.randn(rank, rank, dtype=dtype)).Q
+            A = (torch.randn(columns, rank // 2, dtype=dtype) @ basis[0::2]).T / 10
+            return A, torch.randn(rank // 2, rows, dtype=dtype).T @ basis[1::2] / 10
+        case "olora":
+            Q, R = torch.linalg.qr(_decomposable(weight, rank, "init: olora"))
+            return R[:rank].contiguous(), Q[:, :rank].contiguous()
+        case "pissa":
+            U, S, Vh = principal_part(_decomposable(weight, rank, "pissa"), rank, spec.niter)
+            root = (S / spec.scale).sqrt()
+            return root.unsqueeze(1) * Vh, U * root
+
+
+def _decomposable(weight: Tensor, rank: int, what: str) -> Tensor:
+    """Returns W in float32 or wider, if a decomposition of it can give the rank."""
+    most = min(weight.shape)
+    if rank > most:
+        raise IncompatibleError(
+            f"adapter.rank: {what} takes its start from W and allows at most min(in, out) = {most} here; "
+            f"got {rank}. Lower the rank, or use rank_pattern for this module."
+        )
+    if not weight.isfinite().all():
+        raise IncompatibleError(
+            f"{what}: the base's weight has numbers that are not finite; load the model again."
+        )
+    return widened(weight)
