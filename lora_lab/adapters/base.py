@@ -162,7 +162,7 @@ class Adapter(nn.Module):
 
     @property
     def stored_spec(self) -> Any:
-        """The spec of what `peft_tensors` returns: of another rank where components are left out of the file."""
+        """The spec of what `peft_tensors` returns: its rank counts what the file holds."""
         return self.spec
 
     def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -73,7 +73,7 @@ class DoRA(LinearAdapter):
         self.spec, self.scale = spec, spec.scale
         if spec.dora_axis == "in" and is_convolution(base):
             raise IncompatibleError(
-                "adapter.dora_axis: in cannot scale the inputs of a convolution, which overlap in patches; use "
+                "adapter.dora_axis: in cannot scale a convolution's inputs, which overlap in patches; use "
                 "dora_axis: out, or take the convolution out of targets."
             )
         self.axis = 1 if spec.dora_axis == "out" else 0  # the axis that a norm sums over
