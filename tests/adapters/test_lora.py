@@ -8,6 +8,7 @@ from torch import nn
 
 from lora_lab.adapters import inject
 from lora_lab.adapters.methods.lora import LoRASpec
+from lora_lab.adapters.methods.pissa import PiSSASpec
 from lora_lab.errors import ConfigError, IncompatibleError, TargetError
 from tests.adapters.tiny import linear, logits, reached, relative, shake, tiny_bert, tiny_llama, tokens, train
 
@@ -72,7 +73,7 @@ def test_count_of_trained_numbers_is_the_formulas(options, count):
     assert adapters.trainable_count() == count
 
 
-STARTS = ["default", "gaussian", "scaled_gaussian", "orthogonal", "olora"]
+STARTS = ["default", "gaussian", "scaled_gaussian", "orthogonal", "olora", "pissa"]
 
 
 @pytest.mark.parametrize("init", STARTS)
@@ -80,7 +81,7 @@ def test_every_start_but_random_is_the_identity(init):
     model, x = linear(), torch.randn(5, 24)
     before = model(x)
     lora, _ = adapt(model, rank=4, init=init)
-    if init in ("orthogonal", "olora"):
+    if init in ("orthogonal", "olora", "pissa"):
         assert relative(model(x), before) < TOLERANCE
     else:
         assert torch.equal(model(x), before)
@@ -131,6 +132,27 @@ def test_olora_starts_from_the_qr_factors_of_the_weight():
     full, _ = adapt(linear(), rank=16, init="olora")
     torch.testing.assert_close(full.B @ full.A, weight, atol=1e-5, rtol=0)
     assert set(lora.decay_exempt()) == {lora.A, lora.B}
+
+
+@pytest.mark.parametrize("niter", [None, 4])
+def test_pissa_as_a_start_of_lora_is_pissa_itself(niter):
+    model, twin, x = linear(), linear(), torch.randn(5, 24)
+    lora, _ = adapt(model, rank=4, alpha=2.0, init="pissa", niter=niter)
+    pissa = next(iter(inject(twin, PiSSASpec(targets=["0"], rank=4, alpha=2.0, niter=niter))))
+    assert torch.equal(lora.A, pissa.A)
+    assert torch.equal(lora.start_B, pissa.start_B)
+    with torch.no_grad():
+        lora.A.mul_(2)
+        pissa.A.mul_(2)
+    assert torch.equal(model(x), twin(x))
+
+
+def test_a_base_that_is_frozen_whole_leaves_the_seeds_simple_net_five_percent():
+    model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+    adapters = inject(model, LoRASpec(targets=["4"], rank=4, alpha=16.0))
+    assert adapters.trainable_count() == 260
+    assert adapters.base_count() == 5189 - 260
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 260
 
 
 def test_learned_bias_is_merged_also_where_the_base_has_none():
@@ -273,6 +295,10 @@ def test_start_depends_on_seed_and_path_alone():
             "adapter.rank_pattern.0: must be even for init: orthogonal; got 5",
         ),
         ({"lora_bias": True, "init": "gaussian"}, "adapter.lora_bias: goes with init: default or random"),
+        ({"init": "pissa", "alpha": -1.0}, "adapter.alpha: must be above 0 for pissa"),
+        ({"niter": 4}, "adapter.niter: goes with init: pissa; got init: default"),
+        ({"init": "pissa", "niter": -1}, "adapter.niter: must be at least 0"),
+        ({"init": "corda"}, "adapter.init: must be one of .*; got 'corda'"),
         ({"init": "eva"}, "adapter.init: must be one of default, gaussian, .*; got 'eva'"),
     ],
 )

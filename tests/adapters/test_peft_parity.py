@@ -147,7 +147,22 @@ def test_folder_that_went_through_peft_comes_back_the_same(name, model, tmp_path
     assert relative(logits(back), logits(adapters.model)) < TOLERANCE
 
 
-@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "olora"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_olora_computes_what_pefts_does_on_the_base_that_it_changes(rslora):
+    ours = MODELS["llama"]()
+    adapters = inject(ours, lora(ours={"init": "olora", "rslora": rslora}).spec("llama"))
+    shake(adapters)
+    config = lora(init_lora_weights="olora", use_rslora=rslora).peft("llama")
+    theirs = peft.get_peft_model(MODELS["llama"](), config)
+    tensors = {}
+    for path, adapter in adapters.items():
+        for name, tensor in {"lora_A": adapter.A, "lora_B": adapter.B}.items():
+            tensors[f"base_model.model.{path}.{name}.weight"] = tensor.detach()
+    assert not peft.set_peft_model_state_dict(theirs, tensors).unexpected_keys
+    assert relative(logits(ours), logits(theirs)) < TOLERANCE
+
+
+@pytest.mark.parametrize("init", ["gaussian", "scaled_gaussian", "orthogonal", "olora", "pissa"])
 def test_every_start_of_lora_opens_in_peft(init, tmp_path):
     spec = METHODS["lora"].Spec(
         targets=ROLES["llama"], rank=4, init=init, rslora=True, rank_pattern={"value": 2}
