@@ -7,7 +7,7 @@ result = run(compose("experiments/quickstart/experiment.yaml", ["adapter.rank=4"
 
 from typing import Any
 
-__all__ = ["METHODS", "compose", "inject", "load_adapter", "run", "save_adapter"]
+__all__ = ["METHODS", "compose", "inject", "load_adapter", "run", "save_adapter", "split_attention"]
 
 _HOMES = {
     "METHODS": "lora_lab.adapters",
@@ -16,6 +16,7 @@ _HOMES = {
     "save_adapter": "lora_lab.adapters.storage",
     "compose": "lora_lab.config",
     "run": "lora_lab.experiment",
+    "split_attention": "lora_lab.models.attention",
 }
 
 

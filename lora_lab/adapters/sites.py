@@ -19,6 +19,12 @@ from lora_lab.models.architectures import find_roles, head_paths, layer_of, role
 Value = TypeVar("Value")
 SpecType = TypeVar("SpecType", bound=AdapterSpec)
 
+SPLIT_FIRST = (
+    "Split the attention first, by `model.split_fused: true` or in Python `lora_lab.split_attention(model)`; "
+    "it then has linear layers `query`, `key`, `value` and `output` to target."
+)
+"""The way out where `nn.MultiheadAttention` stands in the way."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -76,7 +82,7 @@ def find_sites(
             raise TargetError(_no_match(target, model, modules))
         matched.update(dict.fromkeys(paths, target))
     for path, target in matched.items():
-        _refuse_impossible(path, target, modules, saved, accepts, spec.method)
+        _refuse_impossible(path, target, model, saved, accepts, spec.method)
     layers = {path: roles[path].layer if path in roles else layer_of(path) for path in matched}
     if spec.layers is not None:
         missing = sorted(set(spec.layers) - {layer for layer in layers.values() if layer is not None})
@@ -178,22 +184,24 @@ def _matching(
 def _refuse_impossible(
     path: str,
     target: str,
-    modules: Mapping[str, nn.Module],
+    model: nn.Module,
     saved: list[str],
     accepts: Callable[[nn.Module], bool],
     method: str,
 ) -> None:
     """Raises for a matched module on which an adapter could not work."""
-    parent = modules.get(path.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
+    module = model.get_submodule(path)
+    around = _computed_past(path, model, accepts)
+    if around is not None:
         raise TargetError(
-            f"adapter.targets: '{target}' matches {path}, a part of nn.MultiheadAttention, which reads the "
-            "weight and never calls the module: an adapter there would be silently dead. Name other targets."
+            f"adapter.targets: '{target}' matches {path}, a part of {around} reads the weight and never "
+            f"calls the module: an adapter there would be silently dead. {SPLIT_FIRST}"
         )
-    if not accepts(modules[path]):
+    if not accepts(module):
+        fused = isinstance(module, nn.MultiheadAttention)
         raise TargetError(
-            f"adapter.targets: '{target}' matches {path}, a {type(modules[path]).__name__}, which {method} "
-            "cannot edit. Name the modules inside it, or narrow the pattern."
+            f"adapter.targets: '{target}' matches {path}, a {type(module).__name__}, which {method} cannot "
+            f"edit. {SPLIT_FIRST if fused else 'Name the modules inside it, or narrow the pattern.'}"
         )
     if _inside(path, saved):
         raise TargetError(
@@ -202,12 +210,31 @@ def _refuse_impossible(
         )
 
 
+def _computed_past(path: str, model: nn.Module, accepts: Callable[[nn.Module], bool]) -> str | None:
+    """Names the module around this one that reads its weight without calling it; None where there is none."""
+    ends = [0, *(dot.start() for dot in re.finditer(r"\.", path))]
+    for around in (model.get_submodule(path[:end]) for end in ends):
+        attention, name = around, "nn.MultiheadAttention, which"
+        # Torch's kernel for a whole layer wants the batch first.
+        if isinstance(around, nn.TransformerEncoderLayer) and getattr(around.self_attn, "batch_first", False):
+            attention, name = around.self_attn, "nn.TransformerEncoderLayer, which in evaluation"
+        # A method that takes the attention and its part as well trains copies, and those are what is read.
+        if isinstance(attention, nn.MultiheadAttention) and not (
+            accepts(attention) and accepts(attention.out_proj)
+        ):
+            return name
+    return None
+
+
 def _no_match(target: str, model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
     roles = roles_of(model)
     names = {path.rpartition(".")[2] for path in modules if not path.rpartition(".")[2].isdigit()}
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     told = f"its roles are {', '.join(roles)}" if roles else "it has no table of roles"
-    return f"adapter.targets: {kind} has no '{target}' ({told}){suggest(target, names | set(roles))}"
+    fault = f"adapter.targets: {kind} has no '{target}' ({told}){suggest(target, names | set(roles))}"
+    fused = any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
+    split = fused and target in ("query", "key", "value", "output")
+    return f"{fault.rstrip('.')}. {SPLIT_FIRST}" if split else fault
 
 
 def _check_patterns(spec: LowRankSpec, sites: list[Site]) -> None:

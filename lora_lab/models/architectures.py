@@ -70,6 +70,11 @@ def _bert(heads: tuple[str, ...] = ("classifier",), projection: str = "{}") -> A
             "key": ("attention.self." + projection.format("key"),),
             "value": ("attention.self." + projection.format("value"),),
             "attention_output": ("attention.output.dense",),
+            # A decoder which reads an encoder (`add_cross_attention`) has these too.
+            "cross_query": ("crossattention.self.query",),
+            "cross_key": ("crossattention.self.key",),
+            "cross_value": ("crossattention.self.value",),
+            "cross_attention_output": ("crossattention.output.dense",),
             "up": ("intermediate.dense",),
             "down": ("output.dense",),
         },

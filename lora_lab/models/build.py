@@ -60,7 +60,8 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Whether Python code of the repository may run. Read it first."""
     split_fused: bool = False
-    """Whether GPT-2's fused attention projection becomes three linear layers `query`, `key`, `value`."""
+    """Whether the fused attention projections of GPT-2 and of `nn.MultiheadAttention` become linear layers
+    `query`, `key`, `value`."""
 
 
 def check_model(config: ModelConfig) -> list[str]:

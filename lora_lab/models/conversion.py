@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_lab.errors import CheckpointError, ConfigError
 from lora_lab.models.architectures import find_roles
+from lora_lab.models.attention import SplitMultiheadAttention, linear_of, split_attention
 from lora_lab.models.pooled_encoder import PooledEncoder
 
 
@@ -21,22 +22,23 @@ def linearise(model: nn.Module) -> nn.Module:
     """
     for path, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
-            weight = module.weight.data.T  # (in, out) → (out, in)
-            model.set_submodule(path, _linear(weight, module.bias.data))
+            model.set_submodule(path, linear_of(module.weight.T, module.bias))
     return model
 
 
 def split_fused_projections(model: nn.Module) -> nn.Module:
-    """Replaces every fused query-key-value layer by three linear layers, in place.
+    """Replaces every fused query-key-value projection by linear layers `query`, `key`, `value`, in place.
 
     Returns:
-        The same model, which now has the roles query, key and value.
+        The same model. GPT-2 now has the roles query, key and value; see `split_attention` for what holds
+        `nn.MultiheadAttention`.
 
     Raises:
         ConfigError: If the model has no fused projection.
+        IncompatibleError: See `split_attention`.
     """
     sites = [site for site in find_roles(model) if site.role == "query_key_value"]
-    if not sites:
+    if not sites and not any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
         raise ConfigError(
             f"model.split_fused: {type(model).__name__} has no fused query-key-value projection; set it to"
             " false"
@@ -44,14 +46,14 @@ def split_fused_projections(model: nn.Module) -> nn.Module:
     for site in sites:
         fused = cast(nn.Linear, model.get_submodule(site.path))
         model.set_submodule(site.path, FusedProjection(fused))
-    return model
+    return split_attention(model)
 
 
 def save_model(model: PreTrainedModel, folder: str | Path) -> None:
     """Writes config and weights as a folder that `from_pretrained` and `ModelConfig.name` open.
 
-    GPT-2's layers get back the layout of its own checkpoints; saved as linear layers, its square matrices
-    would be read transposed without a complaint.
+    Split projections are joined again. GPT-2's layers get back the layout of its own checkpoints; saved as
+    linear layers, its square matrices would be read transposed without a complaint.
 
     Args:
         model: A model of `build_model` without adapters (merged or never injected).
@@ -66,6 +68,10 @@ def save_model(model: PreTrainedModel, folder: str | Path) -> None:
             for tensor in ("weight", "bias"):
                 parts = [weights.pop(f"{path}.{part}.{tensor}") for part in ("query", "key", "value")]
                 weights[f"{path}.{tensor}"] = torch.cat(parts)
+        if isinstance(module, SplitMultiheadAttention):
+            for name in module.state_dict():
+                del weights[f"{path}.{name}"]
+            weights |= {f"{path}.{name}": tensor for name, tensor in module.fused_tensors().items()}
     for path in _transposed_layers(model):
         weights[f"{path}.weight"] = weights[f"{path}.weight"].T.contiguous()
     try:
@@ -86,18 +92,6 @@ def _transposed_layers(model: PreTrainedModel) -> list[str]:
     return [prefix + path for path, module in original.named_modules() if isinstance(module, Conv1D)]
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """Returns a linear layer with these values, weight (out, in)."""
-    linear = nn.Linear(
-        weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype
-    )
-    with torch.no_grad():
-        linear.weight.copy_(weight)
-        if bias is not None:
-            linear.bias.copy_(bias)
-    return linear
-
-
 class FusedProjection(nn.Module):
     """A query-key-value projection as three linear layers whose outputs are joined again.
 
@@ -109,8 +103,8 @@ class FusedProjection(nn.Module):
 
     def __init__(self, fused: nn.Linear):
         super().__init__()
-        biases = fused.bias.data.chunk(3) if fused.bias is not None else (None,) * 3
-        parts = [_linear(*part) for part in zip(fused.weight.data.chunk(3), biases, strict=True)]
+        biases = fused.bias.chunk(3) if fused.bias is not None else (None,) * 3
+        parts = [linear_of(*part) for part in zip(fused.weight.chunk(3), biases, strict=True)]
         self.query, self.key, self.value = parts
 
     def forward(self, hidden: Tensor) -> Tensor:
