@@ -3,8 +3,8 @@
     python experiments/method_table/run.py              # all
     python experiments/method_table/run.py ia3 dora     # some; the other rows stay as they are
 
-Each run has a process of its own, so that none inherits another's peak of memory. Finished runs are not trained
-again.
+Each run has a process of its own, so that none inherits another's peak of memory. Finished runs are not
+trained again.
 """
 
 import sys
