@@ -2,6 +2,7 @@
 
 from lora_lab.adapters.base import Adapter
 from lora_lab.adapters.injection import AdapterSet, inject
+from lora_lab.adapters.methods.adalora import AdaLoRA
 from lora_lab.adapters.methods.bitfit import BitFit
 from lora_lab.adapters.methods.dora import DoRA
 from lora_lab.adapters.methods.full import Full
@@ -14,7 +15,8 @@ from lora_lab.adapters.methods.reft import ReFT
 from lora_lab.adapters.methods.vera import VeRA
 
 METHODS: dict[str, type[Adapter]] = {
-    method.Spec().method: method for method in (LoRA, DoRA, PiSSA, VeRA, IA3, HRA, ReFT, BitFit, Head, Full)
+    method.Spec().method: method
+    for method in (LoRA, DoRA, PiSSA, AdaLoRA, VeRA, IA3, HRA, ReFT, BitFit, Head, Full)
 }
 """Every method by its id. A new method is one file, one entry here and one YAML in configs/adapters."""
 

@@ -61,7 +61,7 @@ class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
     def __init__(
         self,
         base: Any,
-        spec: ScaledSpec,
+        spec: LowRankSpec,
         start: tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]] | None = None,
         subtract: bool = False,
     ):

@@ -18,6 +18,7 @@ from typing import (  # omegaconf reads typing.Union
 FOREIGN_NAMES = {
     "r": "rank",
     "lora_r": "rank",
+    "init_r": "rank",
     "lora_alpha": "alpha",
     "randlora_alpha": "alpha",
     "lora_dropout": "dropout",

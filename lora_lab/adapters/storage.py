@@ -64,8 +64,8 @@ def save_adapter(
         "target_modules": list(adapters.adapters),
         "modules_to_save": list(adapters.saved) or None,
         **layout.config(adapters.spec),
-        **layout.site_config(adapters.adapters),
         **_patterns(adapters),
+        **layout.site_config(adapters.adapters),
     }
     spec = replace(adapters.spec, modules_to_save=list(adapters.saved))
     try:

@@ -1,5 +1,8 @@
 """Orthogonal maps from free parameters. Pure functions; computed in float32 or wider, autocast or not."""
 
+from collections import defaultdict
+from collections.abc import Iterable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -43,6 +46,26 @@ def overlap(u: Float[Tensor, "n k"]) -> Float[Tensor, ""]:
     with torch.autocast(u.device.type, enabled=False):
         unit = unit_columns(widened(u))
         return torch.linalg.matrix_norm(torch.eye(u.shape[1], device=u.device) - unit.T @ unit)
+
+
+def row_overlaps(matrices: Iterable[Float[Tensor, "_ _"]]) -> Float[Tensor, " count"]:
+    """‖R Rᵀ − I‖_F of every matrix R: how far its rows are from orthonormal; 0, with gradient 0, if they are.
+
+    Matrices of one shape are multiplied in one batch, so that the order of the norms is not theirs.
+
+    Args:
+        matrices: any number of them, in types of one width.
+    """
+    shaped = defaultdict(list)
+    for rows in matrices:
+        shaped[rows.shape].append(widened(rows))
+    norms = []
+    for group in shaped.values():
+        rows = torch.stack(group)  # (matrices, k, n)
+        with torch.autocast(rows.device.type, enabled=False):
+            identity = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+            norms.append(torch.linalg.matrix_norm(rows @ rows.mT - identity))
+    return torch.cat(norms)
 
 
 def orthonormal_columns(u: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:

@@ -68,7 +68,7 @@ def test_start_is_bitwise_the_base(axis, dtype):
     model = linear(dtype=dtype)
     x = torch.randn(5, 24, dtype=dtype)
     before = model(x)
-    dora, _ = adapt(model, rank=4, dora_axis=axis)
+    dora, _ = adapt(model, rank=4, dora_axis=axis, dropout=0.1)
     gain = dora.gain(dora.base.weight, dora.weight_square)
     assert torch.equal(gain, torch.ones_like(dora.m))
     assert torch.equal(model(x), before)

@@ -56,6 +56,12 @@ CASES = {
     "dora": lora("dora", use_dora=True),
     "dora_rslora": lora("dora", {"rslora": True}, use_dora=True, use_rslora=True),
     "pissa": lora("pissa", init_lora_weights="pissa"),
+    "adalora": Case(
+        "adalora",
+        peft.AdaLoraConfig,
+        RANKS[0],
+        {"init_r": 4, "lora_alpha": 6, "total_step": 10},
+    ),
     "vera": Case("vera", peft.VeraConfig, {"rank": 8}, {"r": 8}),
     "vera_unsaved": Case(
         "vera",

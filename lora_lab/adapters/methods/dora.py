@@ -110,16 +110,11 @@ class DoRA(LinearAdapter):
         gain = self.gain(matrix(self.base), self.weight_square)
         return self._scaled_outputs(x, gain) if self.axis == 1 else self._scaled_inputs(x, gain)
 
-    @property
-    def dropping(self) -> bool:
-        """Whether dropout is at work."""
-        return self.training and self.spec.dropout > 0
-
     def _scaled_outputs(self, x: Tensor, gain: Tensor) -> Tensor:
         """Returns W x + b + (g − 1) ⊙ W x̃ + g ⊙ s B A x̃, which is g ⊙ V x + b without dropout."""
         y, dropped = self.base(x), self.dropout(x)
         # What the base gives holds its bias, taken out of the product again by −(g − 1) b.
-        product = self.base(dropped) if self.dropping else y
+        product = self.base(dropped) if self.training and self.spec.dropout else y
         bias = None if self.base.bias is None else (1 - gain) * self.base.bias
         # g goes onto B's (out, rank): a pass over the (..., out) output costs far more.
         hidden = project(self.base, self.cast(dropped), self.A) * self.scale
@@ -127,17 +122,12 @@ class DoRA(LinearAdapter):
         return (y + pointwise(self.base, gain - 1) * product + update).to(y.dtype)
 
     def _scaled_inputs(self, x: Tensor, gain: Tensor) -> Tensor:
-        """Returns W x + b + W (g − 1) ⊙ x̃ + s B A (g ⊙ x̃), which is V (g ⊙ x) + b without dropout."""
-        dropped = self.dropout(self.cast(x))
-        scaled = gain * dropped
-        update = mix(self.base, project(self.base, scaled, self.A) * self.scale, self.B)
-        if not self.dropping:
-            y = self.base(scaled.to(x.dtype))
-            return (y + update).to(y.dtype)
-        y, shift = self.base(x), self.base((scaled - dropped).to(x.dtype))
-        if self.base.bias is not None:
-            shift = shift - self.base.bias
-        return (y + shift + update).to(y.dtype)
+        """Returns W (x + (g − 1) ⊙ x̃) + b + s B A (g ⊙ x̃), which is V (g ⊙ x) + b without dropout."""
+        wide = self.cast(x)
+        dropped = self.dropout(wide)
+        y = self.base((wide + (gain - 1) * dropped).to(x.dtype))
+        update = mix(self.base, project(self.base, gain * dropped, self.A) * self.scale, self.B)
+        return (y + update).to(y.dtype)
 
     def peft_tensors(self) -> dict[str, Tensor]:
         """See `Adapter.peft_tensors`."""

@@ -36,10 +36,9 @@ class IA3Spec(AdapterSpec):
     `targets`; all others are rescaled at their output."""
 
 
-def _feedforward_paths(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-    return {
-        "feedforward_modules": [path for path, adapter in adapters.items() if isinstance(adapter, IA3Input)]
-    }
+def _write_paths(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+    paths = [path for path, adapter in adapters.items() if isinstance(adapter, IA3Input)]
+    return {"feedforward_modules": paths}
 
 
 def _read_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -53,9 +52,7 @@ class IA3(OutputAdapter):
     Spec = IA3Spec
     family = "activation"
     paper = "Liu et al. 2022, arXiv:2205.05638"
-    peft = PeftLayout(
-        "IA3", {"ia3_l": "l"}, config=lambda spec: {}, spec=_read_config, site_config=_feedforward_paths
-    )
+    peft = PeftLayout("IA3", {"ia3_l": "l"}, lambda spec: {}, _read_config, site_config=_write_paths)
 
     def __init__(self, base: nn.Module, spec: IA3Spec):
         super().__init__(base)
@@ -68,20 +65,15 @@ class IA3(OutputAdapter):
         Raises:
             TargetError: if a name in `feedforward_modules` is no role and matches no target.
         """
-        for name in spec.feedforward_modules:
+        names = spec.feedforward_modules
+        for name in names:
             if name not in ROLES and not any(is_named(site, name) for site in sites):
                 known = {site.role or site.path.rpartition(".")[2] for site in sites}
                 raise TargetError(
                     f"adapter.feedforward_modules: '{name}' matches none of the targets{suggest(name, known)}"
                 )
-        return super().build(sites, spec)
-
-    @classmethod
-    def at(cls, site: Site, spec: Any, *shared: Any) -> Adapter:
-        """See `Adapter.at`."""
-        if cls is IA3 and any(is_named(site, name) for name in spec.feedforward_modules):
-            return IA3Input.at(site, spec)
-        return super().at(site, spec, *shared)
+        inputs = {site.path for site in sites if any(is_named(site, name) for name in names)}
+        return {site.path: (IA3Input if site.path in inputs else IA3).at(site, spec) for site in sites}
 
     def transform_output(self, y: Tensor) -> Tensor:
         """See `OutputAdapter.transform_output`."""

@@ -1,0 +1,154 @@
+"""AdaLoRA: an update P Λ Q whose ranks can be taken away one by one (Zhang et al. 2023, arXiv:2303.10512).
+
+    W' = W + s P diag(Λ) Q       s = alpha / (rank + 1e-5)
+    y  = base(x) + s P (Λ ⊙ Q drop(x))
+    penalty = γ · mean of ‖QQᵀ − I‖_F and ‖PᵀP − I‖_F over all sites
+
+    A = Q   (rank, in)    learned; N(0, 0.02²) at the start
+    E = Λ   (rank,)       learned; zeros at the start, hence W' = W
+    B = P   (out, rank)   learned; N(0, 0.02²) at the start
+
+A silenced component has Λ_i = 0 and keeps its gradients, so that it may grow back. s never changes with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from lora_lab.adapters.base import Adapter, PeftLayout
+from lora_lab.adapters.low_rank import LowRankAdapter
+from lora_lab.adapters.sites import Site, site_spec
+from lora_lab.adapters.spec import LowRankSpec
+from lora_lab.linalg.orthogonal import row_overlaps
+
+
+@dataclass
+class AdaLoRASpec(LowRankSpec):
+    """AdaLoRA's options; the paper adapts all linear maps."""
+
+    method: str = "adalora"
+
+    rank: int = 12
+    """Number of components at the start; 1.5 times the average rank that is aimed at in the paper."""
+
+    orth_reg_weight: float = 0.5
+    """Weight γ of the penalty, at least 0; 0.1 to 0.5 in the paper."""
+
+    orth_reg_squared: bool = False
+    """Whether the penalty is the sum of the squared norms, as in the paper; its code averages the norms."""
+
+    @property
+    def scale(self) -> float:
+        """The factor s."""
+        return self.alpha / (self.rank + 1e-5)
+
+    def faults(self) -> list[str]:
+        """See `AdapterSpec.faults`."""
+        found = super().faults()
+        found += [f"{name}: must be above 0; got {a}" for name, a in self.alphas().items() if a < 0]
+        if not (math.isfinite(self.orth_reg_weight) and self.orth_reg_weight >= 0):
+            found.append(f"orth_reg_weight: must be finite and at least 0; got {self.orth_reg_weight}")
+        return found
+
+
+FIELDS = {
+    "init_r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "orth_reg_weight": "orth_reg_weight",
+}
+"""PEFT's fields and ours."""
+
+
+def _site_config(adapters: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns PEFT's one rank, and where components are left out, which of them each site has in the file."""
+    rank = next(iter(adapters.values())).file_spec.rank
+    held = {path: adapter.held().tolist() for path, adapter in adapters.items()}
+    pattern = {f"{path}.lora_E": flags + [False] * (rank - len(flags)) for path, flags in held.items()}
+    whole = all(all(flags) for flags in pattern.values())
+    return {"init_r": rank, "rank_pattern": None if whole else pattern, "alpha_pattern": {}}
+
+
+class AdaLoRA(LowRankAdapter):
+    """The adapter of one linear map."""
+
+    convolves = True
+
+    Spec = AdaLoRASpec
+    family = "low-rank"
+    paper = "Zhang et al. 2023, arXiv:2303.10512"
+    peft = PeftLayout(
+        "ADALORA",
+        tensors={"lora_A": "A", "lora_B": "B", "lora_E": "E"},
+        # PEFT opens no file without a total_step, which belongs to a schedule.
+        config=lambda spec: {name: getattr(spec, own) for name, own in FIELDS.items()} | {"total_step": 1},
+        spec=lambda config: {own: config[name] for name, own in FIELDS.items() if name in config},
+        site_config=_site_config,
+    )
+
+    def __init__(self, base: Any, spec: AdaLoRASpec, file_spec: AdaLoRASpec):
+        super().__init__(base, spec)
+        self.file_spec, self.file_ratio = file_spec, spec.scale / file_spec.scale
+        nn.init.normal_(self.A, std=0.02)
+        nn.init.normal_(self.B, std=0.02)
+        self.E = nn.Parameter(torch.zeros(spec.rank, dtype=self.dtype))
+
+    @classmethod
+    def build(cls, sites: list[Site], spec: AdaLoRASpec) -> dict[str, Adapter]:
+        """See `Adapter.build`. PEFT's files have one rank and one alpha, which all sites are told."""
+        specs = {site.path: site_spec(spec, site) for site in sites}
+        file_spec = replace(spec, rank=max(own.rank for own in specs.values()))
+        return {site.path: cls.at(site, specs[site.path], file_spec) for site in sites}
+
+    def factors(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
+        """Returns P and diag(Λ) Q."""
+        return self.B, self.E.unsqueeze(1) * self.A
+
+    @classmethod
+    def total_penalty(cls, adapters: Iterable[Any]) -> Tensor | float:
+        """See `Adapter.total_penalty`."""
+        adapters = list(adapters)
+        spec = adapters[0].spec
+        if not spec.orth_reg_weight:
+            return 0.0
+        errors = row_overlaps(rows for own in adapters for rows in (own.A, own.B.T))
+        return spec.orth_reg_weight * (errors.square().sum() if spec.orth_reg_squared else errors.mean())
+
+    def rank_components(self) -> list[tuple[nn.Parameter, int]]:
+        """See `RankAllocatable`."""
+        return [(self.E, 0), (self.A, 0), (self.B, 1)]
+
+    @torch.no_grad()
+    def keep_components(self, keep: Bool[Tensor, " rank"]) -> None:
+        """See `RankAllocatable`: zeros in Λ alone."""
+        self.kept.copy_(keep)
+        self.E[~self.kept] = 0
+        self.tensors_changed()
+
+    def held(self) -> Bool[Tensor, " rank"]:
+        """Returns flags of the components in files: those kept, and those that have grown back."""
+        return self.kept | (self.E != 0)
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        """See `Adapter.peft_tensors`: the components held, with Λ for the scale that a file has."""
+        held = self.held()
+        E = (self.active * self.file_ratio * self.E)[held].unsqueeze(1)
+        return {"lora_A": self.A[held], "lora_B": self.B[:, held], "lora_E": E}
+
+    def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `Adapter.complete_peft_tensors`: as many components are kept as a file has."""
+        self.kept.copy_(torch.arange(self.spec.rank) < len(tensors.get("lora_E", self.E)))
+        return tensors
+
+    @torch.no_grad()
+    def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `Adapter.load_peft_tensors`. Components that the file leaves out stay as at the start."""
+        self.A[self.kept], self.B[:, self.kept] = tensors["lora_A"].to(self.A), tensors["lora_B"].to(self.B)
+        self.E[self.kept] = tensors["lora_E"].to(self.E).flatten() / self.file_ratio
