@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -42,18 +42,31 @@ class PeftLayout:
     tensors: Mapping[str, str]
     """PEFT's tensor name → attribute of the adapter; attributes that are None are left out."""
 
-    config: Callable[[Any], dict[str, Any]]
-    """Spec → the method's fields of `adapter_config.json`."""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """Fields of PEFT's config that hold the same as fields of our spec: its name → ours."""
+
+    config: Callable[[Any], dict[str, Any]] = lambda spec: {}
+    """Spec → the method's other fields of `adapter_config.json`."""
 
     spec: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda config: {}
-    """Fields of an `adapter_config.json` of this `peft_type` → fields of our spec; None where the file means
-    another of our methods (PEFT calls LoRA, DoRA and PiSSA all LORA)."""
+    """Fields of an `adapter_config.json` of this `peft_type` → the other fields of our spec; None where the
+    file means another of our methods (PEFT calls LoRA, DoRA and PiSSA all LORA)."""
 
     shared: Callable[[Any], Mapping[str, Tensor]] = lambda adapter: {}
     """Any adapter → the tensors that all of them share, by their names at the root of the file."""
 
     site_config: Callable[[Mapping[str, Adapter]], dict[str, Any]] = lambda adapters: {}
     """Adapters by path → fields of `adapter_config.json` that name modules: PEFT knows paths, not roles."""
+
+    def write(self, spec: Any) -> dict[str, Any]:
+        """Returns the method's fields of `adapter_config.json`."""
+        return {name: getattr(spec, own) for name, own in self.fields.items()} | self.config(spec)
+
+    def read(self, config: dict[str, Any]) -> dict[str, Any] | None:
+        """Returns our spec's fields for a config of PEFT's, None where it means another of our methods."""
+        others = self.spec(config)
+        same = {own: config[name] for name, own in self.fields.items() if name in config}
+        return None if others is None else same | others
 
 
 class Adapter(nn.Module):
@@ -66,6 +79,10 @@ class Adapter(nn.Module):
     """Authors, year and arXiv id."""
     mergeable: ClassVar[bool] = True
     identity_at_start: ClassVar[bool] = True
+    spared_from_decay: ClassVar[tuple[str, ...]] = ()
+    """Names of the trained tensors for which 0 is not "no change"."""
+    trained_faster: ClassVar[tuple[str, ...]] = ()
+    """Names of the tensors that LoRA+ trains at the greater rate: B, and vectors beside it."""
     reads_prompt_lengths: ClassVar[bool] = False
     """Whether the model must be called with `prompt_lengths` (batch,); `watch` takes them out of the call."""
     peft: ClassVar[PeftLayout]
@@ -149,11 +166,12 @@ class Adapter(nn.Module):
 
     def decay_exempt(self) -> list[nn.Parameter]:
         """Returns the trainable tensors for which 0 is not "no change", and which weight decay must spare."""
-        return []
+        return [getattr(self, name) for name in self.spared_from_decay]
 
     def loraplus_parameters(self) -> list[nn.Parameter]:
-        """Returns the tensors that LoRA+ trains at the greater rate: B, and vectors beside it."""
-        return []
+        """Returns the tensors that LoRA+ trains at the greater rate."""
+        found = (getattr(self, name) for name in self.trained_faster)
+        return [parameter for parameter in found if parameter is not None]
 
     def peft_tensors(self) -> dict[str, Tensor]:
         """Returns this adapter's tensors under PEFT's names."""

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import BorrowingAdapter, PeftLayout
-from lora_lab.adapters.low_rank import ScaledSpec, write_lora_config
+from lora_lab.adapters.low_rank import ScaledSpec
 from lora_lab.adapters.protocols import RankAllocatable
 from lora_lab.linalg.rank import product_singular_values, widened
 
@@ -24,7 +24,7 @@ class LowRankEmbedding(BorrowingAdapter, RankAllocatable):
 
     base: nn.Embedding
     kept: Tensor
-    peft = PeftLayout("LORA", {"lora_embedding_A": "A", "lora_embedding_B": "B"}, write_lora_config)
+    peft = PeftLayout("LORA", {"lora_embedding_A": "A", "lora_embedding_B": "B"})
 
     def __init__(self, base: nn.Embedding, spec: ScaledSpec):
         super().__init__(base)

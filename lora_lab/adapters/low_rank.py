@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -52,6 +52,8 @@ class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
         kept: (rank,), flags of the components that no controller has silenced.
         active: scalar, 1; 0 once the adapter was dropped.
     """
+
+    trained_faster: ClassVar[tuple[str, ...]] = ("B",)
 
     start_A: Tensor | None
     start_B: Tensor | None
@@ -112,10 +114,6 @@ class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
     def decay_exempt(self) -> list[nn.Parameter]:
         """See `Adapter.decay_exempt`: where a start is subtracted, no change is that start."""
         return [] if self.start_A is None else [self.A, self.B]
-
-    def loraplus_parameters(self) -> list[nn.Parameter]:
-        """See `Adapter.loraplus_parameters`."""
-        return [self.B]
 
     def rank_components(self) -> list[tuple[nn.Parameter, int]]:
         """See `RankAllocatable`."""

@@ -63,7 +63,7 @@ def save_adapter(
         "bias": "none",
         "target_modules": list(adapters.adapters),
         "modules_to_save": list(adapters.saved) or None,
-        **layout.config(adapters.spec),
+        **layout.write(adapters.spec),
         **_patterns(adapters),
         **layout.site_config(adapters.adapters),
     }
@@ -202,7 +202,7 @@ def _spec_from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     if isinstance(common["layers"], int):
         common["layers"] = [common["layers"]]
     for method, layout in layouts:
-        own = layout.spec(dict(config)) if layout.peft_type == peft_type else None
+        own = layout.read(dict(config)) if layout.peft_type == peft_type else None
         if own is not None:
             return method.Spec(**common, **own)
     raise IncompatibleError(f"peft_type: this kind of PEFT's '{peft_type}' is none of our methods.")
@@ -250,10 +250,10 @@ def _patterns(adapters: AdapterSet) -> dict[str, Any]:
         return {}
     layout = _layout(adapters)
     found: dict[str, dict[str, Any]] = {"rank_pattern": {}, "alpha_pattern": {}}
-    general = layout.config(adapters.spec)
+    general = layout.write(adapters.spec)
     names = {"rank_pattern": "r", "alpha_pattern": next((n for n in general if n.endswith("alpha")), "alpha")}
     for path, adapter in adapters.items():
-        own = layout.config(adapter.stored_spec)
+        own = layout.write(adapter.stored_spec)
         for pattern, name in names.items():
             if own.get(name) != general.get(name):
                 found[pattern][f"^{re.escape(path)}"] = own[name]

@@ -648,7 +648,7 @@ class Volume(AdditiveAdapter):
     Spec = VolumeSpec
     family = "test"
     paper = "-"
-    peft = PeftLayout(None, tensors={"volume_v": "v"}, config=lambda spec: {})
+    peft = PeftLayout(None, tensors={"volume_v": "v"})
 
     def __init__(self, base: nn.Module, spec: VolumeSpec):
         super().__init__(base)

@@ -50,21 +50,11 @@ class AdaLoRASpec(LowRankSpec):
         return self.alpha / (self.rank + 1e-5)
 
     def faults(self) -> list[str]:
-        """See `AdapterSpec.faults`."""
         found = super().faults()
         found += [f"{name}: must be above 0; got {a}" for name, a in self.alphas().items() if a < 0]
         if not (math.isfinite(self.orth_reg_weight) and self.orth_reg_weight >= 0):
             found.append(f"orth_reg_weight: must be finite and at least 0; got {self.orth_reg_weight}")
         return found
-
-
-FIELDS = {
-    "init_r": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "orth_reg_weight": "orth_reg_weight",
-}
-"""PEFT's fields and ours."""
 
 
 def _site_config(adapters: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,9 +77,14 @@ class AdaLoRA(LowRankAdapter):
     peft = PeftLayout(
         "ADALORA",
         tensors={"lora_A": "A", "lora_B": "B", "lora_E": "E"},
+        fields={
+            "init_r": "rank",
+            "lora_alpha": "alpha",
+            "lora_dropout": "dropout",
+            "orth_reg_weight": "orth_reg_weight",
+        },
         # PEFT opens no file without a total_step, which belongs to a schedule.
-        config=lambda spec: {name: getattr(spec, own) for name, own in FIELDS.items()} | {"total_step": 1},
-        spec=lambda config: {own: config[name] for name, own in FIELDS.items() if name in config},
+        config=lambda spec: {"total_step": 1},
         site_config=_site_config,
     )
 
@@ -113,7 +108,6 @@ class AdaLoRA(LowRankAdapter):
 
     @classmethod
     def total_penalty(cls, adapters: Iterable[Any]) -> Tensor | float:
-        """See `Adapter.total_penalty`."""
         adapters = list(adapters)
         spec = adapters[0].spec
         if not spec.orth_reg_weight:
@@ -122,7 +116,6 @@ class AdaLoRA(LowRankAdapter):
         return spec.orth_reg_weight * (errors.square().sum() if spec.orth_reg_squared else errors.mean())
 
     def rank_components(self) -> list[tuple[nn.Parameter, int]]:
-        """See `RankAllocatable`."""
         return [(self.E, 0), (self.A, 0), (self.B, 1)]
 
     @torch.no_grad()

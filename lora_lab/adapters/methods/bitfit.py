@@ -40,7 +40,7 @@ class BitFit(BorrowingAdapter):
     Spec = BitFitSpec
     family = "baseline"
     paper = "Ben Zaken et al. 2021, arXiv:2106.10199"
-    peft = PeftLayout(None, tensors={"bitfit_delta": "delta"}, config=lambda spec: {})
+    peft = PeftLayout(None, tensors={"bitfit_delta": "delta"})
 
     def __init__(self, base: Any, spec: BitFitSpec):
         super().__init__(base)
@@ -59,7 +59,6 @@ class BitFit(BorrowingAdapter):
 
     @torch.no_grad()
     def merged_module(self) -> nn.Module:
-        """See `Adapter.merged_module`."""
         base = self.base
         if isinstance(base, nn.LayerNorm):
             merged: nn.Module = nn.LayerNorm(base.normalized_shape, base.eps, device="meta")

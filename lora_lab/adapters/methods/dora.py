@@ -57,6 +57,8 @@ class DoRA(LinearAdapter):
 
     weight_square: Tensor
     convolves = True
+    spared_from_decay = ("m",)
+    trained_faster = ("B", "m")
 
     Spec = DoRASpec
     family = "low-rank"
@@ -101,7 +103,6 @@ class DoRA(LinearAdapter):
         return self.m / norm
 
     def adapted_weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """See `LinearAdapter.adapted_weight`."""
         gain = self.gain(weight, widened(weight).square().sum(self.axis))
         return gain.unsqueeze(self.axis) * (weight + self.scale * (self.B @ self.A))
 
@@ -130,16 +131,7 @@ class DoRA(LinearAdapter):
         return (y + update).to(y.dtype)
 
     def peft_tensors(self) -> dict[str, Tensor]:
-        """See `Adapter.peft_tensors`."""
         tensors = in_pefts_shapes(self.base, super().peft_tensors())
         if is_convolution(self.base):
             tensors["lora_magnitude_vector"] = pointwise(self.base, self.m).unsqueeze(0)
         return tensors
-
-    def decay_exempt(self) -> list[nn.Parameter]:
-        """See `Adapter.decay_exempt`: without its magnitude a row of W' is zero."""
-        return [self.m]
-
-    def loraplus_parameters(self) -> list[nn.Parameter]:
-        """See `Adapter.loraplus_parameters`."""
-        return [self.B, self.m]

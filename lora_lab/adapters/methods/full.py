@@ -36,7 +36,7 @@ class Full(TrainedCopy):
     Spec = FullSpec
     family = "baseline"
     paper = "-"
-    peft = PeftLayout(None, tensors={}, config=lambda spec: {})
+    peft = PeftLayout(None, tensors={})
 
     @classmethod
     def build(cls, sites: list[Site], spec: Any) -> dict[str, Adapter]:

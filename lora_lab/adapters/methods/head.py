@@ -24,7 +24,6 @@ class HeadSpec(AdapterSpec):
     """Empty: no module of the base is adapted."""
 
     def faults(self) -> list[str]:
-        """See `AdapterSpec.faults`."""
         if self.targets or self.layers is not None:
             return ["targets: head adapts no module of the base; leave targets and layers out"]
         return (
@@ -38,7 +37,7 @@ class Head(Adapter):
     Spec = HeadSpec
     family = "baseline"
     paper = "-"
-    peft = PeftLayout(None, tensors={}, config=lambda spec: {})
+    peft = PeftLayout(None, tensors={})
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:

@@ -52,7 +52,6 @@ class HRASpec(AdapterSpec):
     """Whether the penalty's norm is squared, as in the paper; its code leaves the square out."""
 
     def faults(self) -> list[str]:
-        """See `AdapterSpec.faults`."""
         found = super().faults()
         if self.rank < 1:
             found.append(f"rank: must be at least 1; got {self.rank}")
@@ -93,6 +92,7 @@ class HRA(InputAdapter):
     peft = PeftLayout("HRA", {"hra_u": "u"}, config=_write_config, spec=_read_config)
 
     start_u: Tensor | None
+    spared_from_decay = ("u",)  # only its direction counts
 
     def __init__(self, base: nn.Module, spec: HRASpec):
         super().__init__(base)
@@ -119,7 +119,6 @@ class HRA(InputAdapter):
         return learned if self.start_u is None else torch.cat([learned, self.start_u], dim=1)
 
     def transform_input(self, x: Tensor) -> Tensor:
-        """See `InputAdapter.transform_input`."""
         return reflect_chain(x, self.chain())
 
     def adapted_weight(self, weight: Tensor) -> Tensor:
@@ -132,10 +131,6 @@ class HRA(InputAdapter):
             return 0.0
         norm = overlap(self.u)
         return self.spec.reg_lambda * (norm.square() if self.spec.reg_squared else norm)
-
-    def decay_exempt(self) -> list[nn.Parameter]:
-        """See `Adapter.decay_exempt`: only the direction of u counts."""
-        return [self.u]
 
     def peft_tensors(self) -> dict[str, Tensor]:
         """See `Adapter.peft_tensors`: the doubled chain where a start is undone."""

@@ -29,7 +29,6 @@ class IA3Spec(AdapterSpec):
     method: str = "ia3"
 
     targets: Union[str, list[str]] = field(default_factory=lambda: ["key", "value", "down"])  # noqa: UP007
-    """See `AdapterSpec.targets`."""
 
     feedforward_modules: list[str] = field(default_factory=lambda: ["down"])
     """Which of the targets are rescaled at their input: roles, path endings or `regex:` patterns as in
@@ -52,7 +51,8 @@ class IA3(OutputAdapter):
     Spec = IA3Spec
     family = "activation"
     paper = "Liu et al. 2022, arXiv:2205.05638"
-    peft = PeftLayout("IA3", {"ia3_l": "l"}, lambda spec: {}, _read_config, site_config=_write_paths)
+    spared_from_decay = ("l",)
+    peft = PeftLayout("IA3", {"ia3_l": "l"}, spec=_read_config, site_config=_write_paths)
 
     def __init__(self, base: nn.Module, spec: IA3Spec):
         super().__init__(base)
@@ -76,12 +76,7 @@ class IA3(OutputAdapter):
         return {site.path: (IA3Input if site.path in inputs else IA3).at(site, spec) for site in sites}
 
     def transform_output(self, y: Tensor) -> Tensor:
-        """See `OutputAdapter.transform_output`."""
         return y * self.l.flatten()
-
-    def decay_exempt(self) -> list[nn.Parameter]:
-        """See `Adapter.decay_exempt`: no change is l = 1."""
-        return [self.l]
 
 
 class IA3Input(InputAdapter):
@@ -89,19 +84,15 @@ class IA3Input(InputAdapter):
 
     Spec = IA3Spec
     peft = IA3.peft
+    spared_from_decay = ("l",)
 
     def __init__(self, base: nn.Module, spec: IA3Spec):
         super().__init__(base)
         self.l = nn.Parameter(torch.ones(1, self.in_features, dtype=self.dtype))
 
     def transform_input(self, x: Tensor) -> Tensor:
-        """See `InputAdapter.transform_input`."""
         return x * self.l.flatten()
 
     def adapted_weight(self, weight: Tensor) -> Tensor:
         """See `LinearAdapter.adapted_weight`: l scales the columns of W, no identity needed."""
         return weight * self.l
-
-    def decay_exempt(self) -> list[nn.Parameter]:
-        """See `Adapter.decay_exempt`: no change is l = 1."""
-        return [self.l]

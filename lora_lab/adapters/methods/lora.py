@@ -38,7 +38,6 @@ class LoRASpec(StartedSpec):
     """Learn a bias c beside B."""
 
     def faults(self) -> list[str]:
-        """See `AdapterSpec.faults`."""
         found = super().faults()
         if self.lora_bias and self.init not in ("default", "random"):
             found.append(f"lora_bias: goes with init: default or random; got init: {self.init}")
@@ -58,6 +57,7 @@ class LoRA(LowRankAdapter):
     """The adapter of one linear map."""
 
     convolves = True
+    trained_faster = ("B", "c")
 
     Spec = LoRASpec
     family = "low-rank"
@@ -91,17 +91,11 @@ class LoRA(LowRankAdapter):
         return LowRankEmbedding.at(site, spec)
 
     def delta_output(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        """See `AdditiveAdapter.delta_output`."""
         delta, shift = super().delta_output(x), self.adapted_bias(None)
         return delta if shift is None else delta + pointwise(self.base, shift)
 
     def adapted_bias(self, bias: Float[Tensor, " out"] | None) -> Float[Tensor, " out"] | None:
-        """See `LinearAdapter.adapted_bias`."""
         if self.c is None:
             return bias
         shift = self.scale * self.active * self.c
         return shift if bias is None else bias + shift
-
-    def loraplus_parameters(self) -> list[nn.Parameter]:
-        """See `Adapter.loraplus_parameters`."""
-        return [self.B] if self.c is None else [self.B, self.c]

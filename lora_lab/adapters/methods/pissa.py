@@ -44,7 +44,6 @@ class PiSSASpec(StartedSpec):
     form, costs the memory of W once more, and in half precision rounds at the start."""
 
     def faults(self) -> list[str]:
-        """See `AdapterSpec.faults`."""
         found = super().faults()
         if self.mode == "residual" and self.dropout:
             found.append(
@@ -89,7 +88,6 @@ class PiSSA(LowRankAdapter):
             self.residual = (widened(matrix(self.base)) - start).to(self.base.weight.dtype)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        """See `AdditiveAdapter.forward`."""
         if self.residual is None:
             return super().forward(x)
         y = project(self.base, x, self.residual, self.base.bias)

@@ -88,7 +88,6 @@ class ReFTSpec(AdapterSpec):
     """Whether dropout acts on h', as in the reference, or on h' − h alone."""
 
     def faults(self) -> list[str]:
-        """See `AdapterSpec.faults`."""
         found = super().faults() + least_fault("rank", self.rank, 1)
         if self.positions != "all" and not read_counts(self.positions):
             found.append(f"positions: must be 'all', or like 'f1', 'l1', 'f1+l1'; got '{self.positions}'")
@@ -157,7 +156,7 @@ class ReFT(HiddenStateAdapter):
     identity_at_start = False
     reads_prompt_lengths = True
     edits: Any
-    peft = PeftLayout(None, tensors={}, config=lambda spec: {})
+    peft = PeftLayout(None, tensors={})
 
     def __init__(self, base: nn.Module, spec: ReFTSpec, positions: Positions):
         super().__init__(base)
@@ -183,12 +182,10 @@ class ReFT(HiddenStateAdapter):
 
     @classmethod
     def watch(cls, model: nn.Module, adapters: Mapping[str, Adapter]) -> list[RemovableHandle]:
-        """See `Adapter.watch`."""
         positions: Any = next(iter(adapters.values())).positions
         return positions.watch(model)
 
     def transform_hidden(self, hidden: Tensor) -> Tensor:
-        """See `HiddenStateAdapter.transform_hidden`."""
         if hidden.shape[-1] != self.width:
             raise IncompatibleError(
                 f"adapter.targets: reft stands on a {type(self.base).__name__} that reads width {self.width} "

@@ -51,7 +51,6 @@ class VeRASpec(AdapterSpec):
     """Store A and B, once. Without them files are small, and need a torch that draws the same numbers."""
 
     def faults(self) -> list[str]:
-        """See `AdapterSpec.faults`."""
         return [
             *super().faults(),
             *least_fault("rank", self.rank, 1),
@@ -148,21 +147,17 @@ class VeRA(AdditiveAdapter):
         return self.lambda_b.unsqueeze(1) * self.B, self.lambda_d.unsqueeze(1) * self.A
 
     def delta_weight(self) -> Float[Tensor, "out in"]:
-        """See `AdditiveAdapter.delta_weight`."""
         left, right = self.factors()
         return widened(left) @ widened(right)
 
     def delta_output(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        """See `AdditiveAdapter.delta_output`."""
         # λ_d stays outside A, so that the backward pass needs no x; λ_b goes onto B, so that it needs nothing
         # of the output's size.
         hidden = F.linear(self.dropout(x), self.A) * self.lambda_d
         return F.linear(hidden, self.lambda_b.unsqueeze(1) * self.B)
 
     def singular_values(self) -> Float[Tensor, " k"]:
-        """See `LinearAdapter.singular_values`."""
         return product_singular_values(*self.factors())
 
     def loraplus_parameters(self) -> list[nn.Parameter]:
-        """See `Adapter.loraplus_parameters`."""
         return [self.lambda_b, self.lambda_d]
