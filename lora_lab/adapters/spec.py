@@ -50,6 +50,11 @@ class AdapterSpec:
     """Modules trained whole and stored beside the adapters, by path or path ending; null means the model's
     freshly initialised task head, [] means none."""
 
+    @property
+    def reads_full_weights(self) -> bool:
+        """Whether the adapters' start reads the weights that a quantised base was made from."""
+        return False
+
     def faults(self) -> list[str]:
         """Returns every fault that shows without a model, as `field: what is wrong, what is allowed`."""
         found = []

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_lab.errors import CheckpointError, ConfigError
 from lora_lab.models.architectures import find_roles
 from lora_lab.models.pooled_encoder import PooledEncoder
+from lora_lab.models.quantization import QuantizedLinear
 
 
 def linearise(model: nn.Module) -> nn.Module:
@@ -51,7 +52,7 @@ def save_model(model: PreTrainedModel, folder: str | Path) -> None:
     """Writes config and weights as a folder that `from_pretrained` and `ModelConfig.name` open.
 
     GPT-2's layers get back the layout of its own checkpoints; saved as linear layers, its square matrices
-    would be read transposed without a complaint.
+    would be read transposed without a complaint. Quantised maps are written dequantised.
 
     Args:
         model: A model of `build_model` without adapters (merged or never injected).
@@ -61,6 +62,13 @@ def save_model(model: PreTrainedModel, folder: str | Path) -> None:
         CheckpointError: If the folder cannot be written.
     """
     weights = model.state_dict()
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantizedLinear):
+            for name in module.state_dict():
+                del weights[f"{path}.{name}"]
+            weights[f"{path}.weight"] = module.weight
+            if module.bias is not None:
+                weights[f"{path}.bias"] = module.bias
     for path, module in model.named_modules():
         if isinstance(module, FusedProjection):
             for tensor in ("weight", "bias"):
