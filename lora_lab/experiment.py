@@ -31,6 +31,7 @@ from lora_lab.data import TaskData, build_data
 from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError
 from lora_lab.files import write_text
 from lora_lab.models.build import build_model, build_tokenizer
+from lora_lab.models.quantization import forget_weights
 from lora_lab.models.sources import public_name
 from lora_lab.runs import SCHEMA_VERSION, RunFolder, environment, process_rank
 from lora_lab.tracking import build_loggers, close_loggers, read_metrics, replay, wandb_mode
@@ -68,8 +69,9 @@ def run(config: ExperimentConfig, resume: bool = False, overwrite: bool = False)
         return RunResult(folder, before, fresh=False)
 
     L.seed_everything(config.seed, workers=True, verbose=False)
-    model, data = build_parts(config)
+    model, data = build_parts(config, keep_weights=config.adapter.reads_full_weights)
     adapters = inject(model, config.adapter, config.seed)
+    forget_weights(model)
     module = FineTuner(model.train(), adapters, config.model.task, data.num_labels, config.optimization)
     _prepare_model(model, config)
 
@@ -121,11 +123,11 @@ def run(config: ExperimentConfig, resume: bool = False, overwrite: bool = False)
     return RunResult(folder, record, fresh=True)
 
 
-def build_parts(config: ExperimentConfig) -> tuple[nn.Module, TaskData]:
-    """Builds the model, not yet adapted, and its data."""
+def build_parts(config: ExperimentConfig, keep_weights: bool = False) -> tuple[nn.Module, TaskData]:
+    """Builds the model, not yet adapted, and its data; `keep_weights` as in `build_model`."""
     tokenizer = build_tokenizer(config.model)
     data = build_data(config.data, tokenizer, config.model.task, config.seed)
-    return build_model(config.model, data.num_labels), data
+    return build_model(config.model, data.num_labels, keep_weights), data
 
 
 def evaluate(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
@@ -289,6 +291,7 @@ def quiet_libraries() -> None:
     """Silences the libraries' advice that our own settings make moot."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for message in (
         ".*does not have many workers.*",
         ".*in eval mode at the start of training.*",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.models.build import ModelConfig, build_model
+from lora_lab.models.quantization import QuantizationOptions, quantize
 
 LOCAL = ("localhost", "127.0.0.1", "::1", "0.0.0.0", "")
 
@@ -85,6 +86,8 @@ def _build(name: str) -> nn.Module:
     torch.manual_seed(0)
     if name == "plain":
         return Plain().eval()
+    if name == "nf4":
+        return quantize(_build("bert"), "nf4", QuantizationOptions())
     if name == "int8":
         model = _build("bert")
         for path, module in list(model.bert.encoder.named_modules()):
@@ -105,7 +108,7 @@ def make_model():
     """Returns a function from a name to a fresh model: always the same weights, eval mode, no dropout.
 
     `bert` and `t5` classify; `llama` (fewer key heads than query heads) and `gpt2` (Conv1D made linear) model
-    language; `plain` is none of transformers'; `int8` is bert, quantised.
+    language; `plain` is none of transformers'; `nf4` is bert, quantised, and `int8` a stand-in for it.
     """
     built: dict[str, nn.Module] = {}
 

@@ -14,6 +14,7 @@ from lora_lab.adapters.base import Adapter, TrainedHead
 from lora_lab.adapters.sites import find_sites, saved_modules
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError, suggest
+from lora_lab.models.quantization import QuantizedLinear
 
 P = TypeVar("P")
 
@@ -142,9 +143,10 @@ class AdapterSet:
         )
 
     def base_count(self) -> int:
-        """Returns the number of parameters of the model without adapters, shared ones once."""
+        """Returns the number of parameters without adapters, shared ones once; codes count as weights."""
         own = {id(tensor) for tensor in self.named_tensors().values()}
-        return sum(p.numel() for p in self.model.parameters() if id(p) not in own)
+        plain = sum(p.numel() for p in self.model.parameters() if id(p) not in own)
+        return plain + sum(m.numel() for m in self.model.modules() if isinstance(m, QuantizedLinear))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns `named_tensors` detached: all that training changes, nothing of the base."""

@@ -15,6 +15,7 @@ from torch import nn
 from lora_lab.adapters.spec import AdapterSpec, LowRankSpec
 from lora_lab.errors import TargetError, suggest
 from lora_lab.models.architectures import find_roles, head_paths, layer_of, roles_of
+from lora_lab.models.quantization import holds_codes
 
 Value = TypeVar("Value")
 SpecType = TypeVar("SpecType", bound=AdapterSpec)
@@ -108,7 +109,7 @@ def saved_modules(model: nn.Module, spec: AdapterSpec) -> list[str]:
     """Returns the paths of the modules to train whole: those asked for, or else the model's fresh task head.
 
     Raises:
-        TargetError: if a name in `modules_to_save` matches no module.
+        TargetError: if a name in `modules_to_save` matches no module, or one that cannot be trained.
     """
     if spec.modules_to_save is None:
         return head_paths(model)
@@ -118,6 +119,12 @@ def saved_modules(model: nn.Module, spec: AdapterSpec) -> list[str]:
         if not paths:
             names = {path.rpartition(".")[2] for path, _ in model.named_modules() if path}
             raise TargetError(f"adapter.modules_to_save: no module '{name}'{suggest(name, names)}")
+        quantised = [path for path in paths if holds_codes(model.get_submodule(path))]
+        if quantised:
+            raise TargetError(
+                f"adapter.modules_to_save: {quantised[0]} holds codes, which cannot be trained; name its "
+                "other parts, or set model.quantization to none."
+            )
         empty = [path for path in paths if next(model.get_submodule(path).parameters(), None) is None]
         if empty:
             raise TargetError(f"adapter.modules_to_save: {empty[0]} has no parameters to train; take it out.")

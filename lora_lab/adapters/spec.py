@@ -51,6 +51,15 @@ class AdapterSpec:
     """Modules trained whole and stored beside the adapters, by path or path ending; null means the model's
     freshly initialised task head, [] means none."""
 
+    @property
+    def reads_full_weights(self) -> bool:
+        """Whether the adapters' start reads the weights that a quantised base was made from."""
+        return False
+
+    def for_stored(self) -> Self:
+        """Returns the spec to place adapters with whose tensors a file gives, whatever they started from."""
+        return self
+
     def faults(self) -> list[str]:
         """Returns every fault that shows without a model, as `field: what is wrong, what is allowed`."""
         found = []

@@ -7,16 +7,19 @@
     orthogonal         random          random         0 up to rounding, in two halves of one basis
     olora              R_r             Q_r            the leading part of W = Q R (arXiv:2406.01775)
     pissa              √(S_r/s) V_rᵀ   U_r √(S_r/s)   the leading part of W = U S Vᵀ (arXiv:2404.02948)
+    loftq              √(S_r/s) V_rᵀ   U_r √(S_r/s)   of W − dq(Q) = U S Vᵀ, on a quantised base Q
     random             U(±1/√in)       U(±1/√rank)    anything, for comparison
 
-What `olora` and `pissa` start with is subtracted again, see `low_rank`.
+What `olora` and `pissa` start with is subtracted again, see `low_rank`. LoftQ's start is not: dq(Q) + s B A
+is the best approximation of W by the codes Q and an update of this rank. It is the paper's first step (Li et
+al. 2023, arXiv:2310.08659); further ones change Q, and the base stays as it is here.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Float
@@ -40,12 +43,13 @@ SUBTRACTED = ("olora", "pissa")
 class StartedSpec(ScaledSpec):
     """Adds the choice of a start."""
 
-    init: Literal["default", "gaussian", "scaled_gaussian", "orthogonal", "olora", "pissa", "random"] = (
-        "default"
-    )
+    init: Literal[
+        "default", "gaussian", "scaled_gaussian", "orthogonal", "olora", "pissa", "loftq", "random"
+    ] = "default"
     """Start of A: `default` U(±1/√in), `gaussian` N(0, 1/rank²), `scaled_gaussian` N(0, 1/rank), B = 0 in
     each; `orthogonal` (even rank) starts both with B A = 0 up to rounding; `olora` (QR of W) and `pissa` (SVD
-    of W) start both and subtract the start; `random` starts both and is not the identity."""
+    of W) start both and subtract the start; `loftq` starts with what quantisation took from W; `random` is
+    not the identity."""
 
     niter: int | None = None
     """Power iterations of a randomised SVD for init: pissa, 4 to 16 in its paper; null decomposes exactly."""
@@ -67,6 +71,15 @@ class StartedSpec(ScaledSpec):
         if self.niter is not None and self.niter < 0:
             found.append(f"niter: must be at least 0, or null for an exact SVD; got {self.niter}")
         return found
+
+    @property
+    def reads_full_weights(self) -> bool:
+        """See `AdapterSpec.reads_full_weights`."""
+        return self.init == "loftq"
+
+    def for_stored(self) -> Self:
+        """See `AdapterSpec.for_stored`: W may be gone, of which LoftQ's factors were made."""
+        return replace(self, init="default") if self.init == "loftq" else self
 
 
 def start(base: Any, spec: StartedSpec) -> Factors:
@@ -96,9 +109,24 @@ def start(base: Any, spec: StartedSpec) -> Factors:
             Q, R = torch.linalg.qr(_decomposable(weight, rank, "init: olora"))
             return R[:rank].contiguous(), Q[:, :rank].contiguous()
         case "pissa":
-            U, S, Vh = principal_part(_decomposable(weight, rank, "pissa"), rank, spec.niter)
-            root = (S / spec.scale).sqrt()
-            return root.unsqueeze(1) * Vh, U * root
+            return _principal(_decomposable(weight, rank, "pissa"), spec)
+        case "loftq":
+            full = getattr(base, "full_weight", None)
+            if full is None:
+                raise IncompatibleError(
+                    "adapter.init: loftq makes up for what quantisation has taken from W, and this base has "
+                    "no W beside its codes. Train with model.quantization: nf4, or build the base with "
+                    "build_model(config, keep_weights=True); without codes, choose another init."
+                )
+            codes = _decomposable(weight, rank, "init: loftq")
+            return _principal(full.to(codes) - codes, spec)
+
+
+def _principal(weight: Tensor, spec: StartedSpec) -> Factors:
+    """Returns A and B with s B A the best approximation of a matrix."""
+    U, S, Vh = principal_part(weight, spec.rank, spec.niter)
+    root = (S / abs(spec.scale)).sqrt()
+    return root.unsqueeze(1) * Vh, math.copysign(1, spec.scale) * U * root
 
 
 def _decomposable(weight: Tensor, rank: int, what: str) -> Tensor:

@@ -95,7 +95,7 @@ def load_adapter(model: nn.Module, folder: Path) -> AdapterSet:
     """
     tensors = read_tensors(folder)
     spec = read_spec(folder, tensors)
-    adapters = inject(model, spec)
+    adapters = inject(model, spec.for_stored())
     try:
         by_path, others = _by_path(adapters, tensors)
         given = {
@@ -117,6 +117,7 @@ def load_adapter(model: nn.Module, folder: Path) -> AdapterSet:
     except Exception:
         adapters.remove()
         raise
+    adapters.spec = spec
     return adapters
 
 

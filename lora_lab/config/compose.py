@@ -98,6 +98,11 @@ def _cross_checks(config: ExperimentConfig) -> list[str]:
     found += [f"trainer.{fault}" for fault in config.trainer.faults()]
     found += [f"model.{fault}" for fault in check_model(config.model)]
     found += check_data(config.data, config.model.task)
+    if config.adapter.reads_full_weights and config.model.quantization == "none":
+        found.append(
+            "model.quantization: is none, and this adapter's start makes up for what quantisation takes; set "
+            "it to nf4, or choose another adapter.init"
+        )
     for name in ("name", "run"):
         value = getattr(config, name)
         if value is not None and (not value or value in (".", "..") or "/" in value):

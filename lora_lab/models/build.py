@@ -34,7 +34,16 @@ from lora_lab.models.architectures import ARCHITECTURES, find_roles
 from lora_lab.models.conversion import linearise, split_fused_projections
 from lora_lab.models.perceptron import MLP
 from lora_lab.models.pooled_encoder import PooledEncoder, restore_classifier, saved_with_mean_pooling
-from lora_lab.models.sources import EMBEDDED, folder_faults, is_folder_name, is_local, known_type, source_of
+from lora_lab.models.quantization import Quantization, QuantizationOptions, quantization_faults, quantize
+from lora_lab.models.sources import (
+    EMBEDDED,
+    folder_config,
+    folder_faults,
+    is_folder_name,
+    is_local,
+    known_type,
+    source_of,
+)
 from lora_lab.models.tiny import SPECIAL_TOKENS, TINY, character_tokenizer
 
 
@@ -62,6 +71,11 @@ class ModelConfig:
     split_fused: bool = False
     """Whether the fused attention projections of GPT-2 and of `nn.MultiheadAttention` become linear layers
     `query`, `key`, `value`."""
+    quantization: Quantization = "none"
+    """Codes in which the linear maps of the blocks are held, under any adapter: `nf4` or `fp4` (4 bits a
+    weight), `int8`, or none. Embeddings, norms and heads stay in `dtype`."""
+    quantization_options: QuantizationOptions = field(default_factory=QuantizationOptions)
+    """How the codes are made."""
 
 
 def check_model(config: ModelConfig) -> list[str]:
@@ -85,6 +99,9 @@ def check_model(config: ModelConfig) -> list[str]:
         faults.append(f"revision: only hub repositories have revisions, '{config.name}' is none; remove it")
     if config.pooling == "mean" and config.task == "causal_lm":
         faults.append("pooling: mean pools tokens for a classifier; task causal_lm needs pooling 'model'")
+    faults += quantization_faults(config.quantization, config.quantization_options)
+    if config.quantization != "none" and "quantization_config" in folder_config(config.name):
+        faults.append(_quantized_already(config))
     model_type = known_type(config.name)
     return faults + (_task_faults(config, model_type) if model_type and not faults else [])
 
@@ -116,12 +133,14 @@ def build_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
     return tokenizer
 
 
-def build_model(config: ModelConfig, num_labels: int = 1) -> PreTrainedModel:
+def build_model(config: ModelConfig, num_labels: int = 1, keep_weights: bool = False) -> PreTrainedModel:
     """Builds the model, on the CPU, as its class leaves it (random weights follow torch's global seed).
 
     Args:
         config: What to build.
         num_labels: Number of classes; regression always has one output, language modelling none.
+        keep_weights: Whether quantised maps keep their full-precision weight beside the codes, for starts
+            that read it; see `quantization.forget_weights`.
 
     Returns:
         A model with `config`, whose output has `logits`: (batch, num_labels), or (batch, time, vocabulary)
@@ -130,11 +149,14 @@ def build_model(config: ModelConfig, num_labels: int = 1) -> PreTrainedModel:
     Raises:
         ConfigError: If the config is faulty or the model does not exist.
         CheckpointError: If weights are damaged, missing or of other shapes.
+        IncompatibleError: If the model cannot be quantised.
         AssetError: If an embedded model cannot be fetched.
     """
     _raise_faults(config)
     with _translated(config, "model"):
         hub_config = _transformers_config(config)
+        if config.quantization != "none" and getattr(hub_config, "quantization_config", None):
+            raise ConfigError(f"model.{_quantized_already(config)}")
         if config.task != "causal_lm":
             hub_config.num_labels = 1 if config.task == "regression" else num_labels
         if getattr(hub_config, "pad_token_id", None) is None:
@@ -151,6 +173,8 @@ def build_model(config: ModelConfig, num_labels: int = 1) -> PreTrainedModel:
     linearise(model)
     if config.split_fused:
         split_fused_projections(model)
+    if config.quantization != "none":
+        quantize(model, config.quantization, config.quantization_options, keep_weights)
     return model
 
 
@@ -268,6 +292,13 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300].rstrip(". ")
 
 
+def _quantized_already(config: ModelConfig) -> str:
+    return (
+        f"quantization: '{config.name}' is stored quantised already; set it to none, or give the model of"
+        " full precision"
+    )
+
+
 def _raise_faults(config: ModelConfig) -> None:
     if faults := check_model(config):
         raise ConfigError("; ".join(f"model.{fault}" for fault in faults))
@@ -304,4 +335,6 @@ def _task_faults(config: ModelConfig, model_type: str) -> list[str]:
     fused = kind is None or "query_key_value" in ARCHITECTURES[model_type].roles
     if config.split_fused and not (fused and reads_text):
         faults.append(f"split_fused: {name} has no fused query-key-value projection; set it to false")
+    if config.quantization != "none" and not reads_text:
+        faults.append(f"quantization: {name} has no blocks whose maps could become codes; set it to none")
     return faults

@@ -12,6 +12,7 @@ from lora_lab.errors import CheckpointError, ConfigError
 from lora_lab.models.architectures import find_roles
 from lora_lab.models.attention import SplitMultiheadAttention, linear_of, split_attention
 from lora_lab.models.pooled_encoder import PooledEncoder
+from lora_lab.models.quantization import QuantizedLinear
 
 
 def linearise(model: nn.Module) -> nn.Module:
@@ -52,8 +53,9 @@ def split_fused_projections(model: nn.Module) -> nn.Module:
 def save_model(model: PreTrainedModel, folder: str | Path) -> None:
     """Writes config and weights as a folder that `from_pretrained` and `ModelConfig.name` open.
 
-    Split projections are joined again. GPT-2's layers get back the layout of its own checkpoints; saved as
-    linear layers, its square matrices would be read transposed without a complaint.
+    Split projections are joined again, and quantised maps are written dequantised. GPT-2's layers get back
+    the layout of its own checkpoints; saved as linear layers, its square matrices would be read transposed
+    without a complaint.
 
     Args:
         model: A model of `build_model` without adapters (merged or never injected).
@@ -63,6 +65,13 @@ def save_model(model: PreTrainedModel, folder: str | Path) -> None:
         CheckpointError: If the folder cannot be written.
     """
     weights = model.state_dict()
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantizedLinear):
+            for name in module.state_dict():
+                del weights[f"{path}.{name}"]
+            weights[f"{path}.weight"] = module.weight
+            if module.bias is not None:
+                weights[f"{path}.bias"] = module.bias
     for path, module in model.named_modules():
         if isinstance(module, FusedProjection):
             for tensor in ("weight", "bias"):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from lora_lab.assets import ASSETS, fetch
 from lora_lab.models.pooled_encoder import saved_with_mean_pooling
@@ -27,10 +28,15 @@ def known_type(name: str) -> str | None:
         return value
     if kind == "embedded":
         return {"minilm": "bert", "smollm2": "llama"}.get(value)
+    return folder_config(name).get("model_type")
+
+
+def folder_config(name: str) -> dict[str, Any]:
+    """Returns the `config.json` of a model folder; empty for any other name, and where it cannot be read."""
     try:
-        return json.loads((Path(name).expanduser() / "config.json").read_text()).get("model_type")
+        return json.loads((Path(name).expanduser() / "config.json").read_text())
     except (OSError, ValueError):
-        return None
+        return {}
 
 
 def source_of(name: str) -> str:

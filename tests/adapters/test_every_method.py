@@ -32,7 +32,7 @@ from lora_lab.linalg.rank import widened
 TOLERANCE = 1e-5
 """Of every comparison in float32, relative to the largest number compared."""
 
-MODELS = ("bert", "llama", "gpt2", "t5", "plain", "int8")
+MODELS = ("bert", "llama", "gpt2", "t5", "plain", "int8", "nf4")
 
 OPTIONS: dict[str, dict] = {
     "lora": {"method": "lora", "rank": 4, "alpha": 8.0},
@@ -91,6 +91,7 @@ TARGETS: dict[str, dict[str, dict]] = {
     # BERT's classifier reads the first token alone: edits of others reach it only through a later block.
     "bert": {"reft": {"layers": [0]}},
     "int8": {"reft": {"layers": [0]}},
+    "nf4": {"reft": {"layers": [0]}},
 }
 """What a spec needs on a model: by method, or for `""` every method that adapts linear maps."""
 
@@ -99,6 +100,7 @@ NOT_ON: dict[tuple[str, str], str] = {
     ("bitfit", "t5"): "has no biases",
     ("head", "llama"): "its head is pretrained",
     ("head", "gpt2"): "its head is pretrained",
+    ("full", "nf4"): "codes cannot be trained, which is refused",
 }
 """The namesakes of methods that have nothing to train on a model."""
 

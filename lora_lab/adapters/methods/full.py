@@ -18,6 +18,8 @@ from torch import nn
 from lora_lab.adapters.base import Adapter, PeftLayout, TrainedCopy
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import AdapterSpec
+from lora_lab.errors import IncompatibleError
+from lora_lab.models.quantization import holds_codes
 
 
 @dataclass
@@ -39,11 +41,25 @@ class Full(TrainedCopy):
     peft = PeftLayout(None, tensors={})
 
     @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """See `Adapter.accepts`; a quantised map too, for `build` to refuse: it would stay behind unseen."""
+        return super().accepts(module) or (holds_codes(module) and not any(module.children()))
+
+    @classmethod
     def build(cls, sites: list[Site], spec: Any) -> dict[str, Adapter]:
-        """See `Adapter.build`. A module that owns parameters beside its parts is copied with its parts."""
+        """See `Adapter.build`. A module that owns parameters beside its parts is copied with its parts.
+
+        Raises:
+            IncompatibleError: if a module is quantised.
+        """
         whole: dict[str, nn.Module] = {}
         copies: dict[int, Any] = {}
         for site in sites:
+            if holds_codes(site.module):
+                raise IncompatibleError(
+                    f"adapter.method: full trains the weights, and {site.path} holds codes, which cannot be "
+                    "trained. Set model.quantization to none, narrow adapter.targets, or choose an adapter."
+                )
             if not any(site.path.startswith(f"{path}.") for path in whole):
                 whole[site.path] = site.module
         return {path: cls(module, copies) for path, module in whole.items()}
