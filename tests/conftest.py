@@ -93,7 +93,7 @@ def _build(name: str) -> nn.Module:
         for path, module in list(model.bert.encoder.named_modules()):
             if isinstance(module, nn.Linear):
                 model.bert.encoder.set_submodule(path, Int8Linear(module))
-        return model
+        return model.eval()
     task = "causal_lm" if name in ("llama", "gpt2") else "sequence_classification"
     model = build_model(ModelConfig(name=f"random:{name}", task=task, config=NO_DROPOUT[name]), num_labels=3)
     # Random biases and norms: zeros and ones hide what a method does to them.

@@ -5,18 +5,36 @@ from lora_lab.adapters.injection import AdapterSet, inject
 from lora_lab.adapters.methods.adalora import AdaLoRA
 from lora_lab.adapters.methods.bitfit import BitFit
 from lora_lab.adapters.methods.dora import DoRA
+from lora_lab.adapters.methods.dylora import DyLoRA
 from lora_lab.adapters.methods.full import Full
 from lora_lab.adapters.methods.head import Head
 from lora_lab.adapters.methods.hra import HRA
 from lora_lab.adapters.methods.ia3 import IA3
 from lora_lab.adapters.methods.lora import LoRA
+from lora_lab.adapters.methods.lora_drop import LoRADrop
+from lora_lab.adapters.methods.lora_prune import LoRAPrune
 from lora_lab.adapters.methods.pissa import PiSSA
 from lora_lab.adapters.methods.reft import ReFT
 from lora_lab.adapters.methods.vera import VeRA
 
 METHODS: dict[str, type[Adapter]] = {
     method.Spec().method: method
-    for method in (LoRA, DoRA, PiSSA, AdaLoRA, VeRA, IA3, HRA, ReFT, BitFit, Head, Full)
+    for method in (
+        LoRA,
+        DoRA,
+        AdaLoRA,
+        DyLoRA,
+        LoRADrop,
+        LoRAPrune,
+        PiSSA,
+        VeRA,
+        IA3,
+        HRA,
+        ReFT,
+        BitFit,
+        Head,
+        Full,
+    )
 }
 """Every method by its id. A new method is one file, one entry here and one YAML in configs/adapters."""
 

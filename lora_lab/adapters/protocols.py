@@ -28,6 +28,23 @@ class RankAllocatable(Protocol):
 
 
 @runtime_checkable
+class Prunable(Protocol):
+    """A sum of rank-one components that can be scored by their size and removed for good."""
+
+    def importance(self) -> Float[Tensor, " rank"]:
+        """Returns how much each component matters, 0 or more; 0 for those removed."""
+        ...
+
+    def keep_components(self, keep: Bool[Tensor, " rank"]) -> None:
+        """Removes the components whose flag is False; those removed before stay so, whatever their flag."""
+        ...
+
+    def kept_components(self) -> Bool[Tensor, " rank"]:
+        """Returns the flags of the components that are left."""
+        ...
+
+
+@runtime_checkable
 class NestedRank(Protocol):
     """Every prefix of the components is a valid adapter."""
 

@@ -14,10 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_lab.adapters import METHODS
-from lora_lab.adapters.protocols import Droppable, NestedRank, RankAllocatable
+from lora_lab.adapters.protocols import Droppable, NestedRank, Prunable, RankAllocatable
 from lora_lab.config.documentation import field_documentation
 
-PROTOCOLS = (RankAllocatable, NestedRank, Droppable)
+PROTOCOLS = (RankAllocatable, Prunable, NestedRank, Droppable)
 
 
 def record_table(record: Mapping[str, Any]) -> Table:

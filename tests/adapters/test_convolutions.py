@@ -34,7 +34,7 @@ ALL = pytest.mark.parametrize(("method", "shape"), [(m, s) for m in CONVOLVING f
 def convolution(shape, dtype=torch.float32):
     kind, sizes, options = SHAPES[shape]
     torch.manual_seed(0)
-    return nn.Sequential(kind(*sizes, **options, dtype=dtype))
+    return nn.Sequential(kind(*sizes, **options, dtype=dtype)).eval()
 
 
 def images(shape, batch=2, dtype=torch.float32):
@@ -124,6 +124,9 @@ PEFTS = {
     "lora": lambda **o: peft.LoraConfig(r=4, lora_alpha=6, **o),
     "dora": lambda **o: peft.LoraConfig(r=4, lora_alpha=6, use_dora=True, **o),
     "adalora": lambda **o: peft.AdaLoraConfig(init_r=4, lora_alpha=6, total_step=1, **o),
+    "dylora": lambda **o: peft.LoraConfig(r=4, lora_alpha=6, **o),
+    "lora_drop": lambda **o: peft.LoraConfig(r=4, lora_alpha=6, **o),
+    "lora_prune": lambda **o: peft.LoraConfig(r=4, lora_alpha=6, **o),
     "loha": lambda **o: peft.LoHaConfig(r=4, alpha=6, **o),
     "lokr": lambda **o: peft.LoKrConfig(r=4, alpha=6, **o),
 }
@@ -131,7 +134,7 @@ PEFTS = {
 
 NOT_IN_PEFT = {
     ("lora", "dilated"): "PEFT 0.21.2 forgets the dilation of A, so that its shapes do not fit",
-    ("dora", "dilated"): "as lora",
+    **{(name, "dilated"): "as lora" for name in ("dora", "dylora", "lora_drop", "lora_prune")},
     ("adalora", "1d"): "PEFT's AdaLoRA knows Conv2d alone",
 }
 

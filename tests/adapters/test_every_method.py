@@ -45,6 +45,14 @@ OPTIONS: dict[str, dict] = {
     "dora": {"method": "dora", "rank": 4},
     "dora in": {"method": "dora", "rank": 4, "dora_axis": "in"},
     "dora attached": {"method": "dora", "rank": 4, "detach_norm": False},
+    "dylora": {"method": "dylora", "rank": 4},
+    "dylora frozen": {"method": "dylora", "rank": 4, "frozen": True, "rslora": True},
+    "dylora separate": {"method": "dylora", "rank": 4, "separate_ranks": [1, 3, 4]},
+    "lora_drop": {"method": "lora_drop", "rank": 4},
+    "lora_drop samples": {"method": "lora_drop", "rank": 4, "drop_granularity": "sample"},
+    "lora_drop batches": {"method": "lora_drop", "rank": 4, "drop_granularity": "batch"},
+    "lora_drop modules": {"method": "lora_drop", "rank": 4, "drop_unit": "module", "drop_rescale": False},
+    "lora_prune": {"method": "lora_prune", "rank": 4},
     "pissa": {"method": "pissa", "rank": 4, "alpha": 4.0},
     "pissa residual": {"method": "pissa", "rank": 4, "alpha": 4.0, "mode": "residual"},
     "pissa niter": {"method": "pissa", "rank": 4, "alpha": 4.0, "niter": 4},
@@ -113,6 +121,10 @@ EXACT_START = {
     "dora in",
     "dora attached",
     "adalora",
+    "dylora",
+    "lora_drop",
+    "lora_drop modules",
+    "lora_prune",
     "vera",
 }
 EXACT_START |= {"ia3", "ia3 outputs", "bitfit", "head", "full", "reft nodireft"}
@@ -135,6 +147,10 @@ COUNTS: dict[str, int] = {
     "lora bias": 4 * (24 + 16) + 16,
     "dora": 4 * (24 + 16) + 16,
     "dora in": 4 * (24 + 16) + 24,
+    "dylora": 4 * (24 + 16),
+    "dylora separate": (1 + 3 + 4) * (24 + 16),
+    "lora_drop": 4 * (24 + 16),
+    "lora_prune": 4 * (24 + 16),
     "pissa": 4 * (24 + 16),
     "adalora": 6 * (24 + 16 + 1),
     "vera": 16 + 8,
@@ -153,6 +169,10 @@ REACH: dict[str, set[str]] = {
     "lora olora": {"A", "B"},
     "lora orthogonal": {"A", "B"},
     "dora": {"B", "m"},
+    "dylora": {"B"},
+    "dylora frozen": {"B"},
+    "lora_drop": {"B"},
+    "lora_prune": {"B"},
     "pissa": {"A", "B"},
     "adalora": {"A", "B", "E"},
     "adalora unpenalised": {"E"},
@@ -442,6 +462,7 @@ def test_gradient_checkpointing_gives_equal_gradients(name, make_model, make_bat
         for checkpointing in (False, True):
             model, adapters = case.adapted()
             model.train()
+            torch.manual_seed(5)  # of what is drawn in training
             if checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
             backward(case, model, adapters)
@@ -494,7 +515,7 @@ def one_linear(option: str, bias: bool = True, dtype: torch.dtype = torch.float3
     if option == "ia3":
         values["feedforward_modules"] = ["linear"]
     torch.manual_seed(0)
-    model = One(nn.Linear(24, 16, bias=bias, dtype=dtype))
+    model = One(nn.Linear(24, 16, bias=bias, dtype=dtype)).eval()
     adapters = inject(model, METHODS[values["method"]].Spec(**values))
     if perturbed:
         perturb(adapters)

@@ -14,7 +14,7 @@ import torch
 from lora_lab.adapters import METHODS, inject
 from lora_lab.adapters.storage import load_adapter, save_adapter
 from lora_lab.errors import IncompatibleError
-from tests.adapters.tiny import MODELS, logits, relative, shake
+from tests.adapters.tiny import MODELS, linear, logits, relative, shake
 
 TOLERANCE = 1e-6
 ROLES = {"bert": ["query", "value", "up"], "llama": ["query", "value", "down"]}
@@ -184,6 +184,18 @@ def test_residual_pissa_opens_in_peft(tmp_path):
     shake(adapters)
     save_adapter(adapters, tmp_path / "adapter")
     assert relative(opened_by_peft("llama", tmp_path / "adapter"), logits(adapters.model)) < TOLERANCE
+
+
+@pytest.mark.parametrize("sizes", [(1, 64, 4), (7, 3, 5), (3, 7, 1), (33, 17, 9)])
+@pytest.mark.parametrize("method", ["dylora", "lora_drop", "lora_prune"])
+def test_relatives_of_lora_open_in_peft_as_lora_whatever_their_sizes(method, sizes, tmp_path):
+    rows, columns, rank = sizes
+    model, x = linear(rows, columns), torch.randn(5, columns)
+    adapters = inject(model, METHODS[method].Spec(targets=["0"], rank=rank, alpha=3.0))
+    shake(adapters)
+    save_adapter(adapters, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(linear(rows, columns), tmp_path / "adapter")
+    assert relative(theirs(x), model.eval()(x)) < TOLERANCE
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -1,0 +1,29 @@
+"""Which components of a sum are worth keeping. Pure functions of tensors."""
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def alive(
+    importance: Float[Tensor, " rank"],
+    kept: Bool[Tensor, " rank"],
+    threshold: float,
+    largest: Float[Tensor, ""] | float,
+    min_rank: int = 1,
+) -> Bool[Tensor, " rank"]:
+    """Returns flags of the components that outlive a pruning: those above a share of the largest importance.
+
+    Args:
+        importance: of each component, 0 or more.
+        kept: flags of those alive until now; no other comes back.
+        threshold: the share, in [0, 1).
+        largest: the greatest importance among the components that are compared, of one adapter or of a model.
+            Where it is 0 nothing has been learned, and nothing dies.
+        min_rank: how many of those alive stay in any case, the most important first.
+    """
+    if largest == 0:
+        return kept.clone()
+    strongest = importance.where(kept, -1).argsort(descending=True, stable=True)[:min_rank]
+    flags = importance > threshold * largest
+    flags[strongest] = True
+    return flags & kept

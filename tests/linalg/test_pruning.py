@@ -1,0 +1,60 @@
+import pytest
+import torch
+
+from lora_lab.linalg.pruning import alive
+
+ALL = torch.tensor([True, True, True])
+WORKED = torch.tensor([6.0, 0.06, 9.0])
+
+
+@pytest.mark.parametrize(
+    ("threshold", "largest", "flags"),
+    [
+        (0.1, 9.0, [True, False, True]),
+        (0.0, 9.0, [True, True, True]),
+        (0.9, 9.0, [False, False, True]),
+        (6 / 9, 9.0, [False, False, True]),  # a share that is just reached is too little
+        (0.1, 70.0, [False, False, True]),  # the largest of the model stands elsewhere
+    ],
+)
+def test_components_up_to_a_share_of_the_largest_die(threshold, largest, flags):
+    assert alive(WORKED, ALL, threshold, largest).tolist() == flags
+    assert alive(WORKED, ALL, threshold, torch.tensor(largest)).tolist() == flags
+
+
+def test_the_dead_do_not_come_back_and_a_second_pruning_changes_nothing():
+    kept = torch.tensor([True, True, False])
+    once = alive(WORKED, kept, 0.1, 9.0)
+    assert once.tolist() == [True, False, False]
+    assert torch.equal(alive(WORKED, once, 0.1, 9.0), once)
+
+
+@pytest.mark.parametrize(
+    ("min_rank", "flags"),
+    [
+        (0, [False, False, False]),
+        (1, [False, False, True]),
+        (2, [True, False, True]),
+        (5, [True, True, True]),
+    ],
+)
+def test_the_strongest_stay_whatever_the_threshold(min_rank, flags):
+    assert alive(WORKED, ALL, 0.1, 1000.0, min_rank).tolist() == flags
+
+
+def test_the_strongest_are_chosen_among_those_alive_and_the_first_of_equals():
+    kept = torch.tensor([True, True, False])
+    assert alive(WORKED, kept, 0.5, 1000.0).tolist() == [True, False, False]
+    assert alive(torch.ones(3), ALL, 0.5, 1000.0, 2).tolist() == [True, True, False]
+
+
+def test_nothing_dies_before_anything_is_learned():
+    kept = torch.tensor([True, False, True])
+    assert alive(torch.zeros(3), kept, 0.1, 0.0).tolist() == kept.tolist()
+
+
+def test_flags_given_are_not_changed():
+    kept = ALL.clone()
+    alive(WORKED, kept, 0.1, 9.0).zero_()
+    alive(torch.zeros(3), kept, 0.1, 0.0).zero_()
+    assert kept.all()
