@@ -8,13 +8,16 @@ from lora_lab.adapters.methods.full import Full
 from lora_lab.adapters.methods.head import Head
 from lora_lab.adapters.methods.hra import HRA
 from lora_lab.adapters.methods.ia3 import IA3
+from lora_lab.adapters.methods.loha import LoHa
+from lora_lab.adapters.methods.lokr import LoKr
 from lora_lab.adapters.methods.lora import LoRA
 from lora_lab.adapters.methods.pissa import PiSSA
 from lora_lab.adapters.methods.reft import ReFT
 from lora_lab.adapters.methods.vera import VeRA
 
 METHODS: dict[str, type[Adapter]] = {
-    method.Spec().method: method for method in (LoRA, DoRA, PiSSA, VeRA, IA3, HRA, ReFT, BitFit, Head, Full)
+    method.Spec().method: method
+    for method in (LoRA, DoRA, PiSSA, LoHa, LoKr, VeRA, IA3, HRA, ReFT, BitFit, Head, Full)
 }
 """Every method by its id. A new method is one file, one entry here and one YAML in configs/adapters."""
 
