@@ -10,6 +10,8 @@ from lora_lab.adapters.methods.full import Full
 from lora_lab.adapters.methods.head import Head
 from lora_lab.adapters.methods.hra import HRA
 from lora_lab.adapters.methods.ia3 import IA3
+from lora_lab.adapters.methods.loha import LoHa
+from lora_lab.adapters.methods.lokr import LoKr
 from lora_lab.adapters.methods.lora import LoRA
 from lora_lab.adapters.methods.lora_drop import LoRADrop
 from lora_lab.adapters.methods.lora_prune import LoRAPrune
@@ -27,6 +29,8 @@ METHODS: dict[str, type[Adapter]] = {
         LoRADrop,
         LoRAPrune,
         PiSSA,
+        LoHa,
+        LoKr,
         VeRA,
         IA3,
         HRA,

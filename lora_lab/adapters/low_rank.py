@@ -100,6 +100,11 @@ class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
         left, right = self.factors()
         return self.scale * self.active * (widened(left) @ widened(right))
 
+    def adapted_weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """See `LinearAdapter.adapted_weight`: one pass over W."""
+        left, right = self.factors()
+        return torch.addmm(weight, widened(left) * (self.scale * self.active), widened(right))
+
     def delta_output(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """See `AdditiveAdapter.delta_output`."""
         left, right = self.factors()

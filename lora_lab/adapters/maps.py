@@ -47,11 +47,12 @@ def project(base: Any, x: Tensor, rows: Float[Tensor, "k in"], bias: Tensor | No
     """Applies a matrix to x in the way the map applies its own, to (..., in) or (batch, in, *size).
 
     Returns:
-        (..., k), or (batch, k, *size of the map's outputs).
+        (..., k), or (batch, k, *size of the map's outputs). x may have other channels than the base's, if the
+        matrix has as many.
     """
     if type(base) not in CONVOLUTIONS:
         return F.linear(x, rows, bias)
-    kernel = rows.reshape(-1, *base.weight.shape[1:])
+    kernel = rows.reshape(len(rows), -1, *base.weight.shape[2:])
     return CONVOLUTIONS[type(base)](x, kernel, bias, base.stride, base.padding, base.dilation)
 
 

@@ -42,6 +42,7 @@ class Case:
         return self.config(target_modules=NAMES[model], **self.theirs, **own, **options)
 
 
+SAME_RANKS = ({"rank": 4, "alpha": 6.0}, {"r": 4, "alpha": 6})
 RANKS = ({"rank": 4, "alpha": 6.0}, {"r": 4, "lora_alpha": 6})
 
 
@@ -61,6 +62,15 @@ CASES = {
         peft.AdaLoraConfig,
         RANKS[0],
         {"init_r": 4, "lora_alpha": 6, "total_step": 10},
+    ),
+    "loha": Case("loha", peft.LoHaConfig, *SAME_RANKS, patterns=True),
+    "lokr": Case("lokr", peft.LoKrConfig, *SAME_RANKS, patterns=True),
+    "lokr_both": Case(
+        "lokr",
+        peft.LoKrConfig,
+        SAME_RANKS[0] | {"rank": 1, "decompose_both": True, "decompose_factor": 5},
+        SAME_RANKS[1] | {"r": 1, "decompose_both": True, "decompose_factor": 5},
+        patterns=True,
     ),
     "vera": Case("vera", peft.VeraConfig, {"rank": 8}, {"r": 8}),
     "vera_unsaved": Case(

@@ -1,0 +1,136 @@
+"""What LoHa and LoKr share: a large update from small products, as in LyCORIS (Yeh et al., arXiv:2309.14859).
+
+A product L R of one of them has L (rows, rank) and R (rank, columns). With a core T (rank, rank, *kernel) for
+a convolution (FedPara's proposition 3), a is Lᵀ (rank, rows) and R[i, (j, κ)] = Σ_h T[i, h, κ] b[h, j].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lora_lab.adapters.base import AdditiveAdapter
+from lora_lab.adapters.maps import is_convolution
+from lora_lab.adapters.spec import LowRankSpec, probability_fault
+from lora_lab.linalg.start import kaiming_uniform
+
+WORTH_RECOMPUTING = 2**16
+"""Numbers in an input from which on memory counts more than the fixed time of a recomputation."""
+
+
+@dataclass
+class LycorisSpec(LowRankSpec):
+    """Adds what LoHa and LoKr share."""
+
+    init: Literal["default", "lycoris", "random"] = "default"
+    """Which tensor starts at zero: PEFT's (`default`), that of the LyCORIS library, or none (`random`), which
+    is not the identity."""
+
+    rank_dropout: float = 0.0
+    """Probability of zeroing an output of the update while training, in [0, 1); it has nothing to do with the
+    rank, but the name is PEFT's."""
+
+    module_dropout: float = 0.0
+    """Probability of leaving a module's whole update out of a training step, in [0, 1)."""
+
+    use_effective_conv2d: bool = False
+    """Learn a core (rank, rank, *kernel) beside the channels of a convolution, Conv1d too: fewer numbers.
+    Linear maps and kernels of size 1 have none."""
+
+    @property
+    def scale(self) -> float:
+        """The factor s."""
+        return self.alpha / self.rank
+
+    def faults(self) -> list[str]:
+        """See `AdapterSpec.faults`."""
+        found = super().faults() + probability_fault("rank_dropout", self.rank_dropout)
+        return found + probability_fault("module_dropout", self.module_dropout)
+
+
+class LycorisAdapter(AdditiveAdapter):
+    """An update with dropout of its inputs, of its outputs, and as a whole."""
+
+    convolves = True
+
+    def __init__(self, base: Any, spec: LycorisSpec):
+        super().__init__(base)
+        self.spec = spec
+        self.dropout = nn.Dropout(spec.dropout)
+        kernel = base.kernel_size if is_convolution(base) else ()
+        self.core: tuple[int, ...] | None = None
+        """Shape of T, as in PEFT's files: a Conv1d's kernel is (size, 1) there."""
+        if spec.use_effective_conv2d and math.prod(kernel) > 1:
+            self.core = (spec.rank, spec.rank, *kernel, 1)[:4]
+
+    def started(self, *shape: int, spread: float | None = None) -> nn.Parameter:
+        """Draws a tensor: N(0, spread²), or U(±1/√n) with n numbers for each index of its first axis."""
+        if spread is not None:
+            return nn.Parameter(torch.randn(shape, dtype=self.dtype) * spread)
+        flat = kaiming_uniform(shape[0], math.prod(shape[1:]), dtype=self.dtype)
+        return nn.Parameter(flat.reshape(shape))
+
+    def kept_outputs(self, x: Tensor, rescale: bool) -> Float[Tensor, " out"] | None:
+        """Draws the factors of the update's outputs for one step; None where nothing is dropped.
+
+        Args:
+            x: the input, for its device.
+            rescale: divide by the share that is kept.
+        """
+        spec = self.spec
+        if not self.training or not (spec.rank_dropout or spec.module_dropout):
+            return None
+        # A factor, not a branch: a parameter without a gradient stops distributed training.
+        called = torch.rand(1, device=x.device) >= spec.module_dropout
+        kept = (torch.rand(self.out_features, device=x.device) >= spec.rank_dropout).to(self.dtype)
+        if rescale:
+            kept = kept / kept.mean().clamp(min=1 / self.out_features)  # 0, not NaN, if all are dropped
+        return kept * called
+
+
+def product(a: Tensor, b: Tensor, core: Tensor | None) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:
+    """Returns L and R of one product."""
+    if core is None:
+        return a, b
+    return a.T, torch.einsum("ihk,hj->ijk", core.flatten(2), b).flatten(1)
+
+
+def recomputed(function: Callable[..., Tensor], x: Tensor, *others: Tensor | None) -> Tensor:
+    """Calls a function that draws nothing, and again in the backward pass: nothing it computes is kept."""
+    if x.numel() < WORTH_RECOMPUTING:
+        return function(x, *others)
+    return checkpoint(function, x, *others, use_reentrant=False, preserve_rng_state=False)
+
+
+# PEFT's config ------------------------------------------------------------------------------------------
+
+FIELDS = {
+    "r": "rank",
+    "alpha": "alpha",
+    "rank_dropout": "rank_dropout",
+    "module_dropout": "module_dropout",
+    "use_effective_conv2d": "use_effective_conv2d",
+}
+"""PEFT's fields and ours."""
+
+STARTS = {"default": True, "lycoris": "lycoris", "random": False}
+"""Our starts by PEFT's names."""
+
+
+def write_lycoris_config(spec: LycorisSpec) -> dict[str, Any]:
+    """Returns PEFT's other fields; it has no dropout of inputs, which says nothing of a trained adapter."""
+    return {"init_weights": STARTS[spec.init]}
+
+
+def read_lycoris_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns our other fields for PEFT's."""
+    init = next(own for own, name in STARTS.items() if name == config.get("init_weights", True))
+    patterns = {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+    return {**patterns, "init": init}
