@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from lora_lab.adapters.base import AdditiveAdapter
+from lora_lab.adapters.base import AdditiveAdapter, PeftLayout
 from lora_lab.adapters.maps import is_convolution, mix, pointwise, project
 from lora_lab.adapters.protocols import Droppable, RankAllocatable
 from lora_lab.adapters.spec import LowRankSpec
@@ -53,7 +53,15 @@ class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
         active: scalar, 1; 0 once the adapter was dropped.
     """
 
+    family = "low-rank"
     trained_faster: ClassVar[tuple[str, ...]] = ("B",)
+    # A folder opens in PEFT as plain LoRA; PEFT's own files of that type are LoRA's.
+    peft = PeftLayout(
+        "LORA",
+        tensors={"lora_A.weight": "A", "lora_B.weight": "B"},
+        config=lambda spec: write_lora_config(spec),
+        spec=lambda config: None,
+    )
 
     start_A: Tensor | None
     start_B: Tensor | None

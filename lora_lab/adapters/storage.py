@@ -60,7 +60,6 @@ def save_adapter(
         "base_model_name_or_path": base_model,
         "task_type": task_type,
         "inference_mode": True,
-        "bias": "none",
         "target_modules": list(adapters.adapters),
         "modules_to_save": list(adapters.saved) or None,
         **layout.write(adapters.spec),

@@ -72,7 +72,6 @@ class AdaLoRA(LowRankAdapter):
     convolves = True
 
     Spec = AdaLoRASpec
-    family = "low-rank"
     paper = "Zhang et al. 2023, arXiv:2303.10512"
     peft = PeftLayout(
         "ADALORA",

@@ -24,8 +24,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from lora_lab.adapters.base import PeftLayout
-from lora_lab.adapters.low_rank import LowRankAdapter, ScaledSpec, write_lora_config
+from lora_lab.adapters.low_rank import LowRankAdapter, ScaledSpec
 from lora_lab.adapters.protocols import NestedRank
 from lora_lab.errors import ConfigError
 
@@ -69,14 +68,7 @@ class DyLoRA(LowRankAdapter, NestedRank):
     convolves = True
 
     Spec = DyLoRASpec
-    family = "low-rank"
     paper = "Valipour et al. 2022, arXiv:2210.07558"
-    peft = PeftLayout(
-        "LORA",
-        tensors={"lora_A.weight": "A", "lora_B.weight": "B"},
-        config=write_lora_config,
-        spec=lambda config: None,  # PEFT's own files are LoRA's
-    )
 
     def __init__(self, base: Any, spec: DyLoRASpec):
         super().__init__(base, replace(spec, rank=sum(spec.separate_ranks or [spec.rank])))

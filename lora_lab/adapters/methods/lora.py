@@ -44,15 +44,6 @@ class LoRASpec(StartedSpec):
         return found
 
 
-def _write_config(spec: LoRASpec) -> dict[str, Any]:
-    return {**write_lora_config(spec, 2 if spec.init in SUBTRACTED else 1), "lora_bias": spec.lora_bias}
-
-
-def _read_config(config: dict[str, Any]) -> dict[str, Any] | None:
-    fields = read_lora_config(config, "lora")
-    return None if fields is None else {**fields, "lora_bias": config.get("lora_bias", False)}
-
-
 class LoRA(LowRankAdapter):
     """The adapter of one linear map."""
 
@@ -60,13 +51,13 @@ class LoRA(LowRankAdapter):
     trained_faster = ("B", "c")
 
     Spec = LoRASpec
-    family = "low-rank"
     paper = "Hu et al. 2021, arXiv:2106.09685"
     peft = PeftLayout(
         "LORA",
         tensors={"lora_A.weight": "A", "lora_B.weight": "B", "lora_B.bias": "c"},
-        config=_write_config,
-        spec=_read_config,
+        fields={"lora_bias": "lora_bias"},
+        config=lambda spec: write_lora_config(spec, 2 if spec.init in SUBTRACTED else 1),
+        spec=lambda config: read_lora_config(config, "lora"),
     )
 
     def __init__(self, base: Any, spec: LoRASpec):

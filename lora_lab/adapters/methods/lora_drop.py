@@ -24,8 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lora_lab.adapters.base import PeftLayout
-from lora_lab.adapters.low_rank import LowRankAdapter, ScaledSpec, write_lora_config
+from lora_lab.adapters.low_rank import LowRankAdapter, ScaledSpec
 from lora_lab.adapters.maps import is_convolution, mix, pointwise, project
 from lora_lab.adapters.spec import probability_fault
 from lora_lab.errors import ConfigError
@@ -66,14 +65,7 @@ class LoRADrop(LowRankAdapter):
     convolves = True
 
     Spec = LoRADropSpec
-    family = "low-rank"
     paper = "Zhang 2025, arXiv:2508.17337"
-    peft = PeftLayout(
-        "LORA",
-        tensors={"lora_A.weight": "A", "lora_B.weight": "B"},
-        config=write_lora_config,
-        spec=lambda config: None,  # PEFT's own files are LoRA's
-    )
 
     def __init__(self, base: Any, spec: LoRADropSpec):
         super().__init__(base, spec)

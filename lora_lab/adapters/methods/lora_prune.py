@@ -20,8 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from lora_lab.adapters.base import PeftLayout
-from lora_lab.adapters.low_rank import LowRankAdapter, ScaledSpec, in_pefts_shapes, write_lora_config
+from lora_lab.adapters.low_rank import LowRankAdapter, ScaledSpec, in_pefts_shapes
 from lora_lab.adapters.protocols import Prunable
 
 
@@ -38,14 +37,7 @@ class LoRAPrune(LowRankAdapter, Prunable):
     convolves = True
 
     Spec = LoRAPruneSpec
-    family = "low-rank"
     paper = "-"
-    peft = PeftLayout(
-        "LORA",
-        tensors={"lora_A.weight": "A", "lora_B.weight": "B"},
-        config=write_lora_config,
-        spec=lambda config: None,  # PEFT's own files are LoRA's
-    )
 
     def factors(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
         """See `LowRankAdapter.factors`: flags in B leave a dead unit of either factor without gradient."""

@@ -61,7 +61,6 @@ class PiSSA(LowRankAdapter):
     residual: Tensor | None
 
     Spec = PiSSASpec
-    family = "low-rank"
     paper = "Meng et al. 2024, arXiv:2404.02948"
     peft = PeftLayout(
         "LORA",
