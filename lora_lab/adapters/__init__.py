@@ -3,6 +3,7 @@
 from lora_lab.adapters.base import Adapter
 from lora_lab.adapters.injection import AdapterSet, inject
 from lora_lab.adapters.methods.bitfit import BitFit
+from lora_lab.adapters.methods.delora import DeLoRA
 from lora_lab.adapters.methods.dora import DoRA
 from lora_lab.adapters.methods.full import Full
 from lora_lab.adapters.methods.head import Head
@@ -10,11 +11,13 @@ from lora_lab.adapters.methods.hra import HRA
 from lora_lab.adapters.methods.ia3 import IA3
 from lora_lab.adapters.methods.lora import LoRA
 from lora_lab.adapters.methods.pissa import PiSSA
+from lora_lab.adapters.methods.randlora import RandLoRA
 from lora_lab.adapters.methods.reft import ReFT
 from lora_lab.adapters.methods.vera import VeRA
 
 METHODS: dict[str, type[Adapter]] = {
-    method.Spec().method: method for method in (LoRA, DoRA, PiSSA, VeRA, IA3, HRA, ReFT, BitFit, Head, Full)
+    method.Spec().method: method
+    for method in (LoRA, DoRA, PiSSA, DeLoRA, VeRA, RandLoRA, IA3, HRA, ReFT, BitFit, Head, Full)
 }
 """Every method by its id. A new method is one file, one entry here and one YAML in configs/adapters."""
 

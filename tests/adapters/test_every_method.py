@@ -48,7 +48,15 @@ OPTIONS: dict[str, dict] = {
     "pissa": {"method": "pissa", "rank": 4, "alpha": 4.0},
     "pissa residual": {"method": "pissa", "rank": 4, "alpha": 4.0, "mode": "residual"},
     "pissa niter": {"method": "pissa", "rank": 4, "alpha": 4.0, "niter": 4},
+    "delora": {"method": "delora", "rank": 4},
+    "delora current": {"method": "delora", "rank": 4, "residual_lambda": "current"},
+    "delora zero_b": {"method": "delora", "rank": 4, "init": "zero_b"},
+    "delora per rank": {"method": "delora", "rank": 4, "lambda_per_rank": True},
+    "delora unscaled": {"method": "delora", "rank": 4, "weight_norm_scaling": False},
     "vera": {"method": "vera", "rank": 8},
+    "randlora": {"method": "randlora", "rank": 5},
+    "randlora sparse": {"method": "randlora", "rank": 5, "alpha": 10.0, "sparse": True},
+    "randlora very sparse": {"method": "randlora", "rank": 5, "very_sparse": True},
     "ia3": {"method": "ia3"},
     "ia3 outputs": {"method": "ia3", "targets": ["key", "value", "down"], "feedforward_modules": []},
     "hra": {"method": "hra", "rank": 4},
@@ -109,6 +117,7 @@ EXACT_START = {
     "dora attached",
     "vera",
 }
+EXACT_START |= {name for name in OPTIONS if name.startswith(("delora", "randlora"))}
 EXACT_START |= {"ia3", "ia3 outputs", "bitfit", "head", "full", "reft nodireft"}
 """Specs that promise a bitwise identity at the start."""
 
@@ -130,7 +139,10 @@ COUNTS: dict[str, int] = {
     "dora": 4 * (24 + 16) + 16,
     "dora in": 4 * (24 + 16) + 24,
     "pissa": 4 * (24 + 16),
+    "delora": 4 * (24 + 16) + 1,
+    "delora per rank": 4 * (24 + 16) + 4,
     "vera": 16 + 8,
+    "randlora": 5 * 4 + 4 * 16,
     "ia3": 24,
     "ia3 outputs": 16,
     "hra": 24 * 4,
@@ -147,7 +159,12 @@ REACH: dict[str, set[str]] = {
     "lora orthogonal": {"A", "B"},
     "dora": {"B", "m"},
     "pissa": {"A", "B"},
+    "delora": {"A", "B", "lambda_"},
+    "delora current": {"A", "B"},
+    "delora zero_b": {"B"},
+    "delora per rank": {"A", "B", "lambda_"},
     "vera": {"lambda_b"},
+    "randlora": {"lambda_"},
     "ia3": {"l"},
     "hra": {"u"},
     "hra GS": {"u"},
