@@ -4,6 +4,7 @@ from lora_lab.adapters.base import Adapter
 from lora_lab.adapters.injection import AdapterSet, inject
 from lora_lab.adapters.methods.adalora import AdaLoRA
 from lora_lab.adapters.methods.bitfit import BitFit
+from lora_lab.adapters.methods.delora import DeLoRA
 from lora_lab.adapters.methods.dora import DoRA
 from lora_lab.adapters.methods.dylora import DyLoRA
 from lora_lab.adapters.methods.full import Full
@@ -16,6 +17,7 @@ from lora_lab.adapters.methods.lora import LoRA
 from lora_lab.adapters.methods.lora_drop import LoRADrop
 from lora_lab.adapters.methods.lora_prune import LoRAPrune
 from lora_lab.adapters.methods.pissa import PiSSA
+from lora_lab.adapters.methods.randlora import RandLoRA
 from lora_lab.adapters.methods.reft import ReFT
 from lora_lab.adapters.methods.vera import VeRA
 
@@ -31,7 +33,9 @@ METHODS: dict[str, type[Adapter]] = {
         PiSSA,
         LoHa,
         LoKr,
+        DeLoRA,
         VeRA,
+        RandLoRA,
         IA3,
         HRA,
         ReFT,

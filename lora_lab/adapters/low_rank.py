@@ -71,7 +71,7 @@ class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
     def __init__(
         self,
         base: Any,
-        spec: LowRankSpec,
+        spec: Any,
         start: tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]] | None = None,
         subtract: bool = False,
     ):

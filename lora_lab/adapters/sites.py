@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from lora_lab.adapters.spec import AdapterSpec, LowRankSpec
+from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import TargetError, suggest
 from lora_lab.models.architectures import find_roles, head_paths, layer_of, roles_of
 from lora_lab.models.quantization import holds_codes
@@ -100,8 +100,7 @@ def find_sites(
         for path in sorted(matched, key=order.__getitem__)
         if spec.layers is None or layers[path] in spec.layers
     ]
-    if isinstance(spec, LowRankSpec):
-        _check_patterns(spec, sites)
+    _check_patterns(spec, sites)
     return sites
 
 
@@ -244,10 +243,10 @@ def _no_match(target: str, model: nn.Module, modules: Mapping[str, nn.Module]) -
     return f"{fault.rstrip('.')}. {SPLIT_FIRST}" if split else fault
 
 
-def _check_patterns(spec: LowRankSpec, sites: list[Site]) -> None:
+def _check_patterns(spec: AdapterSpec, sites: list[Site]) -> None:
     """Raises for a pattern that matches no site: it would be silently ignored."""
     for name in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(spec, name):
+        for key in getattr(spec, name, {}):
             try:
                 used = any(match_pattern({key: True}, site) for site in sites)
             except re.error as error:

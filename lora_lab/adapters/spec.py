@@ -23,6 +23,8 @@ FOREIGN_NAMES = {
     "randlora_alpha": "alpha",
     "lora_dropout": "dropout",
     "vera_dropout": "dropout",
+    "randlora_dropout": "dropout",
+    "module_dropout": "dropout",
     "target_modules": "targets",
     "target_pattern": "targets",
     "layers_to_transform": "layers",

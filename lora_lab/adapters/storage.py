@@ -249,12 +249,13 @@ def _patterns(adapters: AdapterSet) -> dict[str, Any]:
     if not any(field.name == "rank_pattern" for field in fields(adapters.spec)):
         return {}
     layout = _layout(adapters)
-    found: dict[str, dict[str, Any]] = {"rank_pattern": {}, "alpha_pattern": {}}
     general = layout.write(adapters.spec)
-    names = {"rank_pattern": "r", "alpha_pattern": next((n for n in general if n.endswith("alpha")), "alpha")}
+    alpha = next((name for name in general if name.endswith("alpha")), None)
+    names = {"rank_pattern": "r", "alpha_pattern": alpha}
+    found: dict[str, dict[str, Any]] = {pattern: {} for pattern, name in names.items() if name in general}
     for path, adapter in adapters.items():
         own = layout.write(adapter.stored_spec)
-        for pattern, name in names.items():
-            if own.get(name) != general.get(name):
-                found[pattern][f"^{re.escape(path)}"] = own[name]
+        for pattern, values in found.items():
+            if own[names[pattern]] != general[names[pattern]]:
+                values[f"^{re.escape(path)}"] = own[names[pattern]]
     return found

@@ -68,7 +68,15 @@ OPTIONS: dict[str, dict] = {
     "lokr whole": {"method": "lokr", "rank": 64, "decompose_factor": 3},
     "lokr lycoris": {"method": "lokr", "rank": 1, "init": "lycoris"},
     "lokr random": {"method": "lokr", "rank": 1, "init": "random"},
+    "delora": {"method": "delora", "rank": 4},
+    "delora current": {"method": "delora", "rank": 4, "residual_lambda": "current"},
+    "delora zero_b": {"method": "delora", "rank": 4, "init": "zero_b"},
+    "delora per rank": {"method": "delora", "rank": 4, "lambda_per_rank": True},
+    "delora unscaled": {"method": "delora", "rank": 4, "weight_norm_scaling": False},
     "vera": {"method": "vera", "rank": 8},
+    "randlora": {"method": "randlora", "rank": 5},
+    "randlora sparse": {"method": "randlora", "rank": 5, "alpha": 10.0, "sparse": True},
+    "randlora very sparse": {"method": "randlora", "rank": 5, "very_sparse": True},
     "ia3": {"method": "ia3"},
     "ia3 outputs": {"method": "ia3", "targets": ["key", "value", "down"], "feedforward_modules": []},
     "hra": {"method": "hra", "rank": 4},
@@ -143,6 +151,7 @@ EXACT_START = {
     "lokr lycoris",
     "vera",
 }
+EXACT_START |= {name for name in OPTIONS if name.startswith(("delora", "randlora"))}
 EXACT_START |= {"ia3", "ia3 outputs", "bitfit", "head", "full", "reft nodireft"}
 """Specs that promise a bitwise identity at the start."""
 
@@ -175,7 +184,10 @@ COUNTS: dict[str, int] = {
     "lokr": 4 * 4 + 1 * (4 + 6),
     "lokr both": 1 * (4 + 4) + 1 * (4 + 6),
     "lokr whole": 2 * 3 + 8 * 8,
+    "delora": 4 * (24 + 16) + 1,
+    "delora per rank": 4 * (24 + 16) + 4,
     "vera": 16 + 8,
+    "randlora": 5 * 4 + 4 * 16,
     "ia3": 24,
     "ia3 outputs": 16,
     "hra": 24 * 4,
@@ -203,7 +215,12 @@ REACH: dict[str, set[str]] = {
     "lokr": {"w1"},
     "lokr both": {"w1_a"},
     "lokr lycoris": {"w2_b"},
+    "delora": {"A", "B", "lambda_"},
+    "delora current": {"A", "B"},
+    "delora zero_b": {"B"},
+    "delora per rank": {"A", "B", "lambda_"},
     "vera": {"lambda_b"},
+    "randlora": {"lambda_"},
     "ia3": {"l"},
     "hra": {"u"},
     "hra GS": {"u"},

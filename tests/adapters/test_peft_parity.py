@@ -79,6 +79,39 @@ CASES = {
         {"rank": 8, "save_projection": False, "projection_prng_key": 5},
         {"r": 8, "save_projection": False, "projection_prng_key": 5},
     ),
+    "randlora": Case(
+        "randlora", peft.RandLoraConfig, {"rank": 4, "alpha": 6.0}, {"r": 4, "randlora_alpha": 6}
+    ),
+    "randlora_sparse": Case(
+        "randlora",
+        peft.RandLoraConfig,
+        {"rank": 3, "alpha": 7.0, "sparse": True},
+        {"r": 3, "randlora_alpha": 7.0, "sparse": True},
+    ),
+    "randlora_unsaved": Case(
+        "randlora",
+        peft.RandLoraConfig,
+        {"rank": 5, "alpha": 11.0, "very_sparse": True, "save_projection": False, "projection_prng_key": 5},
+        {
+            "r": 5,
+            "randlora_alpha": 11.0,
+            "very_sparse": True,
+            "save_projection": False,
+            "projection_prng_key": 5,
+        },
+    ),
+    "delora_zero_b": Case(
+        "delora",
+        peft.DeloraConfig,
+        {"rank": 4, "delora_lambda": 3.0, "init": "zero_b"},
+        {"r": 4, "delora_lambda": 3},
+    ),
+    "delora_current": Case(
+        "delora",
+        peft.DeloraConfig,
+        {"rank": 4, "residual_lambda": "current"},
+        {"r": 8},
+    ),
     "ia3": Case("ia3", peft.IA3Config),
     "hra": Case("hra", peft.HRAConfig, {"rank": 4}, {"r": 4}),
 }

@@ -14,7 +14,8 @@ from lora_lab.adapters.storage import CONFIG, OWN, TENSORS, load_adapter, save_a
 from lora_lab.errors import CheckpointError, IncompatibleError, TargetError
 from tests.adapters.tiny import MODELS, logits, relative, shake, tiny_bert, tiny_llama, tokens
 
-OPTIONS = {name: {"rank": 4} for name in ("lora", "dora", "pissa", "hra", "reft")} | {"vera": {"rank": 8}}
+OPTIONS = {name: {"rank": 4} for name in ("lora", "dora", "pissa", "delora", "randlora", "hra", "reft")}
+OPTIONS["vera"] = {"rank": 8}
 """What makes a method small enough for the tiny models."""
 
 ROUNDED = {"reft": 1e-6}
@@ -27,7 +28,12 @@ VARIANTS = {
     "lora, regex": LoRASpec(rank=4, targets="regex:.*query"),
     "pissa, residual": METHODS["pissa"].Spec(rank=4, mode="residual", niter=0),
     "pissa, randomised": METHODS["pissa"].Spec(rank=4, niter=2, rslora=True),
+    "delora, current": METHODS["delora"].Spec(rank=4, residual_lambda="current", rank_pattern={"value": 2}),
+    "delora, zero_b": METHODS["delora"].Spec(rank=4, init="zero_b", weight_norm_scaling=False),
+    "delora, per rank": METHODS["delora"].Spec(rank=4, lambda_per_rank=True, rank_pattern={"value": 2}),
     "vera, unsaved": METHODS["vera"].Spec(rank=8, save_projection=False),
+    "randlora, unsaved": METHODS["randlora"].Spec(rank=4, alpha=7.0, save_projection=False),
+    "randlora, sparse": METHODS["randlora"].Spec(rank=4, sparse=True, projection_prng_key=3),
 }
 
 
@@ -86,7 +92,15 @@ def test_every_variant_comes_back_from_its_folder(variant, tmp_path):
     same_after_loading(tiny_bert, VARIANTS[variant], tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("variant", ["lora, bias and one layer", "pissa, residual"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "lora, bias and one layer",
+        "pissa, residual",
+        "delora, current",
+        "delora, per rank",
+    ],
+)
 def test_dropped_adapters_are_saved_as_no_change(variant, tmp_path):
     base = tiny_bert()
     adapters = inject(tiny_bert(), replace(VARIANTS[variant], modules_to_save=[]))
@@ -103,7 +117,7 @@ def test_model_in_half_precision_comes_back_from_its_folder(tmp_path):
     same_after_loading(lambda: tiny_bert().bfloat16(), LoRASpec(rank=4), tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("method", ["lora", "pissa", "vera"])
+@pytest.mark.parametrize("method", ["lora", "pissa", "delora", "vera", "randlora"])
 def test_loaded_adapter_trains_on_as_the_saved_one_would(method, tmp_path):
     outputs = []
     for loaded in (False, True):

@@ -1,0 +1,209 @@
+"""What methods on frozen random projections share: one pair A, B for all maps of a model, scaled per map.
+
+The pair is drawn once, for the largest sizes among the sites; each map uses the first rows and columns of it.
+It follows from `projection_prng_key`, the rank and those sizes, and equals PEFT's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lora_lab.adapters.base import Adapter, AdditiveAdapter, PeftLayout
+from lora_lab.adapters.sites import Site
+from lora_lab.adapters.spec import AdapterSpec, least_fault, probability_fault
+from lora_lab.errors import IncompatibleError
+from lora_lab.linalg.rank import product_singular_values, widened
+
+
+@dataclass
+class ProjectedSpec(AdapterSpec):
+    """Adds what the methods share."""
+
+    rank: int = 32
+    """Number of rows of A; at least 1."""
+
+    dropout: float = 0.0
+    """Probability of zeroing an input of the adapter's branch while training, in [0, 1)."""
+
+    projection_prng_key: int = 0
+    """Seed of A and B, at least 0; the run's own seed does not touch them."""
+
+    save_projection: bool = True
+    """Store A and B, once. Without them files are small, and need a torch that draws the same numbers."""
+
+    @property
+    def resolved(self) -> Self:
+        """This spec with a value for every null that has one."""
+        return self
+
+    def faults(self) -> list[str]:
+        """See `AdapterSpec.faults`."""
+        return [
+            *super().faults(),
+            *least_fault("rank", self.rank, 1),
+            *probability_fault("dropout", self.dropout),
+            *least_fault("projection_prng_key", self.projection_prng_key, 0),
+        ]
+
+
+class Projections(nn.Module):
+    """The frozen pair that all adapters of a model share.
+
+    Attributes:
+        A: the smaller matrix or matrices, in PEFT's shape.
+        B: the greater ones, in PEFT's shape.
+        sizes: (largest in, largest out, 0): no numbers, only a shape, by which a checkpoint without A and B
+            shows that it was made with other slices of them. None if A and B are stored.
+    """
+
+    A: Tensor
+    B: Tensor
+    sizes: Tensor | None
+
+    def __init__(self, A: Tensor, B: Tensor, columns: int, rows: int, stored: bool):
+        super().__init__()
+        self.register_buffer("A", A, persistent=stored)
+        self.register_buffer("B", B, persistent=stored)
+        self.register_buffer("sizes", None if stored else torch.empty(columns, rows, 0))
+
+    def stored(self, method: str) -> dict[str, Tensor]:
+        """Returns what files hold, by its name there."""
+        found = {"A": self.A, "B": self.B} if self.sizes is None else {"sizes": self.sizes}
+        return {f"base_model.{method}_{name}": tensor for name, tensor in found.items()}
+
+
+class ProjectedAdapter(AdditiveAdapter):
+    """The adapter of one linear map, ΔW = L R with L and R made of the shared pair and learned vectors."""
+
+    family = "low-rank"
+
+    def __init__(self, base: Any, spec: ProjectedSpec, projections: Projections):
+        super().__init__(base)
+        self.spec = spec
+        self.projections = projections
+        self.dropout = nn.Dropout(spec.dropout) if spec.dropout else nn.Identity()
+
+    @classmethod
+    def draw(cls, rows: int, columns: int, spec: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Returns A and B as PEFT draws them.
+
+        Args:
+            rows: the largest number of outputs among the sites.
+            columns: the largest number of inputs.
+            spec: the method's spec.
+            generator: on the CPU, at the start of its stream.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def build(cls, sites: list[Site], spec: Any) -> dict[str, Adapter]:
+        """See `Adapter.build`: all sites share one pair of projections.
+
+        Raises:
+            IncompatibleError: if the pair cannot be normalised.
+        """
+        modules: list[Any] = [site.module for site in sites]
+        columns = max(module.in_features for module in modules)
+        rows = max(module.out_features for module in modules)
+        dtype = torch.promote_types(modules[0].weight.dtype, torch.float32)
+        generator = torch.Generator().manual_seed(spec.projection_prng_key)
+        A, B = cls.draw(rows, columns, spec, generator)
+        if not (A.isfinite().all() and B.isfinite().all()):
+            raise IncompatibleError(
+                "adapter.projection_prng_key: this key draws projections without any spread for maps so "
+                "small; use another key, or a higher rank."
+            )
+        projections = Projections(A.to(dtype), B.to(dtype), columns, rows, spec.save_projection)
+        return {site.path: cls.at(site, spec, projections) for site in sites}
+
+    def factors(self) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
+        """Returns L and R with ΔW = L R."""
+        raise NotImplementedError
+
+    def delta_weight(self) -> Float[Tensor, "out in"]:
+        """See `AdditiveAdapter.delta_weight`."""
+        left, right = self.factors()
+        return widened(left) @ widened(right)
+
+    def singular_values(self) -> Float[Tensor, " k"]:
+        """See `LinearAdapter.singular_values`."""
+        return product_singular_values(*self.factors())
+
+    def loraplus_parameters(self) -> list[nn.Parameter]:
+        """See `Adapter.loraplus_parameters`: all that is learned are vectors."""
+        return list(self.parameters(recurse=False))
+
+    def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `Adapter.complete_peft_tensors`: PEFT writes RandLoRA's pair once more for every map."""
+        pair = {f"{self.spec.method}_{name}" for name in "AB"}
+        return {name: tensor for name, tensor in tensors.items() if name not in pair}
+
+
+class ScaledLinear(torch.autograd.Function):
+    """x Mᵀ with M = left ⊙ frozen ⊙ right, which is made again in the backward pass instead of kept."""
+
+    @staticmethod
+    def forward(x: Tensor, left: Tensor, frozen: Tensor, right: Tensor) -> Tensor:
+        """Returns the product; see `scaled_linear`."""
+        return F.linear(x, (left * frozen * right).reshape(-1, x.shape[-1]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Keeps the inputs alone."""
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of x, left and right."""
+        (gradient,) = gradients
+        x, left, frozen, right = ctx.saved_tensors
+        scaled = left * frozen
+        M = scaled * right
+        # Under autocast the output, hence its gradient, has another type than M.
+        grad_x = gradient @ M.reshape(-1, x.shape[-1]).to(gradient) if ctx.needs_input_grad[0] else None
+        grad_M = torch.einsum("...o,...i->oi", gradient, x.to(gradient)).reshape(M.shape).to(M)
+        grad_left = (grad_M * (frozen * right)).sum_to_size(left.shape)
+        return grad_x, grad_left, None, (grad_M * scaled).sum_to_size(right.shape)
+
+
+def scaled_linear(
+    x: Float[Tensor, "... in"], left: Tensor, frozen: Tensor, right: Tensor
+) -> Float[Tensor, "... out"]:
+    """Applies a frozen tensor scaled by two learned ones, of which the backward pass keeps nothing but these.
+
+    Args:
+        x: the activation; the gradients of `left` and `right` need it.
+        left: broadcasts with `frozen`.
+        frozen: without a gradient.
+        right: broadcasts with `frozen`.
+
+    Returns:
+        x Mᵀ with M = left ⊙ frozen ⊙ right, its entries taken in their order as an (out, in) matrix.
+    """
+    return ScaledLinear.apply(x, left, frozen, right)
+
+
+def peft_layout(method: str, tensors: Mapping[str, str], fields: Mapping[str, str]) -> PeftLayout:
+    """Returns the layout of a method whose type, tensors and fields PEFT names after it.
+
+    Args:
+        method: the method's id.
+        tensors: PEFT's tensor name without the method's → attribute of the adapter.
+        fields: PEFT's names of the method's own fields → ours.
+    """
+    shared = {"r": "rank", f"{method}_dropout": "dropout"}
+    names = shared | {name: name for name in ("projection_prng_key", "save_projection")} | dict(fields)
+    return PeftLayout(
+        method.upper(),
+        tensors={f"{method}_{name}": attribute for name, attribute in tensors.items()},
+        fields=names,
+        config=lambda spec: {theirs: getattr(spec.resolved, ours) for theirs, ours in names.items()},
+        shared=lambda adapter: adapter.projections.stored(method),
+    )
