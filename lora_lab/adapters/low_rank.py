@@ -101,7 +101,9 @@ class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
         """Returns L and R with ΔW = s L R; k is 2·rank where a start is subtracted."""
         if self.start_A is None or self.start_B is None:
             return self.B, self.A
-        return torch.cat([self.B, -self.start_B], dim=1), torch.cat([self.A, self.start_A])
+        # B A − B₀ A₀ as (B − B₀) A + B₀ (A − A₀): exactly zero at the start, and nothing large cancels later.
+        shift_A, shift_B = self.A - self.start_A, self.B - self.start_B
+        return torch.cat([shift_B, self.start_B], dim=1), torch.cat([self.A, shift_A])
 
     def delta_weight(self) -> Float[Tensor, "out in"]:
         """See `AdditiveAdapter.delta_weight`."""
@@ -156,15 +158,17 @@ class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
         return not self.active
 
     def peft_tensors(self) -> dict[str, Tensor]:
-        """See `Adapter.peft_tensors`: the stacked factors; once dropped, all but A is zero."""
+        """See `Adapter.peft_tensors`: [B, −B₀] and [A; A₀]; once dropped, all but A is zero."""
         left, right = self.factors()
+        if self.start_A is not None and self.start_B is not None:
+            left, right = torch.cat([self.B, -self.start_B], dim=1), torch.cat([self.A, self.start_A])
         others = {**super().peft_tensors(), "lora_B.weight": left}
         tensors = {name: tensor * self.active for name, tensor in others.items()} | {"lora_A.weight": right}
         return in_pefts_shapes(self.base, tensors)
 
     @torch.no_grad()
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """See `Adapter.load_peft_tensors`: takes apart what `factors` stacks."""
+        """See `Adapter.load_peft_tensors`: takes apart what `peft_tensors` stacks."""
         left, right = tensors["lora_B.weight"].flatten(1), tensors["lora_A.weight"].flatten(1)
         rank = self.spec.rank
         super().load_peft_tensors({**tensors, "lora_A.weight": right[:rank], "lora_B.weight": left[:, :rank]})

@@ -152,6 +152,7 @@ EXACT_START = {
     "vera",
 }
 EXACT_START |= {name for name in OPTIONS if name.startswith(("delora", "randlora"))}
+EXACT_START |= {"pissa", "pissa niter", "lora olora"}
 EXACT_START |= {"ia3", "ia3 outputs", "bitfit", "head", "full", "reft nodireft"}
 """Specs that promise a bitwise identity at the start."""
 
