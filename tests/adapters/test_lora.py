@@ -73,6 +73,12 @@ def test_count_of_trained_numbers_is_the_formulas(options, count):
     assert adapters.trainable_count() == count
 
 
+def test_share_of_trained_numbers_is_the_printed_one():
+    _, adapters = adapt(linear(768, 768, bias=False), rank=8)
+    assert adapters.trainable_count() / adapters.base_count() == pytest.approx(0.020833, abs=1e-6)
+    assert 3 * adapters.trainable_count() / adapters.base_count() == 0.0625
+
+
 STARTS = ["default", "gaussian", "scaled_gaussian", "orthogonal", "olora", "pissa"]
 
 
