@@ -74,11 +74,13 @@ class Int8Linear(nn.Module):
         return nn.functional.linear(x, self.weight, self.bias)
 
 
-NO_DROPOUT = {
+OPTIONS = {
     "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "t5": {"dropout_rate": 0.0},
     "llama": {},
+    "opt": {"dropout": 0.0},
+    "llama biased": {"attention_bias": True},
 }
 
 
@@ -94,8 +96,9 @@ def _build(name: str) -> nn.Module:
             if isinstance(module, nn.Linear):
                 model.bert.encoder.set_submodule(path, Int8Linear(module))
         return model.eval()
-    task = "causal_lm" if name in ("llama", "gpt2") else "sequence_classification"
-    model = build_model(ModelConfig(name=f"random:{name}", task=task, config=NO_DROPOUT[name]), num_labels=3)
+    kind = name.partition(" ")[0]
+    task = "causal_lm" if kind in ("llama", "gpt2", "opt") else "sequence_classification"
+    model = build_model(ModelConfig(name=f"random:{kind}", task=task, config=OPTIONS[name]), num_labels=3)
     # Random biases and norms: zeros and ones hide what a method does to them.
     for parameter in model.parameters():
         if parameter.ndim == 1:
@@ -107,8 +110,8 @@ def _build(name: str) -> nn.Module:
 def make_model():
     """Returns a function from a name to a fresh model: always the same weights, eval mode, no dropout.
 
-    `bert` and `t5` classify; `llama` (fewer key heads than query heads) and `gpt2` (Conv1D made linear) model
-    language; `plain` is none of transformers'; `nf4` is bert, quantised, and `int8` a stand-in for it.
+    `bert` and `t5` classify; `llama` (fewer key heads than query heads), `gpt2` (Conv1D made linear) and `opt`
+    model language; `plain` is none of transformers'; `nf4` is bert, quantised, and `int8` a stand-in for it.
     """
     built: dict[str, nn.Module] = {}
 

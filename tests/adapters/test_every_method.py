@@ -32,7 +32,7 @@ from lora_lab.linalg.rank import widened
 TOLERANCE = 1e-5
 """Of every comparison in float32, relative to the largest number compared."""
 
-MODELS = ("bert", "llama", "gpt2", "t5", "plain", "int8", "nf4")
+MODELS = ("bert", "llama", "llama biased", "gpt2", "opt", "t5", "plain", "int8", "nf4")
 
 OPTIONS: dict[str, dict] = {
     "lora": {"method": "lora", "rank": 4, "alpha": 8.0},
@@ -124,7 +124,9 @@ NOT_ON: dict[tuple[str, str], str] = {
     ("bitfit", "llama"): "has no biases",
     ("bitfit", "t5"): "has no biases",
     ("head", "llama"): "its head is pretrained",
+    ("head", "llama biased"): "its head is pretrained",
     ("head", "gpt2"): "its head is pretrained",
+    ("head", "opt"): "its head is pretrained",
     ("full", "nf4"): "codes cannot be trained, which is refused",
 }
 """The namesakes of methods that have nothing to train on a model."""
