@@ -110,8 +110,9 @@ def _build(name: str) -> nn.Module:
 def make_model():
     """Returns a function from a name to a fresh model: always the same weights, eval mode, no dropout.
 
-    `bert` and `t5` classify; `llama` (fewer key heads than query heads), `gpt2` (Conv1D made linear) and `opt`
-    model language; `plain` is none of transformers'; `nf4` is bert, quantised, and `int8` a stand-in for it.
+    `bert` and `t5` classify; `llama` (fewer key heads than query heads), `gpt2` (Conv1D made linear) and
+    `opt` model language; `plain` is none of transformers'; `nf4` is bert, quantised, and `int8` a stand-in
+    for it.
     """
     built: dict[str, nn.Module] = {}
 

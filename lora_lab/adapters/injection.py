@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lora_lab.adapters.base import Adapter, TrainedHead
+from lora_lab.adapters.base import Adapter
 from lora_lab.adapters.sites import find_sites, saved_modules
 from lora_lab.adapters.spec import AdapterSpec
+from lora_lab.adapters.trained import TrainedHead
 from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError, suggest
 from lora_lab.models.quantization import QuantizedLinear
 

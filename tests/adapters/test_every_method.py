@@ -22,10 +22,9 @@ from lora_lab.adapters.base import (
     AdditiveAdapter,
     LinearAdapter,
     PeftLayout,
-    TrainedCopy,
-    TrainedHead,
 )
 from lora_lab.adapters.spec import AdapterSpec
+from lora_lab.adapters.trained import TrainedCopy, TrainedHead
 from lora_lab.errors import IncompatibleError, TargetError
 from lora_lab.linalg.rank import widened
 

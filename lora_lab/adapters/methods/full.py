@@ -15,9 +15,10 @@ from typing import Any, Union  # noqa: UP035
 
 from torch import nn
 
-from lora_lab.adapters.base import Adapter, PeftLayout, TrainedCopy
+from lora_lab.adapters.base import Adapter, PeftLayout
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import AdapterSpec
+from lora_lab.adapters.trained import TrainedCopy
 from lora_lab.errors import IncompatibleError
 from lora_lab.models.quantization import holds_codes
 
