@@ -14,7 +14,12 @@ from lora_lab.adapters.storage import CONFIG, OWN, TENSORS, load_adapter, save_a
 from lora_lab.errors import CheckpointError, IncompatibleError, TargetError
 from tests.adapters.tiny import MODELS, logits, relative, shake, tiny_bert, tiny_llama, tokens
 
-OPTIONS = {name: {"rank": 4} for name in ("lora", "dora", "pissa", "hra", "reft")} | {"vera": {"rank": 8}}
+OPTIONS = {name: {"rank": 4} for name in ("lora", "dora", "pissa", "hra", "reft")} | {
+    "vera": {"rank": 8},
+    "salt": {"rank": 3, "r_lora": 2},
+    "edora": {"rank": 4},
+    "salt_edora": {"rank": 4},
+}
 """What makes a method small enough for the tiny models."""
 
 ROUNDED = {"reft": 1e-6}
@@ -27,6 +32,10 @@ VARIANTS = {
     "lora, regex": LoRASpec(rank=4, targets="regex:.*query"),
     "pissa, residual": METHODS["pissa"].Spec(rank=4, mode="residual", niter=0),
     "pissa, randomised": METHODS["pissa"].Spec(rank=4, niter=2, rslora=True),
+    "salt, no basis": METHODS["salt"].Spec(rank=None, ratio=0.5, r_lora=2, save_basis=False),
+    "edora, no basis": METHODS["edora"].Spec(rank=4, rank_pattern={"value": 2}, save_basis=False),
+    "salt_edora, polar": METHODS["salt_edora"].Spec(rank=2, r_tail=1, tail_mode="polar"),
+    "ssvd, gated": METHODS["ssvd"].Spec(rotation="free", gate=True),
     "vera, unsaved": METHODS["vera"].Spec(rank=8, save_projection=False),
 }
 
