@@ -7,6 +7,7 @@ from lora_lab.adapters.methods.bitfit import BitFit
 from lora_lab.adapters.methods.delora import DeLoRA
 from lora_lab.adapters.methods.dora import DoRA
 from lora_lab.adapters.methods.dylora import DyLoRA
+from lora_lab.adapters.methods.edora import EDoRA
 from lora_lab.adapters.methods.full import Full
 from lora_lab.adapters.methods.head import Head
 from lora_lab.adapters.methods.hra import HRA
@@ -19,6 +20,9 @@ from lora_lab.adapters.methods.lora_prune import LoRAPrune
 from lora_lab.adapters.methods.pissa import PiSSA
 from lora_lab.adapters.methods.randlora import RandLoRA
 from lora_lab.adapters.methods.reft import ReFT
+from lora_lab.adapters.methods.salt import SALT
+from lora_lab.adapters.methods.salt_edora import SaltEDoRA
+from lora_lab.adapters.methods.ssvd import SSVD
 from lora_lab.adapters.methods.vera import VeRA
 
 METHODS: dict[str, type[Adapter]] = {
@@ -36,6 +40,10 @@ METHODS: dict[str, type[Adapter]] = {
         DeLoRA,
         VeRA,
         RandLoRA,
+        SALT,
+        EDoRA,
+        SaltEDoRA,
+        SSVD,
         IA3,
         HRA,
         ReFT,

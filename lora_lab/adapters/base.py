@@ -164,12 +164,14 @@ class Adapter(nn.Module):
 
     def decay_exempt(self) -> list[nn.Parameter]:
         """Returns the trainable tensors for which 0 is not "no change", and which weight decay must spare."""
-        return [getattr(self, name) for name in self.spared_from_decay]
+        return self._parameters_named(self.spared_from_decay)
 
     def loraplus_parameters(self) -> list[nn.Parameter]:
         """Returns the tensors that LoRA+ trains at the greater rate."""
-        found = (getattr(self, name) for name in self.trained_faster)
-        return [parameter for parameter in found if parameter is not None]
+        return self._parameters_named(self.trained_faster)
+
+    def _parameters_named(self, names: tuple[str, ...]) -> list[nn.Parameter]:
+        return [parameter for name in names if (parameter := getattr(self, name)) is not None]
 
     def peft_tensors(self) -> dict[str, Tensor]:
         """Returns this adapter's tensors under PEFT's names."""

@@ -1,5 +1,6 @@
-"""Norms of sums that are never formed. Pure functions of tensors."""
+"""Norms of sums and products that are never formed. Pure functions of tensors."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -21,3 +22,9 @@ def squared_row_norms(
         right: R.
     """
     return weight_square + (left * (2 * (weight @ right.T) + left @ (right @ right.T))).sum(1)
+
+
+def product_norm(left: Float[Tensor, "rows rank"], right: Float[Tensor, "rank columns"]) -> Float[Tensor, ""]:
+    """‖L R‖_F without forming the product, from ‖L R‖² = ⟨LᵀL, R Rᵀ⟩; its gradient is 0 where the norm is."""
+    square = ((left.T @ left) * (right @ right.T)).sum()
+    return square.clamp(min=torch.finfo(square.dtype).tiny).sqrt() * (square > 0)

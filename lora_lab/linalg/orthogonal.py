@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -80,3 +81,46 @@ def orthonormal_columns(u: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
     with torch.autocast(u.device.type, enabled=False):
         Q, R = torch.linalg.qr(widened(u))
         return Q * torch.where(R.diagonal() < 0, -1.0, 1.0).to(Q.dtype)
+
+
+def skew(upper: Float[Tensor, "*batch pairs"], size: int) -> Float[Tensor, "*batch {size} {size}"]:
+    """Skew-symmetric matrices Q = −Qᵀ from their entries above the diagonal, row by row.
+
+    Args:
+        upper: size · (size − 1) / 2 entries each.
+        size: number of rows.
+    """
+    rows, columns = torch.triu_indices(size, size, 1, device=upper.device)
+    Q = upper.new_zeros(*upper.shape[:-1], size, size)
+    Q[..., rows, columns] = upper
+    return Q - Q.mT
+
+
+def cayley(Q: Float[Tensor, "*batch b b"]) -> Float[Tensor, "*batch b b"]:
+    """Cayley's rotation R = (I − Q)(I + Q)⁻¹ of skew-symmetric Q; `cayley(-Q)` is its inverse Rᵀ.
+
+    det R = 1, and no eigenvalue is −1. For Q = [[0, q], [−q, 0]] it turns by 2 arctan q. I + Q is always
+    invertible.
+
+    Returns:
+        R, in float32 or wider.
+    """
+    with torch.autocast(Q.device.type, enabled=False):
+        return _Cayley.apply(widened(Q))
+
+
+class _Cayley(torch.autograd.Function):
+    """dR = −½ (I + R) dQ (I + R), so that the backward pass needs R alone and solves nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, Q: Tensor) -> Tensor:
+        identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+        R = torch.linalg.solve(identity + Q, identity - Q, left=False)
+        ctx.save_for_backward(R)
+        return R
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (R,) = ctx.saved_tensors
+        sides = (R + torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)).mT
+        return -0.5 * (sides @ gradient @ sides)

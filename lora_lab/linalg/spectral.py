@@ -1,8 +1,10 @@
-"""Singular value decompositions. Pure functions of tensors."""
+"""Singular value decompositions, and edits of singular values. Pure functions of tensors."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+
+from lora_lab.linalg.rank import widened
 
 
 def principal_part(
@@ -25,3 +27,45 @@ def principal_part(
         Q = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ Q).Q).Q
     U, S, Vh = torch.linalg.svd(Q.T @ weight, full_matrices=False)
     return Q @ U, S, Vh
+
+
+def singular_triplets(
+    weight: Float[Tensor, "out in"], index: Int[Tensor, " k"]
+) -> tuple[Float[Tensor, "out k"], Float[Tensor, " k"], Float[Tensor, "k in"]]:
+    """Returns U_k, S_k and V_kᵀ, exactly, in float32 or wider whether there is autocast or not.
+
+    A pair u_i, v_i is unique up to a common sign: here the entry of v_i that is greatest in size is positive.
+
+    Args:
+        weight: the matrix.
+        index: which triplets, counted from 0 in falling order of their values, below min(out, in).
+    """
+    with torch.autocast(weight.device.type, enabled=False):
+        U, S, Vh = torch.linalg.svd(widened(weight), full_matrices=False)
+        index = index.to(weight.device)
+        U, S, Vh = U[:, index], S[index], Vh[index]  # copies, so that what is left out can be freed
+        sign = Vh.gather(1, Vh.abs().argmax(1, keepdim=True)).sign()  # (k, 1)
+        return U * sign.T, S, Vh * sign
+
+
+def rectified(change: Float[Tensor, "*shape"], start: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Returns max(start + change, 0) − start for start ≥ 0, without rounding: exactly 0 where change is."""
+    return torch.where(change > -start, change, -start)
+
+
+def edited_row_norms(
+    weight_square: Float[Tensor, " rows"],
+    on_basis: Float[Tensor, "rows k"],
+    left: Float[Tensor, "rows k"],
+) -> Float[Tensor, " rows"]:
+    """Returns ‖W_i + L_i Vᵀ‖ of every row i without forming the sum; at least 1e-12.
+
+    ‖W_i + L_i Vᵀ‖² = ‖W_i‖² + ⟨L_i, 2 W_i V + L_i⟩
+
+    Args:
+        weight_square: ‖W_i‖².
+        on_basis: W V, of orthonormal columns V.
+        left: L.
+    """
+    square = weight_square + (left * (2 * on_basis + left)).sum(1)
+    return square.clamp(min=1e-24).sqrt()

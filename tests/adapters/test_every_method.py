@@ -8,7 +8,7 @@ exceptions, with the reason.
 import copy
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import pytest
 import torch
@@ -76,6 +76,19 @@ OPTIONS: dict[str, dict] = {
     "randlora": {"method": "randlora", "rank": 5},
     "randlora sparse": {"method": "randlora", "rank": 5, "alpha": 10.0, "sparse": True},
     "randlora very sparse": {"method": "randlora", "rank": 5, "very_sparse": True},
+    "salt": {"method": "salt", "rank": 3, "r_lora": 2},
+    "salt values": {"method": "salt", "rank": None, "ratio": 0.5, "r_lora": 0},
+    "salt clamped": {"method": "salt", "rank": 3, "r_lora": 2, "relu": "diag", "reg_multiplier": 0.1},
+    "salt clamped whole": {"method": "salt", "rank": 3, "r_lora": 2, "relu": "all"},
+    "edora": {"method": "edora", "rank": 4},
+    "edora exact": {"method": "edora", "rank": 4, "init_sigma": 0.0},
+    "edora tail": {"method": "edora", "rank": 4, "subspace": "tail", "fold_sigma": False},
+    "edora core": asdict(METHODS["edora"].Spec.tail_core(4)),
+    "salt_edora": {"method": "salt_edora", "rank": 4},
+    "salt_edora polar": {"method": "salt_edora", "rank": 4, "r_tail": 3, "tail_mode": "polar"},
+    "ssvd": {"method": "ssvd"},
+    "ssvd first order": {"method": "ssvd", "rotation": "first_order", "gate": True},
+    "ssvd free": {"method": "ssvd", "rank": 3, "rotation_ratio": None, "rotation": "free"},
     "ia3": {"method": "ia3"},
     "ia3 outputs": {"method": "ia3", "targets": ["key", "value", "down"], "feedforward_modules": []},
     "hra": {"method": "hra", "rank": 4},
@@ -154,6 +167,9 @@ EXACT_START = {
 }
 EXACT_START |= {name for name in OPTIONS if name.startswith(("delora", "randlora"))}
 EXACT_START |= {"pissa", "pissa niter", "lora olora"}
+EXACT_START |= {"salt", "salt values", "salt clamped", "salt clamped whole"}
+EXACT_START |= {"edora exact", "edora core", "salt_edora", "salt_edora polar"}
+EXACT_START |= {"ssvd", "ssvd first order", "ssvd free"}
 EXACT_START |= {"ia3", "ia3 outputs", "bitfit", "head", "full", "reft nodireft"}
 """Specs that promise a bitwise identity at the start."""
 
@@ -161,6 +177,8 @@ OTHER_START: dict[str, str] = {
     "lora random": "a start for comparison",
     "loha random": "a start for comparison",
     "lokr random": "a start for comparison",
+    "edora": "the authors' start, R ~ N(0, 1e-10)",
+    "edora tail": "the authors' start",
     "hra random": "reflections drawn at random do not cancel",
     "hra GS random": "the paper's form",
     **{
@@ -190,6 +208,15 @@ COUNTS: dict[str, int] = {
     "delora per rank": 4 * (24 + 16) + 4,
     "vera": 16 + 8,
     "randlora": 5 * 4 + 4 * 16,
+    "salt": 2 * 3 + 2 * 2 * (16 - 3),
+    "salt values": 2 * 8,
+    "edora": 4 * 4 + 16,
+    "edora core": 4 * 4,
+    "salt_edora": 2 * 4 + 4 * 4,
+    "salt_edora polar": 2 * 4 + 3 * (3 + 1) // 2,
+    "ssvd": 6 * 7 // 2,
+    "ssvd first order": 6 * 7 // 2 + 1,
+    "ssvd free": 3 * 3 + 3,
     "ia3": 24,
     "ia3 outputs": 16,
     "hra": 24 * 4,
@@ -223,6 +250,18 @@ REACH: dict[str, set[str]] = {
     "delora per rank": {"A", "B", "lambda_"},
     "vera": {"lambda_b"},
     "randlora": {"lambda_"},
+    "salt": {"alpha", "beta", "Y"},
+    "salt values": {"alpha", "beta"},
+    "salt clamped": {"alpha", "beta", "Y"},
+    "salt clamped whole": {"alpha", "beta", "Y"},
+    "edora": {"R", "m"},
+    "edora exact": {"R", "m"},
+    "edora core": {"R"},
+    "salt_edora": {"alpha", "beta", "R"},
+    "salt_edora polar": {"alpha", "beta", "mu", "theta"},
+    "ssvd": {"theta", "dsigma"},
+    "ssvd first order": {"theta", "dsigma"},
+    "ssvd free": {"G", "dsigma"},
     "ia3": {"l"},
     "hra": {"u"},
     "hra GS": {"u"},

@@ -15,7 +15,12 @@ from lora_lab.errors import CheckpointError, IncompatibleError, TargetError
 from tests.adapters.tiny import MODELS, logits, relative, shake, tiny_bert, tiny_llama, tokens
 
 OPTIONS = {name: {"rank": 4} for name in ("lora", "dora", "pissa", "delora", "randlora", "hra", "reft")}
-OPTIONS["vera"] = {"rank": 8}
+OPTIONS |= {
+    "vera": {"rank": 8},
+    "salt": {"rank": 3, "r_lora": 2},
+    "edora": {"rank": 4},
+    "salt_edora": {"rank": 4},
+}
 """What makes a method small enough for the tiny models."""
 
 ROUNDED = {"reft": 1e-6}
@@ -31,6 +36,10 @@ VARIANTS = {
     "delora, current": METHODS["delora"].Spec(rank=4, residual_lambda="current", rank_pattern={"value": 2}),
     "delora, zero_b": METHODS["delora"].Spec(rank=4, init="zero_b", weight_norm_scaling=False),
     "delora, per rank": METHODS["delora"].Spec(rank=4, lambda_per_rank=True, rank_pattern={"value": 2}),
+    "salt, no basis": METHODS["salt"].Spec(rank=None, ratio=0.5, r_lora=2, save_basis=False),
+    "edora, no basis": METHODS["edora"].Spec(rank=4, rank_pattern={"value": 2}, save_basis=False),
+    "salt_edora, polar": METHODS["salt_edora"].Spec(rank=2, r_tail=1, tail_mode="polar"),
+    "ssvd, gated": METHODS["ssvd"].Spec(rotation="free", gate=True),
     "vera, unsaved": METHODS["vera"].Spec(rank=8, save_projection=False),
     "randlora, unsaved": METHODS["randlora"].Spec(rank=4, alpha=7.0, save_projection=False),
     "randlora, sparse": METHODS["randlora"].Spec(rank=4, sparse=True, projection_prng_key=3),

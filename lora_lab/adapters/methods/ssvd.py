@@ -1,0 +1,127 @@
+"""SSVD: right singular vectors rotated, singular values shifted (Wang et al. 2025, arXiv:2509.02830).
+
+    W  = U diag(S) Vᵀ
+    W' = W + U_k C V_kᵀ,   C = diag(S_k + Δσ) G − diag(S_k)      k the rank: the greatest singular values
+
+    rotation       G
+    cayley         (I − K)(I + K)⁻¹, orthogonal; K the skew matrix of θ
+    first_order    I − 2 K, near it for small K; what the paper's tables were made with
+    free           any matrix
+
+    θ     (k·(k−1)/2,)   learned; zeros at the start, hence G = I and W' = W
+    G     (k, k)         learned with free instead; I at the start
+    Δσ    (k,)           learned; zeros at the start
+    gate  (1,)           learned with `gate`: Δσ counts times its sigmoid; zero at the start
+    U, S, Vh             frozen; the k greatest singular vectors and values
+
+Inputs are rotated, outputs keep their directions U, whichever of the two is wider. With cayley the singular
+values of W' are |S_k + Δσ| and those left alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lora_lab.adapters.base import PeftLayout
+from lora_lab.adapters.maps import mix, project
+from lora_lab.adapters.spec import least_fault
+from lora_lab.adapters.spectral import SpectralSpec, SpectralUpdate, check_rank
+from lora_lab.errors import IncompatibleError
+from lora_lab.linalg.orthogonal import cayley, skew
+
+
+@dataclass
+class SSVDSpec(SpectralSpec):
+    """SSVD's options; the paper rotates 0.4, 0.6 or 0.8 of the singular vectors."""
+
+    method: str = "ssvd"
+
+    rank: int | None = None
+    """How many of the greatest singular values, at least 1; null where `rotation_ratio` says."""
+
+    rotation_ratio: float | None = 0.4
+    """Their share of all singular values instead, in (0, 1], rounded down; null where `rank` says."""
+
+    rotation: Literal["cayley", "first_order", "free"] = "cayley"
+    """What becomes of the right vectors: a rotation, its first-order part, or any mixture of them."""
+
+    gate: bool = False
+    """Learn a factor sigmoid(gate) of Δσ."""
+
+    def faults(self) -> list[str]:
+        found = super().faults()
+        if (self.rank is None) == (self.rotation_ratio is None):
+            found.append(
+                "rank, rotation_ratio: exactly one must be given and the other null; "
+                f"got {self.rank}, {self.rotation_ratio}"
+            )
+        if self.rank is not None:
+            found += least_fault("rank", self.rank, 1)
+        if self.rotation_ratio is not None and not 0 < self.rotation_ratio <= 1:
+            found.append(f"rotation_ratio: must lie in (0, 1]; got {self.rotation_ratio}")
+        return found
+
+
+class SSVD(SpectralUpdate):
+    """The adapter of one linear map."""
+
+    Spec = SSVDSpec
+    paper = "Wang et al. 2025, arXiv:2509.02830"
+    peft = PeftLayout(
+        None, {"ssvd_theta": "theta", "ssvd_G": "G", "ssvd_dsigma": "dsigma", "ssvd_gate": "gate"}
+    )
+
+    spared_from_decay = ("G",)
+
+    theta: Any
+
+    def __init__(self, base: Any, spec: SSVDSpec):
+        values = check_rank(base, spec.rank or 1)
+        rank = spec.rank or int(values * (spec.rotation_ratio or 0))
+        if not rank:
+            raise IncompatibleError(
+                f"adapter.rotation_ratio: {spec.rotation_ratio} of {values} singular values is none. Give at "
+                f"least 1 / {values}, or take the map from {base.in_features} to {base.out_features} out of "
+                "targets."
+            )
+        super().__init__(base, spec, torch.arange(rank))
+        free = spec.rotation == "free"
+        self.theta = None if free else nn.Parameter(torch.zeros(rank * (rank - 1) // 2, dtype=self.dtype))
+        self.G = nn.Parameter(torch.eye(rank, dtype=self.dtype)) if free else None
+        self.dsigma = nn.Parameter(torch.zeros(rank, dtype=self.dtype))
+        self.gate = nn.Parameter(torch.zeros(1, dtype=self.dtype)) if spec.gate else None
+
+    @property
+    def rank(self) -> int:
+        return len(self.dsigma)
+
+    def rotated(self) -> Float[Tensor, "k k"]:
+        """Returns G."""
+        if self.G is not None:
+            return self.G
+        K = skew(self.theta, self.rank)
+        if self.spec.rotation == "cayley":
+            return cayley(K)
+        return torch.eye(self.rank, dtype=K.dtype, device=K.device) - 2 * K
+
+    def core(self) -> Float[Tensor, "k k"]:
+        """Returns C."""
+        shift = self.dsigma if self.gate is None else self.dsigma * self.gate.sigmoid()
+        return (self.S + shift).unsqueeze(1) * self.rotated() - self.S.diag()
+
+    def factors(self) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
+        return self.U @ self.core(), self.Vh
+
+    def delta_output(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        # k may be nearly all of W's rank: the frozen vectors are applied as they are, and nothing of W's size
+        # is made for a step.
+        return mix(self.base, mix(self.base, project(self.base, x, self.Vh), self.core()), self.U)
+
+    def singular_values(self) -> Float[Tensor, " k"]:
+        """See `LinearAdapter.singular_values`: those of C, between orthonormal vectors."""
+        return torch.linalg.svdvals(self.core())

@@ -1,0 +1,200 @@
+"""EDoRA: the formula, its norms, the core on the smallest values, start and gradients, refusals."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lora_lab.adapters import inject
+from lora_lab.adapters.methods.edora import EDoRASpec
+from lora_lab.errors import ConfigError, IncompatibleError
+from tests.adapters.tiny import linear, reached, relative, shake
+
+TOLERANCE = 2e-6  # float32, relative to the greatest output
+CORE = {"alpha": 4.0, "init_sigma": 0.0, "use_magnitude": False, "subspace": "tail", "fold_sigma": False}
+
+
+def adapt(model=None, **options):
+    model = linear() if model is None else model
+    adapters = inject(model, EDoRASpec(targets=["0"], modules_to_save=[], **{"rank": 4, **options}))
+    return model, adapters, model[0]
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (24, 16), (9, 9)])
+@pytest.mark.parametrize("magnitude", [True, False])
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("subspace", ["top", "tail"])
+def test_output_is_the_papers_formula(shape, magnitude, fold, subspace):
+    model = linear(*shape, dtype=torch.float64)
+    options = {"use_magnitude": magnitude, "fold_sigma": fold, "subspace": subspace}
+    _, adapters, adapter = adapt(model, alpha=6.0, **options)
+    shake(adapters)
+    weight, x = adapter.weight, torch.randn(2, 5, shape[1], dtype=torch.float64)
+    S = torch.linalg.svdvals(weight)[:4] if subspace == "top" else torch.linalg.svdvals(weight)[-4:]
+    A = (S.diag() if fold else torch.eye(4, dtype=torch.float64)) @ adapter.Vh
+    V = weight + 6 / 4 * adapter.U @ adapter.R @ A
+    if magnitude:
+        V = adapter.m.unsqueeze(1) / V.norm(dim=1, keepdim=True) * V
+    assert relative(model(x), F.linear(x, V, adapter.bias)) < 1e-12
+    assert relative(adapter.adapted_weight(weight), V) < 1e-12
+
+
+@pytest.mark.parametrize("magnitude", [True, False])
+def test_the_core_stays_in_its_subspace(magnitude):
+    _, adapters, adapter = adapt(linear(dtype=torch.float64), use_magnitude=magnitude)
+    shake(adapters)
+    delta = (adapter.left() @ adapter.Vh).detach()
+    assert torch.linalg.matrix_rank(delta) == 4
+    assert relative(adapter.U @ (adapter.U.T @ delta), delta) < 1e-12
+    assert relative(delta @ adapter.Vh.T @ adapter.Vh, delta) < 1e-12
+
+
+@pytest.mark.parametrize("magnitude", [True, False])
+def test_zero_core_starts_bitwise_as_the_base(magnitude):
+    model, x = linear(), torch.randn(5, 24)
+    before = model(x)
+    _, adapters, adapter = adapt(model, init_sigma=0.0, use_magnitude=magnitude)
+    assert torch.equal(model(x), before)
+    assert not adapter.R.any()
+    assert reached(model, adapters, x) == ({"R", "m"} if magnitude else {"R"})
+
+
+def test_default_start_is_almost_the_base():
+    model, x = linear(), torch.randn(5, 24)
+    before = model(x)
+    adapter = adapt(model)[2]
+    assert 0 < relative(model(x), before) < 2e-4
+    assert 0.3e-5 < float(adapter.R.detach().std()) < 3e-5
+    torch.testing.assert_close(adapter.m.detach(), adapter.weight.norm(dim=1))
+
+
+def test_norms_count_as_constants():
+    model, adapters, adapter = adapt(linear(dtype=torch.float64))
+    shake(adapters)
+    x, probe = torch.randn(5, 24, dtype=torch.float64), torch.randn(5, 16, dtype=torch.float64)
+    learned = [adapter.R, adapter.m]
+    found = torch.autograd.grad((model(x) * probe).sum(), learned)
+    V = adapter.weight + adapter.left() @ adapter.Vh
+    norm = V.norm(dim=1)
+    expected, attached = (
+        torch.autograd.grad((adapter.m / n * (x @ V.T) * probe).sum(), learned, retain_graph=True)
+        for n in (norm.detach(), norm)
+    )
+    assert relative(found[0], expected[0]) < 1e-10
+    assert relative(found[1], expected[1]) < 1e-10
+    assert relative(found[0], attached[0]) > 1e-3
+
+
+def test_gradients_of_the_core_alone():
+    model, adapters, adapter = adapt(linear(6, 8, dtype=torch.float64), **CORE)
+    shake(adapters)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda R: torch.func.functional_call(adapter, {"R": R}, (x,)), (adapter.R,)
+    )
+
+
+def test_gradients_with_magnitudes():
+    """A step of R would change the norms, which count as constants: m alone, and x."""
+    model, adapters, adapter = adapt(linear(6, 8, dtype=torch.float64))
+    shake(adapters)
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda m, x: torch.func.functional_call(adapter, {"m": m}, (x,)), (adapter.m, x)
+    )
+
+
+def test_the_tail_core_is_the_head_tail_splits_last_block():
+    """y + U_bot R V_botᵀ x on the smallest singular directions, with nothing but R learned."""
+    spec = EDoRASpec.tail_core(rank=4)
+    assert {name: getattr(spec, name) for name in CORE} == CORE
+    model = linear(8, 6, dtype=torch.float64)
+    _, adapters, adapter = adapt(model, **CORE)
+    assert adapters.trainable_count() == 16
+    shake(adapters)
+    U, S, Vh = torch.linalg.svd(adapter.weight, full_matrices=False)
+    sign = (U[:, -4:] * adapter.U).sum(0).sign()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    hidden = F.linear(F.linear(x, sign.unsqueeze(1) * Vh[-4:]), adapter.R)
+    assert relative(model(x), adapter.base(x) + F.linear(hidden, U[:, -4:] * sign)) < 1e-12
+
+
+def test_count_of_trained_numbers_is_the_formulas():
+    assert adapt(linear(32, 20))[1].trainable_count() == 48
+
+
+def test_dropout_acts_on_all_but_the_bases_own_product():
+    model, x = linear(), torch.randn(5, 24)
+    _, adapters, adapter = adapt(model, dropout=0.5)
+    shake(adapters)
+    torch.manual_seed(7)
+    given = model.train()(x)
+    torch.manual_seed(7)
+    dropped = F.dropout(x, 0.5)
+    gain = adapter.m / (adapter.weight + adapter.left() @ adapter.Vh).norm(dim=1)
+    delta = dropped @ (adapter.left() @ adapter.Vh).T
+    expected = adapter.base(x) + (gain - 1) * (dropped @ adapter.weight.T) + gain * delta
+    assert relative(given, expected) < TOLERANCE
+
+
+def test_norms_are_of_this_base_where_the_basis_came_from_another():
+    """A quantised base, say, under what was learned on a plain one."""
+    _, adapters, adapter = adapt()
+    shake(adapters)
+    model, other_adapters, other = adapt(linear(seed=1))
+    other_adapters.load_state_dict(adapters.state_dict())
+    x = torch.randn(5, 24)
+    assert relative(model(x), F.linear(x, other.adapted_weight(other.weight), other.bias)) < TOLERANCE
+
+
+def test_weight_decay_spares_the_magnitudes():
+    adapter = adapt()[2]
+    assert [id(p) for p in adapter.decay_exempt()] == [id(adapter.m)]
+    assert adapt(use_magnitude=False)[2].decay_exempt() == []
+
+
+def test_a_row_of_zeros_gives_no_nan():
+    model = linear()
+    model[0].weight.data[3] = 0
+    _, adapters, adapter = adapt(model)
+    model(torch.randn(5, 24)).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in adapters.trainable_parameters())
+
+
+def test_a_tail_without_values_is_told(caplog):
+    model = linear()
+    U, S, Vh = torch.linalg.svd(model[0].weight.data, full_matrices=False)
+    model[0].weight.data.copy_(U[:, :8] * S[:8] @ Vh[:8])
+    with caplog.at_level(logging.WARNING):
+        adapt(model, subspace="tail")
+    assert "adapter.subspace: tail has no effect with fold_sigma" in caplog.text
+    assert "as in 0." in caplog.text
+    caplog.clear()
+    for other, options in [
+        (nn.Sequential(model[0].base), {"subspace": "top"}),
+        (nn.Sequential(model[0].base), {"subspace": "tail", "fold_sigma": False}),
+        (linear(), {"subspace": "tail"}),
+    ]:
+        adapt(other, **options)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "adapter.rank: must be at least 1; got 0"),
+        ({"alpha": 0.0}, "adapter.alpha: must be finite and not 0; got 0.0"),
+        ({"init_sigma": -1.0}, "adapter.init_sigma: must be finite and at least 0; got -1.0"),
+        ({"subspace": "middle"}, "adapter.subspace: must be one of top, tail; got 'middle'"),
+    ],
+)
+def test_faulty_options_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        adapt(**options)
+
+
+def test_a_rank_above_the_number_of_singular_values_is_refused():
+    with pytest.raises(IncompatibleError, match="a map from 24 to 16 has 16 singular values; got rank 17"):
+        adapt(rank=17)
