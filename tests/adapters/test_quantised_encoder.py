@@ -1,5 +1,7 @@
 """Every adapter on the embedded encoder in 4 bits: real weights, real codes, each method's own defaults."""
 
+import copy
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ SENTENCES = ["A man is eating food.", "The stock market fell, and nobody had see
 
 
 @pytest.fixture(scope="module")
-def encoder():
+def built():
     try:
         assets.fetch("minilm")
     except AssetError as error:
@@ -25,6 +27,11 @@ def encoder():
     torch.manual_seed(0)
     model, tokenizer = build_model(config, num_labels=2).eval(), build_tokenizer(config)
     return model, tokenizer(SENTENCES, padding=True, return_tensors="pt")
+
+
+@pytest.fixture
+def encoder(built):
+    return copy.deepcopy(built)
 
 
 @pytest.mark.assets
@@ -38,7 +45,8 @@ def test_starts_at_the_codes_trains_alone_merges_to_plain_maps_and_leaves_no_tra
     spec = METHODS[name].Spec(modules_to_save=[])
     adapters = inject(model, spec)
     assert all(holds_codes(adapter.base) for adapter in adapters)
-    assert relative(model(**batch).logits, expected) < TOLERANCE
+    if METHODS[name].identity_at_start:
+        assert relative(model(**batch).logits, expected) < TOLERANCE
     shake(adapters, by=0.02)
     moved = model(**batch).logits
     assert relative(moved, expected) > 1e-3
