@@ -15,6 +15,7 @@ from lora_lab.errors import CheckpointError, IncompatibleError, TargetError
 from tests.adapters.tiny import MODELS, logits, relative, shake, tiny_bert, tiny_llama, tokens
 
 OPTIONS = {name: {"rank": 4} for name in ("lora", "dora", "pissa", "hra", "reft")} | {"vera": {"rank": 8}}
+OPTIONS |= {"oft": {"oft_block_size": 5}, "boft": {"boft_block_size": 5}}
 """What makes a method small enough for the tiny models."""
 
 ROUNDED = {"reft": 1e-6}
