@@ -4,11 +4,13 @@ from lora_lab.adapters.base import Adapter
 from lora_lab.adapters.injection import AdapterSet, inject
 from lora_lab.adapters.methods.adalora import AdaLoRA
 from lora_lab.adapters.methods.bitfit import BitFit
+from lora_lab.adapters.methods.boft import BOFT
 from lora_lab.adapters.methods.delora import DeLoRA
 from lora_lab.adapters.methods.dora import DoRA
 from lora_lab.adapters.methods.dylora import DyLoRA
 from lora_lab.adapters.methods.edora import EDoRA
 from lora_lab.adapters.methods.full import Full
+from lora_lab.adapters.methods.goft import GOFT
 from lora_lab.adapters.methods.head import Head
 from lora_lab.adapters.methods.hra import HRA
 from lora_lab.adapters.methods.ia3 import IA3
@@ -17,6 +19,7 @@ from lora_lab.adapters.methods.lokr import LoKr
 from lora_lab.adapters.methods.lora import LoRA
 from lora_lab.adapters.methods.lora_drop import LoRADrop
 from lora_lab.adapters.methods.lora_prune import LoRAPrune
+from lora_lab.adapters.methods.oft import OFT
 from lora_lab.adapters.methods.pissa import PiSSA
 from lora_lab.adapters.methods.randlora import RandLoRA
 from lora_lab.adapters.methods.reft import ReFT
@@ -45,6 +48,9 @@ METHODS: dict[str, type[Adapter]] = {
         SaltEDoRA,
         SSVD,
         IA3,
+        OFT,
+        BOFT,
+        GOFT,
         HRA,
         ReFT,
         BitFit,

@@ -146,6 +146,8 @@ CASES = {
     "loha": Case("loha", {"rank": 8}, "LoHaConfig", {"r": 8}, 0.52, 0.48),
     "lokr": Case("lokr", {"rank": 8}, "LoKrConfig", {"r": 8}, 0.55, 0.42),
     "ia3": Case("ia3", {}, "IA3Config", {}, 1.00, 0.50),
+    "oft": Case("oft", {"auto_adjust": True}, "OFTConfig", {}, 1.00, 0.67),
+    "boft": Case("boft", {"boft_block_size": 8}, "BOFTConfig", {"boft_block_size": 8}, 0.11, 0.23),
     "hra": Case("hra", {"rank": 8}, "HRAConfig", {"r": 8}, 0.13, 0.07),
     "vera": Case("vera", {"rank": 256}, "VeraConfig", {"r": 256}, 1.02, 0.57),
     "randlora": Case("randlora", {"rank": 32}, "RandLoraConfig", {"r": 32}, 1.00, 0.75),

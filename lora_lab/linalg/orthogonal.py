@@ -124,3 +124,205 @@ class _Cayley(torch.autograd.Function):
         (R,) = ctx.saved_tensors
         sides = (R + torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)).mT
         return -0.5 * (sides @ gradient @ sides)
+
+
+def cayley_neumann(Q: Float[Tensor, "*batch b b"], terms: int) -> Float[Tensor, "*batch b b"]:
+    """PEFT's polynomial for `cayley(-Q)`, the inverse of `cayley(Q)`: (I + Q)(I + Q + … + Q^{k−1}).
+
+    k = max(terms − 1, 3), so that 3 and 4 terms are the same; 2 terms are I + 2 Q, and 1 is I. Without a
+    solve, but orthogonal only for small Q: R Rᵀ − I has the norm ‖Q‖^{2k} for odd k and 2 ‖Q‖^k for even k,
+    which makes 4 and 6 terms better than 5.
+
+    Returns:
+        R, in float32 or wider.
+    """
+    with torch.autocast(Q.device.type, enabled=False):
+        Q = widened(Q)
+        if terms <= 2:
+            return torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device) + 2 * (terms - 1) * Q
+        return _CayleyNeumann.apply(Q, max(terms - 1, 3))
+
+
+class _CayleyNeumann(torch.autograd.Function):
+    """Keeps Q alone for the backward pass, and sums the series again there."""
+
+    @staticmethod
+    def forward(ctx: Any, Q: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(Q)
+        ctx.k = k
+        total = _geometric_sums(Q, k)[-1]
+        return total + Q @ total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (Q,) = ctx.saved_tensors
+        *sums, total = _geometric_sums(Q, ctx.k)
+        found = gradient @ total.mT
+        gradient = gradient + Q.mT @ gradient
+        for total in reversed(sums):
+            found = found + gradient @ total.mT
+            gradient = Q.mT @ gradient
+        return found + gradient, None
+
+
+def _geometric_sums(Q: Tensor, k: int) -> list[Tensor]:
+    """Returns I + Q, I + Q + Q², … up to Q^{k−1}."""
+    identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    sums = [identity + Q]
+    for _ in range(k - 2):
+        sums.append(identity + Q @ sums[-1])
+    return sums
+
+
+def rotate_blocks(x: Float[Tensor, "*rows n"], R: Float[Tensor, "blocks b b"]) -> Float[Tensor, "*rows n"]:
+    """Returns x · blkdiag(R_1, R_2, …) for every row of x; a single block serves all of x's blocks.
+
+    Args:
+        x: rows of n = blocks · b numbers, or any multiple of b for a single block.
+        R: the blocks; cast to x's type.
+    """
+    R = R.to(x.dtype)
+    blocks, size, _ = R.shape
+    if blocks == 1:
+        return (x.unflatten(-1, (-1, size)) @ R[0]).flatten(-2)
+    together = next((k for k in range(SMALLEST_BLOCK // size, 1, -1) if blocks % k == 0), 1)
+    if together > 1:
+        R = _beside_each_other(R, together)
+    rows = x.reshape(-1, *R.shape[:2]).transpose(0, 1)  # (blocks, rows, b), strided: bmm needs no copy
+    return torch.bmm(rows, R).transpose(0, 1).reshape(x.shape)
+
+
+SMALLEST_BLOCK = 16
+"""Blocks up to which neighbours are put into one: products of smaller ones take twice the time."""
+
+
+def _beside_each_other(R: Tensor, count: int) -> Tensor:
+    """Makes each `count` neighbours of (blocks, b, b) one block, with zeros where none of them is."""
+    blocks, size, _ = R.shape
+    wide = R.new_zeros(blocks // count, count, size, count, size)
+    each = torch.arange(count, device=R.device)
+    wide[:, each, :, each] = R.unflatten(0, (-1, count)).transpose(0, 1)
+    return wide.reshape(blocks // count, count * size, count * size)
+
+
+def butterfly(
+    x: Float[Tensor, "*rows n"], R: Float[Tensor, "stages blocks b b"], inverse: bool = False
+) -> Float[Tensor, "*rows n"]:
+    """Returns x B_{stages−1} … B_1 B_0 for every row of x, without an (n, n) matrix (arXiv:2311.06243).
+
+    B_0 is blkdiag(R_{0,1}, R_{0,2}, …). B_i is the same of R_i, after a permutation that brings half-blocks
+    together which are 2^i half-blocks apart: with b = 4, stage 1 has the blocks [0 1 4 5], [2 3 6 7], ….
+
+    Args:
+        x: rows of n = blocks · b numbers.
+        R: the blocks of each stage; with more than one stage b is even, and 2^(stages − 1) divides `blocks`.
+        inverse: whether to return x B_0ᵀ B_1ᵀ …, which is the inverse where the blocks are orthogonal.
+    """
+    stages, _, size, _ = R.shape
+    joined = 1 + sum(size << stage <= WIDEST_JOINED for stage in range(1, stages))
+    first, others = _join_stages(R[:joined]), range(joined, stages)
+    if inverse:
+        x = rotate_blocks(x, first.mT)
+        for stage in others:
+            x = _butterfly_stage(x, R[stage].mT, stage)
+        return x
+    for stage in reversed(others):
+        x = _butterfly_stage(x, R[stage], stage)
+    return rotate_blocks(x, first)
+
+
+WIDEST_JOINED = 64
+"""Size of blocks up to which stages are multiplied into one: a stage costs two copies of x beside its own."""
+
+
+def _join_stages(R: Tensor) -> Tensor:
+    """Returns the product of the first stages, which is blkdiag of blocks of b · 2^(stages − 1) rows."""
+    stages, blocks, size, _ = R.shape
+    if stages == 1:
+        return R[0]
+    width = size << (stages - 1)
+    rows = torch.eye(width, dtype=R.dtype, device=R.device).repeat(1, blocks * size // width)  # (width, n)
+    with torch.autocast(R.device.type, enabled=False):
+        for stage in reversed(range(stages)):
+            rows = _butterfly_stage(rows, R[stage], stage)
+    return rows.unflatten(1, (-1, width)).transpose(0, 1)
+
+
+def _butterfly_stage(x: Tensor, R: Tensor, stage: int) -> Tensor:
+    """Returns x B_stage."""
+    if stage == 0:
+        return rotate_blocks(x, R)
+    apart, half = 2**stage, R.shape[-1] // 2
+    paired = x.unflatten(-1, (-1, 2, apart, half)).transpose(-3, -2)  # (..., groups, apart, 2, half)
+    rotated = rotate_blocks(paired.flatten(-4), R).unflatten(-1, (-1, apart, 2, half))
+    return rotated.transpose(-3, -2).flatten(-4)
+
+
+def givens(angles: Float[Tensor, " pairs"]) -> Float[Tensor, "pairs 2 2"]:
+    """Returns [[cos, −sin], [sin, cos]] of every angle."""
+    cosine, sine = angles.cos(), angles.sin()
+    return torch.stack([cosine, -sine, sine, cosine], dim=-1).unflatten(-1, (2, 2))
+
+
+def givens_tree(
+    x: Float[Tensor, "*rows n"], G: Float[Tensor, "pairs 2 2"], inverse: bool = False
+) -> Float[Tensor, "*rows n"]:
+    """Returns x P_L … P_2 P_1 for every row of x, without an (n, n) matrix (arXiv:2404.04316).
+
+    P_1 acts on the pairs (0, 1), (2, 3), …; P_2 on those of every second number, (0, 2), (4, 6), …; and so on
+    until one number is left: n − 1 pairs in all. Works for any n; costs about as much memory as 2 x.
+
+    Args:
+        x: rows of n numbers.
+        G: the blocks of the pairs, the first stage's first; rotations or not.
+        inverse: whether to return x P_1ᵀ P_2ᵀ … P_Lᵀ, which is the inverse where the blocks are rotations.
+    """
+    pairs = x.shape[-1] // 2
+    if not pairs:
+        return x
+    own, others = G[:pairs], G[pairs:]
+    even, odd = x[..., 0::2], x[..., 1::2]
+    if inverse:
+        first, odd = _turn(even[..., :pairs], odd, own.mT)
+        even = givens_tree(torch.cat([first, even[..., pairs:]], dim=-1), others, inverse)
+        first = even[..., :pairs]
+    else:
+        even = givens_tree(even, others)
+        first, odd = _turn(even[..., :pairs], odd, own)
+    both = torch.stack([first, odd], dim=-1).flatten(-2)
+    return torch.cat([both, even[..., pairs:]], dim=-1) if x.shape[-1] % 2 else both
+
+
+def _turn(first: Tensor, second: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns [first second] G for each pair."""
+    return first * G[:, 0, 0] + second * G[:, 1, 0], first * G[:, 0, 1] + second * G[:, 1, 1]
+
+
+def givens_all_pairs(n: int, G: Float[Tensor, "pairs 2 2"]) -> Float[Tensor, "{n} {n}"]:
+    """Returns P_L … P_2 P_1, where each pair of n numbers is turned once, in the rounds of a tournament.
+
+    At zero angles, the angles are coordinates of all rotations.
+
+    Args:
+        n: size of the matrix.
+        G: n · (n − 1) / 2 blocks, the first round's first.
+    """
+    R = torch.eye(n, dtype=G.dtype, device=G.device)
+    rounds = round_robin(n)
+    shares = G.split([len(pairs) for pairs in rounds])
+    for pairs, own in reversed(list(zip(rounds, shares, strict=True))):
+        i, j = torch.tensor(pairs, device=G.device).T
+        first, second = _turn(R[:, i], R[:, j], own)
+        R = R.index_copy(1, i, first).index_copy(1, j, second)
+    return R
+
+
+def round_robin(n: int) -> list[list[tuple[int, int]]]:
+    """Returns the rounds in which each of n meets every other once, by the circle method."""
+    players = list(range(n + n % 2))
+    rounds = []
+    for _ in range(len(players) - 1):
+        pairs = [(players[k], players[-1 - k]) for k in range(len(players) // 2)]
+        rounds.append([(min(pair), max(pair)) for pair in pairs if max(pair) < n])
+        players.insert(1, players.pop())
+    return rounds

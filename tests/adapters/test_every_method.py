@@ -91,6 +91,23 @@ OPTIONS: dict[str, dict] = {
     "ssvd free": {"method": "ssvd", "rank": 3, "rotation_ratio": None, "rotation": "free"},
     "ia3": {"method": "ia3"},
     "ia3 outputs": {"method": "ia3", "targets": ["key", "value", "down"], "feedforward_modules": []},
+    "oft": {"method": "oft", "oft_block_size": 4},
+    "oft exact": {"method": "oft", "oft_block_size": 4, "use_cayley_neumann": False},
+    "oft plus": {"method": "oft", "r": 4, "oft_block_size": 0, "use_cayley_neumann": False}
+    | {"cayley_sign": "plus"},
+    "oft terms": {"method": "oft", "oft_block_size": 4, "num_cayley_neumann_terms": 6},
+    "oft shared": {"method": "oft", "oft_block_size": 8, "block_share": True},
+    "oft adjusted": {"method": "oft", "oft_block_size": 5, "auto_adjust": True},
+    "oft coft": {"method": "oft", "oft_block_size": 4, "coft": True, "eps": 0.3},
+    "boft": {"method": "boft", "boft_block_size": 2, "boft_n_butterfly_factor": 2},
+    "boft one factor": {"method": "boft"},
+    "boft blocks": {"method": "boft", "boft_block_size": 0, "boft_block_num": 4}
+    | {"boft_n_butterfly_factor": 3},
+    "boft unscaled": {"method": "boft", "boft_n_butterfly_factor": 2, "train_scale": False},
+    "goft": {"method": "goft"},
+    "goft scaled": {"method": "goft", "scaling": True, "angle_param": "raw"},
+    "goft soft": {"method": "goft", "strict_oft": False},
+    "goft all pairs": {"method": "goft", "topology": "all_pairs"},
     "hra": {"method": "hra", "rank": 4},
     "hra random": {"method": "hra", "rank": 3, "identity_start": False},
     "hra GS": {"method": "hra", "rank": 3, "apply_GS": True},
@@ -170,6 +187,7 @@ EXACT_START |= {"pissa", "pissa niter", "lora olora"}
 EXACT_START |= {"salt", "salt values", "salt clamped", "salt clamped whole"}
 EXACT_START |= {"edora exact", "edora core", "salt_edora", "salt_edora polar"}
 EXACT_START |= {"ssvd", "ssvd first order", "ssvd free"}
+EXACT_START |= {name for name in OPTIONS if name.startswith(("oft", "boft", "goft"))}
 EXACT_START |= {"ia3", "ia3 outputs", "bitfit", "head", "full", "reft nodireft"}
 """Specs that promise a bitwise identity at the start."""
 
@@ -219,6 +237,17 @@ COUNTS: dict[str, int] = {
     "ssvd free": 3 * 3 + 3,
     "ia3": 24,
     "ia3 outputs": 16,
+    "oft": 24 * 3 // 2,
+    "oft plus": 24 * 5 // 2,
+    "oft shared": 8 * 7 // 2,
+    "oft adjusted": 24 * 3 // 2,
+    "boft": 2 * 24 * 2 + 16,
+    "boft one factor": 24 * 4 + 16,
+    "boft unscaled": 2 * 24 * 4,
+    "goft": 24 - 1,
+    "goft scaled": 24 - 1 + 24,
+    "goft soft": 4 * (24 - 1),
+    "goft all pairs": 24 * 23 // 2,
     "hra": 24 * 4,
     "hra GS": 24 * 3,
     "bitfit": 16,
@@ -263,6 +292,12 @@ REACH: dict[str, set[str]] = {
     "ssvd first order": {"theta", "dsigma"},
     "ssvd free": {"G", "dsigma"},
     "ia3": {"l"},
+    "oft": {"q"},
+    "boft": {"A", "s"},
+    "boft unscaled": {"A"},
+    "goft": {"theta"},
+    "goft scaled": {"theta", "scaler"},
+    "goft soft": {"G"},
     "hra": {"u"},
     "hra GS": {"u"},
     "reft": {"original", "W", "b"},
@@ -275,9 +310,11 @@ REACH: dict[str, set[str]] = {
 WITH_DROPOUT = [
     option
     for option, values in OPTIONS.items()
-    if "dropout" in {f.name for f in fields(METHODS[values["method"]].Spec)} and option != "pissa residual"
+    if "dropout" in {f.name for f in fields(METHODS[values["method"]].Spec)}
+    and option not in ("pissa residual", "oft shared")
 ]
-"""PiSSA's residual mode refuses dropout, which would reach the principal part of W."""
+"""PiSSA's residual mode refuses dropout, which would reach the principal part of W; OFT's drops single blocks
+of several."""
 
 INERT = ("key.delta", "key.trained.bias")
 """Softmax does not see what all keys share, so that a key's bias has no gradient but rounding."""

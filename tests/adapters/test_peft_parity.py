@@ -113,6 +113,27 @@ CASES = {
         {"r": 8},
     ),
     "ia3": Case("ia3", peft.IA3Config),
+    # Widths that share no divisor: PEFT adjusts the blocks at every site.
+    "oft": Case("oft", peft.OFTConfig, {"auto_adjust": True}),
+    "oft_exact": Case(
+        "oft",
+        peft.OFTConfig,
+        {"auto_adjust": True, "use_cayley_neumann": False},
+        {"use_cayley_neumann": False},
+    ),
+    "oft_blocks": Case(
+        "oft",
+        peft.OFTConfig,
+        {"auto_adjust": True, "r": 3, "oft_block_size": 0, "num_cayley_neumann_terms": 6},
+        {"r": 3, "oft_block_size": 0, "num_cayley_neumann_terms": 6},
+    ),
+    # The widths' only common number of blocks; more of them, and more factors, are in test_boft.
+    "boft": Case(
+        "boft",
+        peft.BOFTConfig,
+        {"boft_block_size": 0, "boft_block_num": 1},
+        {"boft_block_size": 0, "boft_block_num": 1},
+    ),
     "hra": Case("hra", peft.HRAConfig, {"rank": 4}, {"r": 4}),
 }
 ALL = pytest.mark.parametrize(("name", "model"), [(name, model) for name in CASES for model in MODELS])

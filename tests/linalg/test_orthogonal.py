@@ -1,7 +1,17 @@
 import pytest
 import torch
+from peft.tuners.oft.layer import OFTRotationModule
 
-from lora_lab.linalg.orthogonal import orthonormal_columns, overlap, reflect_chain, unit_columns
+from lora_lab.linalg.orthogonal import (
+    cayley,
+    cayley_neumann,
+    orthonormal_columns,
+    overlap,
+    reflect_chain,
+    rotate_blocks,
+    skew,
+    unit_columns,
+)
 
 
 def dense_chain(u: torch.Tensor) -> torch.Tensor:
@@ -103,3 +113,76 @@ def test_overlap_is_zero_for_orthogonal_columns_of_any_length():
     torch.testing.assert_close(overlap(u), expected)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(overlap(u), expected)
+
+
+def test_skew_fills_rows_above_the_diagonal():
+    expected = torch.tensor([[0.0, 1, 2], [-1, 0, 3], [-2, -3, 0]])
+    assert torch.equal(skew(torch.tensor([[1.0, 2, 3]]), 3), expected[None])
+
+
+@pytest.mark.parametrize("size", [2, 3, 8, 64])
+def test_cayley_is_the_rotation_of_the_closed_form(size):
+    Q = skew(torch.randn(5, size * (size - 1) // 2, dtype=torch.float64), size)
+    identity = torch.eye(size, dtype=torch.float64)
+    R = cayley(Q)
+    torch.testing.assert_close(R, (identity - Q) @ torch.linalg.inv(identity + Q))
+    torch.testing.assert_close(R @ R.mT, identity.expand_as(R))
+    torch.testing.assert_close(torch.linalg.det(R), torch.ones(5, dtype=torch.float64))
+    torch.testing.assert_close(cayley(-Q), R.mT)
+
+
+@pytest.mark.parametrize("size", [4, 64, 256])
+def test_cayley_is_orthogonal_in_single_precision_and_under_autocast(size):
+    Q = skew(torch.randn(2, size * (size - 1) // 2), size)
+    with torch.autocast("cpu", torch.bfloat16):
+        R = cayley(Q)
+        polynomial = cayley_neumann(Q / size, 5)
+    assert (R @ R.mT - torch.eye(size)).abs().max() < 1e-5
+    assert torch.equal(R, cayley(Q))
+    assert torch.equal(polynomial, cayley_neumann(Q / size, 5))
+    assert cayley(Q.bfloat16()).dtype == torch.float32
+
+
+def test_cayley_turns_by_twice_the_arc_tangent():
+    q = torch.tensor(0.7, dtype=torch.float64)
+    angle = 2 * torch.atan(q)
+    expected = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
+    torch.testing.assert_close(cayley(skew(q[None], 2)), expected)
+
+
+@pytest.mark.parametrize("terms", range(1, 9))
+def test_neumann_polynomial_is_pefts(terms):
+    q = 0.3 * torch.randn(3, 10)
+    reference = OFTRotationModule(3, 10, 5, 15, num_cayley_neumann_terms=terms)
+    expected = reference._cayley_batch(q, 5, True, terms)
+    torch.testing.assert_close(cayley_neumann(skew(q, 5), terms), expected)
+
+
+@pytest.mark.parametrize(
+    ("terms", "error"), [(3, 6.4e-5), (4, 6.4e-5), (5, 3.2e-3), (6, 1.02e-7), (8, 1.6e-10)]
+)
+def test_neumann_polynomial_is_off_by_the_powers_told(terms, error):
+    R = cayley_neumann(skew(torch.tensor([0.2], dtype=torch.float64), 2), terms)
+    found = torch.linalg.matrix_norm(R @ R.T - torch.eye(2), 2)
+    assert found.item() == pytest.approx(error, rel=0.05)
+
+
+def test_rotated_blocks_are_a_product_with_the_block_diagonal():
+    R, x = torch.randn(3, 4, 4), torch.randn(2, 5, 12)
+    torch.testing.assert_close(rotate_blocks(x, R), x @ torch.block_diag(*R))
+    torch.testing.assert_close(rotate_blocks(x.mT.contiguous().mT, R), x @ torch.block_diag(*R))
+    torch.testing.assert_close(rotate_blocks(x[0, 0], R[:1]), x[0, 0] @ torch.block_diag(R[0], R[0], R[0]))
+    assert rotate_blocks(x.bfloat16(), R).dtype == torch.bfloat16
+
+
+def test_gradients_of_rotations():
+    Q = torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True)  # of any matrix, skew or not
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(cayley, (Q,))
+    for terms in (2, 3, 5, 8):
+        assert torch.autograd.gradcheck(lambda Q, terms=terms: cayley_neumann(Q, terms), (Q,))
+    assert torch.autograd.gradcheck(rotate_blocks, (x, Q))
+    assert torch.autograd.gradcheck(rotate_blocks, (x, Q[:1]))
+    assert torch.autograd.gradcheck(
+        lambda upper: skew(upper, 4), (torch.randn(2, 6).double().requires_grad_(),)
+    )

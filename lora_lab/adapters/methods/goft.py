@@ -1,0 +1,143 @@
+"""GOFT: a rotation of few numbers, a tree of Givens rotations (Ma et al. 2024, arXiv:2404.04316).
+
+    W' = W Rᵀ,   R = P_L … P_2 P_1 diag(c)             y = base(x R), x a row
+    P_i turns pairs of inputs by G = [[cos α, −sin α], [sin α, cos α]],  α = π tanh θ
+
+P_1 turns neighbours; each further stage turns neighbours among every second of those before, so that
+L = ⌈log₂ in⌉ stages have in − 1 pairs. qGOFT (`strict_oft: false`) learns the blocks G as they are.
+
+    θ   (in − 1,)        learned, without qGOFT; zeros at the start
+    G   (in − 1, 2, 2)   learned, with qGOFT; I at the start
+    c   (in,)            learned, with `scaling`; ones at the start. In each case W' = W bitwise
+
+qGOFT's penalty holds the columns of every block near to orthogonal: soft_reg Σ (g₀₀ g₀₁ + g₁₀ g₁₁)².
+`topology: all_pairs` turns every pair of inputs once, in (in − 1) / 2 times as many blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lora_lab.adapters.base import Adapter, InputAdapter, PeftLayout
+from lora_lab.adapters.sites import Site
+from lora_lab.adapters.spec import AdapterSpec
+from lora_lab.errors import IncompatibleError
+from lora_lab.linalg.orthogonal import givens, givens_all_pairs, givens_tree, rotate_blocks
+
+MOST_PAIRED = 256
+"""Inputs up to which all pairs may be turned: their rounds come one after the other."""
+
+
+@dataclass
+class GOFTSpec(AdapterSpec):
+    """GOFT's options; the paper adapts all linear maps."""
+
+    method: str = "goft"
+
+    strict_oft: bool = True
+    """Train angles, hence rotations; without it qGOFT, which trains four numbers a pair."""
+
+    scaling: bool = False
+    """Train a factor for each input behind the rotation, as the authors' code does with strict_oft."""
+
+    angle_param: Literal["tanh_pi", "raw"] = "tanh_pi"
+    """Angles as π tanh θ, for which the authors' learning rates hold, or θ itself."""
+
+    soft_reg: float = 0.01
+    """Weight of qGOFT's penalty in the loss, at least 0; 0.01 for LLaMA and 0.001 to 0.05 for GLUE."""
+
+    topology: Literal["tree", "all_pairs"] = "tree"
+    """Which pairs are turned: those of a tree, or each one, of at most 256 inputs."""
+
+    def faults(self) -> list[str]:
+        found = super().faults()
+        if not self.strict_oft and self.scaling:
+            found.append("scaling: the blocks of strict_oft: false scale by themselves; use one of the two")
+        if not self.strict_oft and self.angle_param == "raw":
+            found.append("angle_param: strict_oft: false has no angles; leave it out")
+        if not (math.isfinite(self.soft_reg) and self.soft_reg >= 0):
+            found.append(f"soft_reg: must be finite and at least 0; got {self.soft_reg}")
+        return found
+
+
+class GOFT(InputAdapter):
+    """The rotated input of one linear map."""
+
+    theta: Any
+    G: Any
+    scaler: Any
+
+    Spec = GOFTSpec
+    family = "orthogonal"
+    paper = "Ma et al. 2024, arXiv:2404.04316"
+    peft = PeftLayout(None, {"givens_hard": "theta", "givens_soft": "G", "givens_scaler": "scaler"})
+
+    def __init__(self, base: Any, spec: GOFTSpec):
+        super().__init__(base)
+        self.spec = spec
+        inputs = self.in_features
+        pairs = inputs - 1 if spec.topology == "tree" else inputs * (inputs - 1) // 2
+        hard, scaled = spec.strict_oft, spec.scaling
+        identities = torch.eye(2, dtype=self.dtype).repeat(pairs, 1, 1)
+        self.theta = nn.Parameter(torch.zeros(pairs, dtype=self.dtype)) if hard else None
+        self.G = None if hard else nn.Parameter(identities)
+        self.scaler = nn.Parameter(torch.ones(inputs, dtype=self.dtype)) if scaled else None
+
+    @classmethod
+    def build(cls, sites: list[Site], spec: Any) -> dict[str, Adapter]:
+        """See `Adapter.build`.
+
+        Raises:
+            IncompatibleError: if a site has a single input, or too many for all pairs.
+        """
+        for site in sites:
+            module: Any = site.module
+            inputs = module.in_features
+            if inputs < 2:
+                raise IncompatibleError(
+                    f"adapter.targets: {site.path} has one input, which cannot be rotated; take it out."
+                )
+            if spec.topology == "all_pairs" and inputs > MOST_PAIRED:
+                raise IncompatibleError(
+                    f"adapter.topology: all_pairs allows at most {MOST_PAIRED} inputs; {site.path} has "
+                    f"{inputs}, which would be {inputs * (inputs - 1) // 2} pairs. Use topology: tree."
+                )
+        return super().build(sites, spec)
+
+    def pair_blocks(self) -> Float[Tensor, "pairs 2 2"]:
+        """Returns the G of all pairs."""
+        if self.theta is None:
+            return self.G
+        return givens(math.pi * self.theta.tanh() if self.spec.angle_param == "tanh_pi" else self.theta)
+
+    def rotated(self, x: Tensor, inverse: bool = False) -> Tensor:
+        """Returns x P_L … P_1, or x P_1ᵀ … P_Lᵀ."""
+        G = self.pair_blocks()
+        if self.spec.topology == "tree":
+            return givens_tree(x, G, inverse)
+        R = givens_all_pairs(self.in_features, G)
+        return rotate_blocks(x, (R.T if inverse else R).unsqueeze(0))
+
+    def transform_input(self, x: Tensor) -> Tensor:
+        x = self.rotated(x)
+        return x if self.scaler is None else x * self.scaler
+
+    def adapted_weight(self, weight: Tensor) -> Tensor:
+        """See `LinearAdapter.adapted_weight`: the inverse order, with transposed blocks, on the rows of W."""
+        return self.rotated(weight if self.scaler is None else weight * self.scaler, inverse=True)
+
+    def penalty(self) -> Tensor | float:
+        """See `Adapter.penalty`: qGOFT's alone."""
+        if self.G is None or not self.spec.soft_reg:
+            return 0.0
+        return self.spec.soft_reg * (self.G[:, :, 0] * self.G[:, :, 1]).sum(1).square().sum()
+
+    def decay_exempt(self) -> list[nn.Parameter]:
+        """See `Adapter.decay_exempt`: all but angles."""
+        return [parameter for parameter in (self.G, self.scaler) if parameter is not None]

@@ -1,0 +1,192 @@
+"""OFT: rotate the inputs of a frozen map block by block (Qiu et al. 2023, arXiv:2306.07280).
+
+    W' = W Rᵀ,   R = blkdiag(R_1, …, R_blocks)        y = base(x R), x a row
+    R_i = (I − Q_i)(I + Q_i)⁻¹                         Q_i = −Q_iᵀ, of b = oft_block_size rows
+    R_i ≈ (I + Q_i)(I − Q_i)⁻¹, a polynomial           with use_cayley_neumann (Qiu et al. 2025)
+
+    q   (blocks, b(b−1)/2)   the Q_i above their diagonals, learned; zeros at the start, hence W' = W bitwise
+        (1, b(b−1)/2)        with block_share
+
+R is orthogonal, so the rows of W' keep their lengths and angles. The two forms turn in opposite directions,
+as they do in PEFT; `cayley_sign: plus` gives the first the direction of the second and of the paper.
+
+With `coft` every ‖Q_i‖_F is held within eps / √(rows of q), by shrinking q before each pass of training.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lora_lab.adapters.base import Adapter, InputAdapter, PeftLayout
+from lora_lab.adapters.blocks import (
+    block_faults,
+    check_blocks,
+    nearest_divisor,
+    warn_of_dropouts,
+    with_identities,
+)
+from lora_lab.adapters.sites import Site
+from lora_lab.adapters.spec import AdapterSpec, least_fault, probability_fault
+from lora_lab.errors import IncompatibleError
+from lora_lab.linalg.orthogonal import cayley, cayley_neumann, rotate_blocks, skew
+
+
+@dataclass
+class OFTSpec(AdapterSpec):
+    """OFT's options; the second paper uses blocks of 32 on all linear maps."""
+
+    method: str = "oft"
+
+    oft_block_size: int = 32
+    """Inputs in a block, b; at least 2, and a divisor of the number of inputs. 0 where `r` is given."""
+
+    r: int = 0
+    """Number of blocks, instead of their size; 0 where `oft_block_size` is given."""
+
+    auto_adjust: bool = False
+    """Where that does not divide the inputs, take the nearest number that does, as PEFT does."""
+
+    use_cayley_neumann: bool = True
+    """Compute R_i by a polynomial, without a solve; orthogonal only as long as ‖Q_i‖ is well below 1."""
+
+    num_cayley_neumann_terms: int = 5
+    """Length of the polynomial, at least 2. 5 is PEFT's; 4 and 6 are nearer to orthogonal: for ‖Q_i‖ = 0.2
+    by 6e-5 and 1e-7, against 3e-3."""
+
+    cayley_sign: Literal["peft", "plus"] = "peft"
+    """`plus` turns like the paper and the polynomial; it needs use_cayley_neumann: false, and PEFT cannot
+    open it."""
+
+    block_share: bool = False
+    """One R_i for all blocks of a map."""
+
+    coft: bool = False
+    """Hold the rotation near to the identity."""
+
+    eps: float = 6e-5
+    """How near with `coft`; above 0."""
+
+    dropout: float = 0.0
+    """Share of the blocks, rounded down, that are the identity in a pass of training, in [0, 1); PEFT calls
+    it module_dropout, and ignores it."""
+
+    def faults(self) -> list[str]:
+        found = super().faults() + block_faults(self, "oft_block_size", "r")
+        found += least_fault("num_cayley_neumann_terms", self.num_cayley_neumann_terms, 2)
+        if self.cayley_sign == "plus" and self.use_cayley_neumann:
+            found.append(
+                "cayley_sign: plus is the polynomial's sign anyway; use it without use_cayley_neumann"
+            )
+        if self.coft and not (math.isfinite(self.eps) and self.eps > 0):
+            found.append(f"eps: must be finite and above 0; got {self.eps}")
+        if self.dropout and self.block_share:
+            found.append("dropout: drops single blocks, and block_share has but one; use one of the two")
+        return found + probability_fault("dropout", self.dropout)
+
+
+SAME = ("oft_block_size", "r", "block_share", "coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms")
+"""Fields of PEFT's by the same names."""
+
+
+def _write_config(spec: OFTSpec) -> dict[str, Any]:
+    # PEFT warns of files without a version: its polynomial was another one before 0.18. And it has no other
+    # sign: without its type it refuses the folder instead of turning the other way.
+    return {"peft_version": "0.21.2"} | ({"peft_type": None} if spec.cayley_sign == "plus" else {})
+
+
+def _read_config(config: dict[str, Any]) -> dict[str, Any]:
+    if "oft_block_size" not in config:
+        raise IncompatibleError(
+            "oft_block_size: is missing: the file is of PEFT before 0.14, whose OFT was another one. Train "
+            "again."
+        )
+    version = str(config.get("peft_version") or "0.17")
+    if config.get("use_cayley_neumann") and tuple(map(int, version.split(".")[:2])) < (0, 18):
+        warnings.warn(
+            "use_cayley_neumann: the file is of PEFT before 0.18, whose polynomial was another one; the "
+            "adapter will compute something else than it did in training.",
+            stacklevel=2,
+        )
+    shared = config.get("block_share", False)
+    return {"auto_adjust": True, "dropout": 0.0 if shared else config.get("module_dropout", 0.0)}
+
+
+class OFT(InputAdapter):
+    """The rotated input of one linear map."""
+
+    Spec = OFTSpec
+    family = "orthogonal"
+    paper = "Qiu et al. 2023, arXiv:2306.07280; Qiu et al. 2025, arXiv:2506.19847"
+    peft = PeftLayout(
+        "OFT",
+        tensors={"oft_R.weight": "q"},
+        fields={name: name for name in SAME} | {"module_dropout": "dropout"},
+        config=_write_config,
+        spec=_read_config,
+    )
+
+    def __init__(self, base: Any, spec: OFTSpec):
+        super().__init__(base)
+        self.spec = spec
+        given = nearest_divisor(self.in_features, spec.oft_block_size or spec.r)
+        self.block_size = given if spec.oft_block_size else self.in_features // given
+        self.blocks = self.in_features // self.block_size
+        pairs = self.block_size * (self.block_size - 1) // 2
+        rows = 1 if spec.block_share else self.blocks
+        self.q = nn.Parameter(torch.zeros(rows, pairs, dtype=self.dtype))
+
+    @classmethod
+    def build(cls, sites: list[Site], spec: Any) -> dict[str, Adapter]:
+        """See `Adapter.build`. Refuses inputs that cannot be divided into such blocks."""
+        check_blocks(sites, spec, "oft_block_size", "r", spec.auto_adjust)
+        adapters: dict[str, Any] = super().build(sites, spec)
+        warn_of_dropouts(adapters, spec.dropout)
+        return adapters
+
+    @torch.no_grad()
+    def shrinkage(self) -> Float[Tensor, "rows 1"]:
+        """Returns the factors that bring every ‖Q_i‖_F within its bound; 1 where it is."""
+        bound = self.spec.eps / math.sqrt(len(self.q))
+        norm = math.sqrt(2) * torch.linalg.vector_norm(self.q, dim=1, keepdim=True)
+        # A norm may come out of the shrinking above the bound by rounding, and must not shrink again.
+        return torch.where(norm > bound * (1 + 1e-5), bound / norm, 1.0)
+
+    def blocks_of_Q(self) -> Float[Tensor, "rows b b"]:
+        """Returns the Q_i."""
+        return skew(self.q * self.shrinkage() if self.spec.coft else self.q, self.block_size)
+
+    def rotation(self) -> Float[Tensor, "rows b b"]:
+        """Returns the R_i."""
+        Q = self.blocks_of_Q()
+        if self.spec.use_cayley_neumann:
+            return cayley_neumann(Q, self.spec.num_cayley_neumann_terms)
+        return cayley(-Q if self.spec.cayley_sign == "plus" else Q)
+
+    def transform_input(self, x: Tensor) -> Tensor:
+        R = self.rotation()
+        dropout = self.spec.dropout if self.training else 0.0
+        return rotate_blocks(x, with_identities(R, dropout) if dropout else R)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `InputAdapter.forward`. The rotation is cast to the input, which is kept for the gradient."""
+        if self.spec.coft and self.training:
+            with torch.no_grad():
+                self.q.mul_(self.shrinkage())
+        return self.base(self.transform_input(x))
+
+    def adapted_weight(self, weight: Tensor) -> Tensor:
+        """See `LinearAdapter.adapted_weight`: the transposed blocks on the rows of W."""
+        if self.spec.use_cayley_neumann and torch.linalg.matrix_norm(self.blocks_of_Q()).max() > 1:
+            warnings.warn(
+                "oft: a block has ‖Q‖ > 1, where the polynomial of use_cayley_neumann is no rotation. Train "
+                "with a smaller learning rate, or use_cayley_neumann: false.",
+                stacklevel=2,
+            )
+        return rotate_blocks(weight, self.rotation().mT)
