@@ -4,6 +4,7 @@ from lora_lab.adapters.base import Adapter
 from lora_lab.adapters.injection import AdapterSet, inject
 from lora_lab.adapters.methods.adalora import AdaLoRA
 from lora_lab.adapters.methods.bitfit import BitFit
+from lora_lab.adapters.methods.clover import CLOVER
 from lora_lab.adapters.methods.delora import DeLoRA
 from lora_lab.adapters.methods.dora import DoRA
 from lora_lab.adapters.methods.dylora import DyLoRA
@@ -38,6 +39,7 @@ METHODS: dict[str, type[Adapter]] = {
         RandLoRA,
         IA3,
         HRA,
+        CLOVER,
         ReFT,
         BitFit,
         Head,
