@@ -5,6 +5,7 @@ from lora_lab.adapters.injection import AdapterSet, inject
 from lora_lab.adapters.methods.adalora import AdaLoRA
 from lora_lab.adapters.methods.bitfit import BitFit
 from lora_lab.adapters.methods.boft import BOFT
+from lora_lab.adapters.methods.clover import CLOVER
 from lora_lab.adapters.methods.delora import DeLoRA
 from lora_lab.adapters.methods.dora import DoRA
 from lora_lab.adapters.methods.dylora import DyLoRA
@@ -52,6 +53,7 @@ METHODS: dict[str, type[Adapter]] = {
         BOFT,
         GOFT,
         HRA,
+        CLOVER,
         ReFT,
         BitFit,
         Head,

@@ -25,6 +25,8 @@ FOREIGN_NAMES = {
     "vera_dropout": "dropout",
     "randlora_dropout": "dropout",
     "module_dropout": "dropout",
+    "clover_dropout": "dropout",
+    "up_block_size": "block_size",
     "target_modules": "targets",
     "target_pattern": "targets",
     "layers_to_transform": "layers",

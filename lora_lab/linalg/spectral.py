@@ -69,3 +69,36 @@ def edited_row_norms(
     """
     square = weight_square + (left * (2 * on_basis + left)).sum(1)
     return square.clamp(min=1e-24).sqrt()
+
+
+def paired_svd(
+    A: Float[Tensor, "*heads a d"], B: Float[Tensor, "*heads b d"]
+) -> tuple[Float[Tensor, "*heads a d"], Float[Tensor, "*heads d d"], Tensor, Float[Tensor, "*heads d d"]]:
+    """Decomposes A Bᵀ = U diag(S) Vᵀ by two thin QRs and an SVD of (d, d): the product is never formed.
+
+    Args:
+        A: d columns, a ≥ d.
+        B: d columns, b ≥ d.
+
+    Returns:
+        U, M, V, N in float64, with A = U M, B = V N, UᵀU = VᵀV = I and M Nᵀ = diag(S), S falling. The
+        greatest entry of each column of V is positive, so that no sign is left to the library.
+    """
+    # Triangular factors of condition 1e5 leave float32 too few digits.
+    (Q_A, R_A), (Q_B, R_B) = torch.linalg.qr(A.double()), torch.linalg.qr(B.double())
+    u, _, vh = torch.linalg.svd(R_A @ R_B.mT)
+    U, V = Q_A @ u, Q_B @ vh.mT
+    greatest = V.gather(-2, V.abs().argmax(-2, keepdim=True))  # (*heads, 1, d)
+    sign = torch.where(greatest < 0, -1.0, 1.0).to(V)
+    return U * sign, (u * sign).mT @ R_A, V * sign, (vh.mT * sign).mT @ R_B
+
+
+def positive_qr(A: Float[Tensor, "*heads a d"]) -> tuple[Tensor, Tensor]:
+    """Returns Q and R in float64 with A = Q R, QᵀQ = I and R upper triangular, its diagonal not negative.
+
+    Args:
+        A: d columns, a ≥ d.
+    """
+    Q, R = torch.linalg.qr(A.double())
+    sign = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(R).unsqueeze(-2)  # (*heads, 1, d)
+    return Q * sign, sign.mT * R

@@ -238,6 +238,41 @@ def head_paths(model: nn.Module) -> list[str]:
     return [name for name in dict.fromkeys(names) if name in children]
 
 
+def head_width(model: nn.Module) -> int | None:
+    """Returns how many numbers of query, key and value belong to one attention head.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The width by the model's config; None where it has no config that tells.
+    """
+    config = getattr(model, "config", None)
+    if width := getattr(config, "head_dim", None):
+        return int(width)
+    size, heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
+    return int(size) // int(heads) if size and heads else None
+
+
+def between_query_and_key(model: nn.Module, query: str) -> str | None:
+    """Names what stands between the projections of queries and keys and their dot product.
+
+    Args:
+        model: A model of `transformers`.
+        query: Path of the projection of queries.
+
+    Returns:
+        "a rotation by position", the name of a norm or of a projection of positions; None where scores are
+        plain dot products, whatever is added to them.
+    """
+    rotary = ("rope_parameters", "rope_theta", "rotary_dim")
+    if any(getattr(getattr(model, "config", None), name, None) for name in rotary):
+        return "a rotation by position"
+    attention = model.get_submodule(query.rpartition(".")[0])
+    named = (name for name, _ in attention.named_children())
+    return next((name for name in named if re.search(r"norm|^pos_\w+_proj$", name)), None)
+
+
 def layer_of(path: str) -> int | None:
     """Returns the first number in a module path ("encoder.layer.3.output" → 3), None where there is none.
 

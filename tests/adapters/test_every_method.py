@@ -113,6 +113,13 @@ OPTIONS: dict[str, dict] = {
     "hra GS": {"method": "hra", "rank": 3, "apply_GS": True},
     "hra GS random": {"method": "hra", "rank": 3, "apply_GS": True, "identity_start": False},
     "hra penalised": {"method": "hra", "rank": 4, "reg_lambda": 0.1},
+    # Of a map that is no part of an attention, as in the checks on one linear map, the blocks must be told.
+    "clover": {"method": "clover", "block_size": 8},
+    "clover diag": {"method": "clover", "block_size": 8, "s_mode": "diag"},
+    "clover rank": {"method": "clover", "block_size": 8, "rank": 3},
+    "clover alone": {"method": "clover", "block_size": 8, "targets": ["query", "key", "down"]},
+    "clover rebased": {"method": "clover", "block_size": 8, "form": "rebased"},
+    "clover rebased rank": {"method": "clover", "block_size": 8, "form": "rebased", "rank": 3},
     "reft": {"method": "reft", "rank": 4},
     "reft all": {"method": "reft", "rank": 4, "positions": "all"},
     "reft shared": {"method": "reft", "rank": 4, "positions": "f2+l2", "share_weights": True},
@@ -133,12 +140,14 @@ TARGETS: dict[str, dict[str, dict]] = {
     "gpt2": {
         "": {"targets": ["query_key_value", "attention_output"]},
         "ia3": {"targets": ["query_key_value", "down"]},
+        "clover": {"targets": ["up", "down"]},
         "reft": {},
     },
     "t5": {"reft": {"positions": "all"}},
     "plain": {
         "": {"targets": ["first", "second"]},
         "ia3": {"targets": ["first", "second"], "feedforward_modules": ["second"]},
+        "clover": {"targets": ["first", "second"], "block_size": 4},
         "head": {"modules_to_save": ["output"]},
         "reft": {"targets": ["block"]},
     },
@@ -188,6 +197,7 @@ EXACT_START |= {"salt", "salt values", "salt clamped", "salt clamped whole"}
 EXACT_START |= {"edora exact", "edora core", "salt_edora", "salt_edora polar"}
 EXACT_START |= {"ssvd", "ssvd first order", "ssvd free"}
 EXACT_START |= {name for name in OPTIONS if name.startswith(("oft", "boft", "goft"))}
+EXACT_START |= {"clover", "clover diag", "clover rank", "clover alone"}
 EXACT_START |= {"ia3", "ia3 outputs", "bitfit", "head", "full", "reft nodireft"}
 """Specs that promise a bitwise identity at the start."""
 
@@ -250,6 +260,9 @@ COUNTS: dict[str, int] = {
     "goft all pairs": 24 * 23 // 2,
     "hra": 24 * 4,
     "hra GS": 24 * 3,
+    "clover": 2 * 8 * 8,
+    "clover diag": 2 * 8,
+    "clover rank": 2 * 3 * 3,
     "bitfit": 16,
     "full": 24 * 16 + 16,
 }
@@ -300,6 +313,10 @@ REACH: dict[str, set[str]] = {
     "goft soft": {"G"},
     "hra": {"u"},
     "hra GS": {"u"},
+    "clover": {"dS"},
+    "clover diag": {"dS"},
+    "clover alone": {"dS"},
+    "clover rebased": {"dS"},
     "reft": {"original", "W", "b"},
     "reft nodireft": {"W", "b"},
     "reft lobireft": {"original", "b"},

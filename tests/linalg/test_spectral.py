@@ -1,9 +1,18 @@
-"""Parts of a matrix by singular values, exact and randomised, and edits of the values."""
+"""Parts of a matrix by singular values, edits of the values, and the spectrum of a product not formed."""
 
 import pytest
 import torch
 
-from lora_lab.linalg.spectral import edited_row_norms, principal_part, rectified, singular_triplets
+from lora_lab.linalg.spectral import (
+    edited_row_norms,
+    paired_svd,
+    positive_qr,
+    principal_part,
+    rectified,
+    singular_triplets,
+)
+
+EXACT = {"rtol": 0, "atol": 1e-12}
 
 
 def test_exact_principal_part_is_the_best_approximation_of_its_rank():
@@ -69,3 +78,39 @@ def test_edited_row_norms_are_the_norms_of_the_sum():
     given = edited_row_norms(weight.square().sum(1), weight @ V, left)
     torch.testing.assert_close(given, torch.linalg.vector_norm(weight + left @ V.T, dim=1))
     assert edited_row_norms(torch.zeros(1), torch.zeros(1, 3), torch.zeros(1, 3)) == 1e-12
+
+
+@pytest.mark.parametrize("shapes", [((9, 4), (7, 4)), ((2, 9, 4), (2, 4, 4))])
+def test_a_product_is_decomposed_without_being_formed(shapes):
+    A, B = (torch.randn(shape) for shape in shapes)
+    U, M, V, N = paired_svd(A, B)
+    wide_A, wide_B = A.double(), B.double()
+    identity = torch.eye(4, dtype=torch.float64).expand(*A.shape[:-2], 4, 4)
+    torch.testing.assert_close(U.mT @ U, identity, **EXACT)
+    torch.testing.assert_close(V.mT @ V, identity, **EXACT)
+    torch.testing.assert_close(U @ M, wide_A, **EXACT)
+    torch.testing.assert_close(V @ N, wide_B, **EXACT)
+    values = torch.linalg.svdvals(wide_A @ wide_B.mT)[..., :4]
+    torch.testing.assert_close(M @ N.mT, values.diag_embed(), **EXACT)
+    assert (V.gather(-2, V.abs().argmax(-2, keepdim=True)) > 0).all()
+
+
+def test_no_sign_of_a_basis_is_left_open():
+    """A = diag(3, 2, 1), B = −I: V = I, so U = −I, M = −A and N = −I."""
+    values, one = torch.diag(torch.tensor([3.0, 2.0, 1.0])).double(), torch.eye(3).double()
+    for found, expected in zip(paired_svd(values, -one), (-one, -values, one, -one), strict=True):
+        torch.testing.assert_close(found, expected, **EXACT)
+
+
+def test_a_singular_factor_still_has_orthonormal_bases():
+    U, M, V, _ = paired_svd(torch.zeros(6, 3), torch.randn(5, 3))
+    for basis in (U, V):
+        torch.testing.assert_close(basis.T @ basis, torch.eye(3, dtype=torch.float64), **EXACT)
+    assert not M.any()
+
+
+def test_qr_with_a_positive_diagonal_is_the_cholesky_factor():
+    A = torch.randn(2, 9, 4, dtype=torch.float64)
+    Q, R = positive_qr(A)
+    torch.testing.assert_close(R, torch.linalg.cholesky(A.mT @ A, upper=True), **EXACT)
+    torch.testing.assert_close(Q @ R, A, **EXACT)
