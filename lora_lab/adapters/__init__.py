@@ -6,6 +6,7 @@ from lora_lab.adapters.methods.adalora import AdaLoRA
 from lora_lab.adapters.methods.bitfit import BitFit
 from lora_lab.adapters.methods.dora import DoRA
 from lora_lab.adapters.methods.dylora import DyLoRA
+from lora_lab.adapters.methods.fourierft import FourierFT
 from lora_lab.adapters.methods.full import Full
 from lora_lab.adapters.methods.head import Head
 from lora_lab.adapters.methods.hra import HRA
@@ -17,6 +18,8 @@ from lora_lab.adapters.methods.lora_drop import LoRADrop
 from lora_lab.adapters.methods.lora_prune import LoRAPrune
 from lora_lab.adapters.methods.pissa import PiSSA
 from lora_lab.adapters.methods.reft import ReFT
+from lora_lab.adapters.methods.road import RoAd
+from lora_lab.adapters.methods.svft import SVFT
 from lora_lab.adapters.methods.vera import VeRA
 
 METHODS: dict[str, type[Adapter]] = {
@@ -32,7 +35,10 @@ METHODS: dict[str, type[Adapter]] = {
         LoHa,
         LoKr,
         VeRA,
+        FourierFT,
+        SVFT,
         IA3,
+        RoAd,
         HRA,
         ReFT,
         BitFit,

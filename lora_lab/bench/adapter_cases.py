@@ -146,8 +146,10 @@ CASES = {
     "loha": Case("loha", {"rank": 8}, "LoHaConfig", {"r": 8}, 0.52, 0.48),
     "lokr": Case("lokr", {"rank": 8}, "LoKrConfig", {"r": 8}, 0.55, 0.42),
     "ia3": Case("ia3", {}, "IA3Config", {}, 1.00, 0.50),
+    "road": Case("road", {}, "RoadConfig", {}, 0.97, 0.45),
     "hra": Case("hra", {"rank": 8}, "HRAConfig", {"r": 8}, 0.13, 0.07),
     "vera": Case("vera", {"rank": 256}, "VeraConfig", {"r": 256}, 1.02, 0.57),
+    "fourierft": Case("fourierft", {"scaling": 15.0}, "FourierFTConfig", {"scaling": 15.0}, 0.54, 0.42),
     "randlora": Case("randlora", {"rank": 32}, "RandLoraConfig", {"r": 32}, 1.00, 0.75),
     "delora": Case("delora", {"rank": 8}, "DeloraConfig", {"r": 8}, 0.97, 0.55),
 }

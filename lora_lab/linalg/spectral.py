@@ -25,3 +25,15 @@ def principal_part(
         Q = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ Q).Q).Q
     U, S, Vh = torch.linalg.svd(Q.T @ weight, full_matrices=False)
     return Q @ U, S, Vh
+
+
+def fixed_signs(
+    U: Float[Tensor, "out k"], Vh: Float[Tensor, "k in"]
+) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
+    """Returns singular vectors in the signs in which the largest number of every v_i is positive.
+
+    Pairs u_i, v_i are given up to a common sign; sums of u_i v_jᵀ with i ≠ j depend on it.
+    """
+    largest = Vh.gather(1, Vh.abs().argmax(1, keepdim=True))  # (k, 1)
+    signs = torch.where(largest < 0, -1.0, 1.0).to(Vh)
+    return U * signs.T, Vh * signs
