@@ -10,6 +10,7 @@ from lora_lab.adapters.methods.delora import DeLoRA
 from lora_lab.adapters.methods.dora import DoRA
 from lora_lab.adapters.methods.dylora import DyLoRA
 from lora_lab.adapters.methods.edora import EDoRA
+from lora_lab.adapters.methods.fourierft import FourierFT
 from lora_lab.adapters.methods.full import Full
 from lora_lab.adapters.methods.goft import GOFT
 from lora_lab.adapters.methods.head import Head
@@ -24,9 +25,11 @@ from lora_lab.adapters.methods.oft import OFT
 from lora_lab.adapters.methods.pissa import PiSSA
 from lora_lab.adapters.methods.randlora import RandLoRA
 from lora_lab.adapters.methods.reft import ReFT
+from lora_lab.adapters.methods.road import RoAd
 from lora_lab.adapters.methods.salt import SALT
 from lora_lab.adapters.methods.salt_edora import SaltEDoRA
 from lora_lab.adapters.methods.ssvd import SSVD
+from lora_lab.adapters.methods.svft import SVFT
 from lora_lab.adapters.methods.vera import VeRA
 
 METHODS: dict[str, type[Adapter]] = {
@@ -48,10 +51,13 @@ METHODS: dict[str, type[Adapter]] = {
         EDoRA,
         SaltEDoRA,
         SSVD,
+        SVFT,
+        FourierFT,
         IA3,
         OFT,
         BOFT,
         GOFT,
+        RoAd,
         HRA,
         CLOVER,
         ReFT,

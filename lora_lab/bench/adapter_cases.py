@@ -148,8 +148,10 @@ CASES = {
     "ia3": Case("ia3", {}, "IA3Config", {}, 1.00, 0.50),
     "oft": Case("oft", {"auto_adjust": True}, "OFTConfig", {}, 1.00, 0.67),
     "boft": Case("boft", {"boft_block_size": 8}, "BOFTConfig", {"boft_block_size": 8}, 0.11, 0.23),
+    "road": Case("road", {}, "RoadConfig", {}, 0.97, 0.45),
     "hra": Case("hra", {"rank": 8}, "HRAConfig", {"r": 8}, 0.13, 0.07),
     "vera": Case("vera", {"rank": 256}, "VeraConfig", {"r": 256}, 1.02, 0.57),
+    "fourierft": Case("fourierft", {"scaling": 15.0}, "FourierFTConfig", {"scaling": 15.0}, 0.54, 0.42),
     "randlora": Case("randlora", {"rank": 32}, "RandLoraConfig", {"r": 32}, 1.00, 0.75),
     "delora": Case("delora", {"rank": 8}, "DeloraConfig", {"r": 8}, 0.97, 0.55),
 }

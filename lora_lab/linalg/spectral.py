@@ -34,7 +34,7 @@ def singular_triplets(
 ) -> tuple[Float[Tensor, "out k"], Float[Tensor, " k"], Float[Tensor, "k in"]]:
     """Returns U_k, S_k and V_kᵀ, exactly, in float32 or wider whether there is autocast or not.
 
-    A pair u_i, v_i is unique up to a common sign: here the entry of v_i that is greatest in size is positive.
+    Their signs are those of `fixed_signs`.
 
     Args:
         weight: the matrix.
@@ -44,8 +44,8 @@ def singular_triplets(
         U, S, Vh = torch.linalg.svd(widened(weight), full_matrices=False)
         index = index.to(weight.device)
         U, S, Vh = U[:, index], S[index], Vh[index]  # copies, so that what is left out can be freed
-        sign = Vh.gather(1, Vh.abs().argmax(1, keepdim=True)).sign()  # (k, 1)
-        return U * sign.T, S, Vh * sign
+        U, Vh = fixed_signs(U, Vh)
+        return U, S, Vh
 
 
 def rectified(change: Float[Tensor, "*shape"], start: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -102,3 +102,15 @@ def positive_qr(A: Float[Tensor, "*heads a d"]) -> tuple[Tensor, Tensor]:
     Q, R = torch.linalg.qr(A.double())
     sign = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(R).unsqueeze(-2)  # (*heads, 1, d)
     return Q * sign, sign.mT * R
+
+
+def fixed_signs(
+    U: Float[Tensor, "out k"], Vh: Float[Tensor, "k in"]
+) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
+    """Returns singular vectors in the signs in which the largest number of every v_i is positive.
+
+    Pairs u_i, v_i are given up to a common sign; sums of u_i v_jᵀ with i ≠ j depend on it.
+    """
+    largest = Vh.gather(1, Vh.abs().argmax(1, keepdim=True))  # (k, 1)
+    signs = torch.where(largest < 0, -1.0, 1.0).to(Vh)
+    return U * signs.T, Vh * signs

@@ -32,14 +32,16 @@ class Case:
     theirs: dict[str, Any] = field(default_factory=dict)
     patterns: bool = False
     """Whether rank and alpha may differ between sites."""
+    sites: int = 3
+    """How many of the targets it can edit: not all of them have an even number of outputs."""
 
     def spec(self, model, **options):
         own = {"feedforward_modules": ROLES[model][2:]} if self.method == "ia3" else {}
-        return METHODS[self.method].Spec(targets=ROLES[model], **self.ours, **own, **options)
+        return METHODS[self.method].Spec(targets=ROLES[model][: self.sites], **self.ours, **own, **options)
 
     def peft(self, model, **options):
         own = {"feedforward_modules": NAMES[model][2:]} if self.method == "ia3" else {}
-        return self.config(target_modules=NAMES[model], **self.theirs, **own, **options)
+        return self.config(target_modules=NAMES[model][: self.sites], **self.theirs, **own, **options)
 
 
 SAME_RANKS = ({"rank": 4, "alpha": 6.0}, {"r": 4, "alpha": 6})
@@ -48,6 +50,16 @@ RANKS = ({"rank": 4, "alpha": 6.0}, {"r": 4, "lora_alpha": 6})
 
 def lora(method="lora", ours=None, **theirs):
     return Case(method, peft.LoraConfig, RANKS[0] | (ours or {}), RANKS[1] | theirs, patterns=True)
+
+
+def road(variant):
+    options = {"variant": variant, "group_size": 6}
+    return Case("road", peft.RoadConfig, options, options, sites=2)
+
+
+def fourierft(**ours):
+    theirs = {"n_frequency": 30, "scaling": 10.0, "random_loc_seed": 5}
+    return Case("fourierft", peft.FourierFTConfig, theirs | ours, theirs)
 
 
 CASES = {
@@ -134,6 +146,11 @@ CASES = {
         {"boft_block_size": 0, "boft_block_num": 1},
         {"boft_block_size": 0, "boft_block_num": 1},
     ),
+    "fourierft": fourierft(),
+    "fourierft_fft": fourierft(mode="fft"),
+    "road": road("road_1"),
+    "road_2": road("road_2"),
+    "road_4": road("road_4"),
     "hra": Case("hra", peft.HRAConfig, {"rank": 4}, {"r": 4}),
 }
 ALL = pytest.mark.parametrize(("name", "model"), [(name, model) for name in CASES for model in MODELS])

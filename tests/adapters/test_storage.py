@@ -21,6 +21,7 @@ OPTIONS |= {
     "edora": {"rank": 4},
     "salt_edora": {"rank": 4},
 }
+OPTIONS |= {"road": {"group_size": 2}, "fourierft": {"n_frequency": 20}}
 OPTIONS |= {"oft": {"oft_block_size": 5}, "boft": {"boft_block_size": 5}}
 """What makes a method small enough for the tiny models."""
 

@@ -5,6 +5,7 @@ import torch
 from beartype import beartype
 from jaxtyping import TypeCheckError, jaxtyped
 
+from lora_lab.linalg.fourier import first_of_permutation, fourier_matrix, fourier_product, scatter
 from lora_lab.linalg.norms import product_norm, squared_row_norms
 from lora_lab.linalg.orthogonal import (
     butterfly,
@@ -20,8 +21,15 @@ from lora_lab.linalg.orthogonal import (
     skew,
     unit_columns,
 )
+from lora_lab.linalg.pairs import halves, map_pairs, paired, rotate_pairs
 from lora_lab.linalg.rank import effective_rank, product_singular_values, stable_rank
-from lora_lab.linalg.spectral import edited_row_norms, principal_part, rectified, singular_triplets
+from lora_lab.linalg.spectral import (
+    edited_row_norms,
+    fixed_signs,
+    principal_part,
+    rectified,
+    singular_triplets,
+)
 
 CALLS = {
     "squared_row_norms": (squared_row_norms, [(5, 7), (5,), (5, 2), (2, 7)]),
@@ -40,6 +48,7 @@ CALLS = {
     "givens_tree": (givens_tree, [(2, 3, 7), (6, 2, 2)]),
     "rotate_blocks of one block": (rotate_blocks, [(20,), (1, 4, 4)]),
     "orthonormal_columns": (orthonormal_columns, [(7, 4)]),
+    "fixed_signs": (fixed_signs, [(5, 3), (3, 7)]),
     "product_singular_values": (product_singular_values, [(5, 2), (2, 7)]),
     "product_singular_values of rank above both sides": (product_singular_values, [(5, 9), (9, 7)]),
     "effective_rank": (effective_rank, [(4,)]),
@@ -52,6 +61,32 @@ CALLS = {
 def test_shapes_are_as_annotated(name, dtype):
     function, shapes = CALLS[name]
     jaxtyped(typechecker=beartype)(function)(*(torch.randn(shape, dtype=dtype).abs() for shape in shapes))
+
+
+@pytest.mark.parametrize("shape", [(12,), (5, 12), (2, 3, 12), (0, 12)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shapes_of_mapped_pairs_are_as_annotated(shape, dtype):
+    x, pairs, whole = (torch.randn(size, dtype=dtype) for size in (shape, (6,), (12,)))
+    checked = [jaxtyped(typechecker=beartype)(f) for f in (map_pairs, rotate_pairs, halves, paired)]
+    assert checked[0](x, whole, whole, 4).shape == shape
+    assert checked[0](x.mT if x.ndim > 1 else x, whole, whole, 4, max(0, x.ndim - 2)).numel() == x.numel()
+    assert checked[1](x, pairs, pairs, 4).shape == shape
+    assert checked[2](x, 4, -1)[0].shape == (*shape[:-1], 3, 2)
+    assert checked[3](pairs, 4).shape == (12,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(7,), (4, 7), (2, 3, 7)])
+def test_shapes_of_fourier_products_are_as_annotated(shape, dtype):
+    first, whole, entries, product = (
+        jaxtyped(typechecker=beartype)(f)
+        for f in (first_of_permutation, fourier_matrix, scatter, fourier_product)
+    )
+    flat, c = first(3, 35, 0), torch.randn(3, dtype=dtype)
+    indices = torch.stack((flat // 7, flat % 7))
+    assert whole(c, indices, 5, 7).shape == (5, 7)
+    forward, back = entries(indices, 5, 7, dtype), entries(indices.flip(0), 7, 5, dtype)
+    assert product(torch.randn(shape, dtype=dtype), c, forward, back, 5).shape == (*shape[:-1], 5)
 
 
 @pytest.mark.parametrize("niter", [None, 2])

@@ -1,0 +1,202 @@
+"""SVFT: a sparse sum of products of W's own singular vectors (Lingam et al. 2024, arXiv:2405.19597).
+
+    W  = U diag(S) Vᵀ,   ΔW = Σ_t g c_t u_i v_jᵀ over the pairs t = (i, j) of a fixed pattern
+    y  = base(x) + U (M (Vᵀ x))   M (q, q) holds g c; W itself stays as it is
+
+    U, Vh        (out, q), (q, in)   frozen; the first q = rank singular vectors, or all min(in, out)
+    rows, cols   (K,)                frozen: i and j of every pair, row by row
+
+    c      (K,)   learned; zeros at the start, hence W' = W
+    gate   (1,)   learned, with `gate` alone: g = sigmoid(gate), from 0; without it g = 1
+
+    pattern    pairs                                                K
+    plain      i = j: S alone changes                               q
+    banded     |i − j| ≤ off_diag = d                               q (2 d + 1) − d (d + 1)
+    random     drawn from all q² without replacement                k, or as many as banded has
+    top_k      those of the greatest |u_iᵀ v_j|, for in = out       k, or as many as banded has
+
+Singular vectors are unique up to signs only, so that U, Vh and the pattern are stored with c.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from lora_lab.adapters.base import AdditiveAdapter, PeftLayout
+from lora_lab.adapters.maps import matrix
+from lora_lab.adapters.protocols import RankAllocatable
+from lora_lab.adapters.spec import AdapterSpec, least_fault
+from lora_lab.errors import IncompatibleError
+from lora_lab.linalg.fourier import first_of_permutation
+from lora_lab.linalg.rank import widened
+from lora_lab.linalg.spectral import fixed_signs, principal_part
+
+
+@dataclass
+class SVFTSpec(AdapterSpec):
+    """SVFT's options; the paper's best are banded with off_diag 16 on Gemma and 12 on LLaMA-3."""
+
+    method: str = "svft"
+
+    pattern: Literal["plain", "banded", "random", "top_k"] = "banded"
+    """Which pairs of singular vectors are learned."""
+
+    off_diag: int = 1
+    """Diagonals on either side of the main one, at least 0 and below q; `plain` has none."""
+
+    k: int | None = None
+    """Number of pairs for `random` and `top_k`, at least 1 and at most q²; null means as many as banded."""
+
+    rank: int | None = None
+    """q, the number of singular directions that may be coupled, from 1 to min(in, out); null means all. U and
+    Vh take the memory of q (in + out) numbers."""
+
+    pattern_seed: int = 0
+    """Seed of the pairs of `random`, at least 0; the run's own seed does not touch them."""
+
+    gate: bool = False
+    """Whether all c are multiplied by sigmoid(gate), one more learned number."""
+
+    init: Literal["default", "reference"] = "default"
+    """Start of c: `default` zeros, or as in the authors' code N(0, 2 / K), which is not the identity."""
+
+    def faults(self) -> list[str]:
+        found = [
+            *super().faults(),
+            *least_fault("off_diag", self.off_diag, 0),
+            *least_fault("pattern_seed", self.pattern_seed, 0),
+        ]
+        for name in ("k", "rank"):
+            value = getattr(self, name)
+            found += least_fault(name, 1 if value is None else value, 1)
+        if self.k is not None and self.pattern in ("plain", "banded"):
+            found.append(f"k: goes with pattern: random or top_k; got pattern: {self.pattern}")
+        return found
+
+
+class SVFT(AdditiveAdapter, RankAllocatable):
+    """The adapter of one linear map."""
+
+    U: Tensor
+    Vh: Tensor
+    rows: Tensor
+    cols: Tensor
+    kept: Tensor
+    offsets: Tensor
+    gate: nn.Parameter | None
+
+    Spec = SVFTSpec
+    family = "spectral"
+    paper = "Lingam et al. 2024, arXiv:2405.19597"
+    peft = PeftLayout(None, {f"svft_{name}": name for name in ("c", "gate", "rows", "cols", "U", "Vh")})
+
+    def __init__(self, base: Any, spec: SVFTSpec):
+        super().__init__(base)
+        self.spec = spec
+        weight = widened(matrix(base))
+        least = min(weight.shape)
+        q = least if spec.rank is None else spec.rank
+        if q > least:
+            raise IncompatibleError(f"adapter.rank: must be at most min(in, out) = {least} here; got {q}.")
+        if not weight.isfinite().all():
+            raise IncompatibleError(
+                "svft: the base's weight has numbers that are not finite; load the model again."
+            )
+        U, _, Vh = principal_part(weight, q)
+        U, Vh = fixed_signs(U, Vh)
+        rows, cols = pairs(spec, U, Vh)
+        spread = (2 / len(rows)) ** 0.5 if spec.init == "reference" else 0.0
+        self.c = nn.Parameter(spread * torch.randn(len(rows), dtype=self.dtype))
+        self.gate = nn.Parameter(torch.zeros(1, dtype=self.dtype)) if spec.gate else None
+        frozen = {"U": U.contiguous(), "Vh": Vh.contiguous(), "rows": rows.int(), "cols": cols.int()}
+        for name, tensor in frozen.items():
+            self.register_buffer(name, tensor)
+        self.register_buffer("kept", torch.ones(len(rows), dtype=torch.bool))
+        self.tensors_changed()
+
+    def tensors_changed(self) -> None:
+        """See `Adapter.tensors_changed`: where each row of M begins among the pairs."""
+        first = torch.arange(len(self.Vh), dtype=torch.int32, device=self.rows.device)
+        self.register_buffer(
+            "offsets", torch.searchsorted(self.rows, first, out_int32=True), persistent=False
+        )
+
+    @property
+    def rank(self) -> int:
+        """The greatest rank that the pairs not silenced allow."""
+        return min(len(self.Vh), int(self.kept.sum()))
+
+    def coefficients(self) -> Float[Tensor, " K"]:
+        """Returns g c."""
+        return self.c if self.gate is None else self.c * self.gate.sigmoid()
+
+    def core(self) -> Float[Tensor, "q q"]:
+        """Returns M."""
+        q = len(self.Vh)
+        return self.c.new_zeros(q, q).index_put((self.rows, self.cols), self.coefficients())
+
+    def delta_weight(self) -> Float[Tensor, "out in"]:
+        return self.U @ self.core() @ self.Vh
+
+    def delta_output(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        columns = (self.Vh @ x.reshape(-1, self.in_features).T).to(self.dtype)  # (q, tokens)
+        # A row of M at a time: weighted sums of the rows of Vᵀ x, which no gather copies.
+        mixed = F.embedding_bag(
+            self.cols, columns, self.offsets, mode="sum", per_sample_weights=self.coefficients()
+        )
+        return (mixed.T @ self.U.T).reshape(*x.shape[:-1], self.out_features)
+
+    def singular_values(self) -> Float[Tensor, " k"]:
+        """See `LinearAdapter.singular_values`: those of M, as U and V are orthonormal."""
+        return torch.linalg.svdvals(self.core())
+
+    def decay_exempt(self) -> list[nn.Parameter]:
+        return [] if self.gate is None else [self.gate]
+
+    def rank_components(self) -> list[tuple[nn.Parameter, int]]:
+        """See `RankAllocatable`: every pair is a component."""
+        return [(self.c, 0)]
+
+    @torch.no_grad()
+    def keep_components(self, keep: Bool[Tensor, " K"]) -> None:
+        self.kept.copy_(keep)
+        self.c[~keep] = 0
+
+    def kept_components(self) -> Bool[Tensor, " K"]:
+        return self.kept
+
+
+def pairs(
+    spec: SVFTSpec, U: Float[Tensor, "out q"], Vh: Float[Tensor, "q in"]
+) -> tuple[Int[Tensor, " K"], Int[Tensor, " K"]]:
+    """Returns the rows and columns of the pattern, row by row.
+
+    Raises:
+        IncompatibleError: if the pattern does not fit the map.
+    """
+    q, d = len(Vh), 0 if spec.pattern == "plain" else spec.off_diag
+    if spec.k is None and d >= q:
+        raise IncompatibleError(f"adapter.off_diag: must be below q = {q} here; got {d}.")
+    count = q * (2 * d + 1) - d * (d + 1) if spec.k is None else spec.k
+    if count > q * q:
+        raise IncompatibleError(f"adapter.k: must be at most q² = {q * q} here; got {count}.")
+    if spec.pattern in ("plain", "banded"):
+        index = torch.arange(q, device=U.device)
+        flat = ((index - index.unsqueeze(1)).abs() <= d).flatten().nonzero().flatten()
+    elif spec.pattern == "random":
+        flat = first_of_permutation(count, q * q, spec.pattern_seed).to(U.device)
+    elif U.shape[0] != Vh.shape[1]:
+        raise IncompatibleError(
+            f"adapter.pattern: top_k needs as many outputs as inputs for u_iᵀ v_j; here {U.shape[0]} and "
+            f"{Vh.shape[1]}. Use another pattern, or take this map out of targets."
+        )
+    else:
+        flat = (U.T @ Vh.T).abs().flatten().topk(count).indices
+    flat = flat.sort().values
+    return flat // q, flat % q
