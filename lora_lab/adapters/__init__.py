@@ -3,6 +3,7 @@
 from lora_lab.adapters.base import Adapter
 from lora_lab.adapters.injection import AdapterSet, inject
 from lora_lab.adapters.methods.adalora import AdaLoRA
+from lora_lab.adapters.methods.antipasto import AntiPaSTO
 from lora_lab.adapters.methods.bitfit import BitFit
 from lora_lab.adapters.methods.delora import DeLoRA
 from lora_lab.adapters.methods.dora import DoRA
@@ -17,6 +18,7 @@ from lora_lab.adapters.methods.lora import LoRA
 from lora_lab.adapters.methods.lora_drop import LoRADrop
 from lora_lab.adapters.methods.lora_prune import LoRAPrune
 from lora_lab.adapters.methods.pissa import PiSSA
+from lora_lab.adapters.methods.psoft import PSOFT
 from lora_lab.adapters.methods.randlora import RandLoRA
 from lora_lab.adapters.methods.reft import ReFT
 from lora_lab.adapters.methods.vera import VeRA
@@ -38,6 +40,8 @@ METHODS: dict[str, type[Adapter]] = {
         RandLoRA,
         IA3,
         HRA,
+        PSOFT,
+        AntiPaSTO,
         ReFT,
         BitFit,
         Head,

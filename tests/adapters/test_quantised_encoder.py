@@ -38,7 +38,8 @@ def test_starts_at_the_codes_trains_alone_merges_to_plain_maps_and_leaves_no_tra
     spec = METHODS[name].Spec(modules_to_save=[])
     adapters = inject(model, spec)
     assert all(holds_codes(adapter.base) for adapter in adapters)
-    assert relative(model(**batch).logits, expected) < TOLERANCE
+    if METHODS[name].identity_at_start:
+        assert relative(model(**batch).logits, expected) < TOLERANCE
     shake(adapters, by=0.02)
     moved = model(**batch).logits
     assert relative(moved, expected) > 1e-3
