@@ -3,6 +3,7 @@
 from lora_lab.adapters.base import Adapter
 from lora_lab.adapters.injection import AdapterSet, inject
 from lora_lab.adapters.methods.adalora import AdaLoRA
+from lora_lab.adapters.methods.antipasto import AntiPaSTO
 from lora_lab.adapters.methods.bitfit import BitFit
 from lora_lab.adapters.methods.boft import BOFT
 from lora_lab.adapters.methods.clover import CLOVER
@@ -23,6 +24,7 @@ from lora_lab.adapters.methods.lora_drop import LoRADrop
 from lora_lab.adapters.methods.lora_prune import LoRAPrune
 from lora_lab.adapters.methods.oft import OFT
 from lora_lab.adapters.methods.pissa import PiSSA
+from lora_lab.adapters.methods.psoft import PSOFT
 from lora_lab.adapters.methods.randlora import RandLoRA
 from lora_lab.adapters.methods.reft import ReFT
 from lora_lab.adapters.methods.road import RoAd
@@ -60,6 +62,8 @@ METHODS: dict[str, type[Adapter]] = {
         RoAd,
         HRA,
         CLOVER,
+        PSOFT,
+        AntiPaSTO,
         ReFT,
         BitFit,
         Head,

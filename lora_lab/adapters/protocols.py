@@ -6,7 +6,7 @@ Python 3.12 it looks attributes up statically), so the protocols hold methods an
 
 from typing import Protocol, runtime_checkable
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
@@ -77,4 +77,35 @@ class Droppable(Protocol):
     @property
     def dropped(self) -> bool:
         """Whether `drop` was called."""
+        ...
+
+
+@runtime_checkable
+class Steerable(Protocol):
+    """Its edit has a signed strength that is chosen while the model is used: 0 leaves the base as it is."""
+
+    @property
+    def coefficient(self) -> float:
+        """The strength in use."""
+        ...
+
+    @coefficient.setter
+    def coefficient(self, coefficient: float) -> None: ...
+
+
+@runtime_checkable
+class Selectable(Protocol):
+    """Works in some singular directions of its weight, and can be told in which."""
+
+    @property
+    def undecided(self) -> bool:
+        """Whether it waits to be told."""
+        ...
+
+    def directions(self) -> tuple[Float[Tensor, "out k"], Float[Tensor, " k"], Float[Tensor, "k in"]]:
+        """Returns all that there are: U, S and Vᵀ, from the greatest singular value down."""
+        ...
+
+    def choose(self, indices: Int[Tensor, " rank"]) -> None:
+        """Takes the directions of these indices, in rising order; only before training."""
         ...

@@ -108,7 +108,7 @@ class Case:
     saved: float
     """Goal for the bytes kept between forward and backward, on BERT's shapes."""
     stacked: bool = field(default=False, kw_only=True)
-    """Whether our files stack a frozen start under the learned factors, which alone PEFT's modules hold."""
+    """Whether our files hold frozen tensors beside the learned ones, which alone PEFT's modules hold."""
 
     def spec(self, shapes: Shapes) -> AdapterSpec:
         """Returns our spec."""
@@ -150,6 +150,7 @@ CASES = {
     "boft": Case("boft", {"boft_block_size": 8}, "BOFTConfig", {"boft_block_size": 8}, 0.11, 0.23),
     "road": Case("road", {}, "RoadConfig", {}, 0.97, 0.45),
     "hra": Case("hra", {"rank": 8}, "HRAConfig", {"r": 8}, 0.13, 0.07),
+    "psoft": Case("psoft", R16, "PsoftConfig", {"r": 16}, 1.00, 1.01, stacked=True),
     "vera": Case("vera", {"rank": 256}, "VeraConfig", {"r": 256}, 1.02, 0.57),
     "fourierft": Case("fourierft", {"scaling": 15.0}, "FourierFTConfig", {"scaling": 15.0}, 0.54, 0.42),
     "randlora": Case("randlora", {"rank": 32}, "RandLoraConfig", {"r": 32}, 1.00, 0.75),

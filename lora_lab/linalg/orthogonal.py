@@ -174,6 +174,41 @@ def _geometric_sums(Q: Tensor, k: int) -> list[Tensor]:
     return sums
 
 
+# R − I instead of R: exactly zero for Q = 0, and nothing large cancels for a small Q.
+
+
+def cayley_change(Q: Float[Tensor, "*blocks n n"]) -> Float[Tensor, "*blocks n n"]:
+    """R − I for R = (I + Q)(I − Q)⁻¹, which is orthogonal where Qᵀ = −Q; R of −Q is R's inverse.
+
+    Turns by 2·atan(q) in the plane of a 2 × 2 block; half a turn is out of reach. Float32 or wider.
+    """
+    with torch.autocast(Q.device.type, enabled=False):
+        Q = widened(Q)
+        identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+        return torch.linalg.solve(identity - Q, 2 * Q)
+
+
+def neumann_change(Q: Float[Tensor, "n n"], terms: int) -> Float[Tensor, "n n"]:
+    """R − I for PEFT's polynomial in place of the Cayley map: 2 Q + 2 Q² + … + 2 Q^(k−1) + Q^k.
+
+    The last coefficient is 1, so that R = (I + Q)(I + Q + … + Q^(k−1)), which is far closer to orthogonal for
+    odd k. It means little where the norm of Q is 1 or more. Float32 or wider.
+
+    Args:
+        Q: the matrix.
+        terms: PEFT's count t, at least 1: k = max(t − 1, 3) from 3 on, 2 Q for 2, and nothing for 1.
+    """
+    with torch.autocast(Q.device.type, enabled=False):
+        Q = widened(Q)
+        if terms < 3:
+            return 2.0 * (terms - 1) * Q
+        twice = 2 * torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+        total = twice + Q
+        for _ in range(max(terms - 1, 3) - 2):
+            total = twice + Q @ total
+        return Q @ total
+
+
 def rotate_blocks(x: Float[Tensor, "*rows n"], R: Float[Tensor, "blocks b b"]) -> Float[Tensor, "*rows n"]:
     """Returns x · blkdiag(R_1, R_2, …) for every row of x; a single block serves all of x's blocks.
 

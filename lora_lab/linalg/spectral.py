@@ -114,3 +114,29 @@ def fixed_signs(
     largest = Vh.gather(1, Vh.abs().argmax(1, keepdim=True))  # (k, 1)
     signs = torch.where(largest < 0, -1.0, 1.0).to(Vh)
     return U * signs.T, Vh * signs
+
+
+def contrastive_directions(
+    chosen: Float[Tensor, " k"], rejected: Float[Tensor, " k"], difference: Float[Tensor, " k"], count: int
+) -> Int[Tensor, " count"]:
+    """Chooses directions that matter to either of two kinds of inputs, or that tell them apart.
+
+    A third of `count` each has the highest scores by `chosen` and by `rejected`, the rest by `difference`.
+    Where they overlap, the remaining ones of the highest score of any kind fill up.
+
+    Args:
+        chosen: score of every direction on the one kind of inputs.
+        rejected: score on the other kind.
+        difference: score of the difference between the kinds.
+        count: how many to choose, at most k.
+
+    Returns:
+        Their indices in rising order.
+    """
+    third = count // 3
+    found = torch.zeros_like(chosen, dtype=torch.bool)
+    for scores, share in ((chosen, third), (rejected, third), (difference, count - 2 * third)):
+        found[scores.topk(share).indices] = True
+    best = torch.stack([chosen, rejected, difference]).amax(0).where(~found, -torch.inf)
+    found[best.topk(count - int(found.sum())).indices] = True
+    return found.nonzero().squeeze(1)

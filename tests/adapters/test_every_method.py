@@ -137,6 +137,47 @@ OPTIONS: dict[str, dict] = {
     "clover alone": {"method": "clover", "block_size": 8, "targets": ["query", "key", "down"]},
     "clover rebased": {"method": "clover", "block_size": 8, "form": "rebased"},
     "clover rebased rank": {"method": "clover", "block_size": 8, "form": "rebased", "rank": 3},
+    "psoft": {"method": "psoft", "rank": 4},
+    "psoft pissa": {"method": "psoft", "rank": 4, "ab_svd_init": "pissa_init", "psoft_mag_b": False},
+    "psoft output": {
+        "method": "psoft",
+        "rank": 4,
+        "rotation_side": "output",
+        "psoft_mag_a": False,
+        "psoft_mag_b": False,
+    },
+    "psoft free": {"method": "psoft", "rank": 4, "psoft_orth": False},
+    "psoft neumann": {
+        "method": "psoft",
+        "rank": 4,
+        "use_cayley_neumann": True,
+        "num_cayley_neumann_terms": 6,
+        "cayley_neumann_eps": 0.1,
+    },
+    "psoft niter": {"method": "psoft", "rank": 4, "niter": 3, "save_basis": False},
+    "psoft random": {"method": "psoft", "rank": 4, "init": "random"},
+    "antipasto": {"method": "antipasto", "rank": 4},
+    "antipasto identity": {"method": "antipasto", "rank": 4, "init": "identity"},
+    "antipasto reversed": {"method": "antipasto", "rank": 4, "coefficient": -1.5, "dim_select": "random"},
+    "antipasto output": {"method": "antipasto", "rank": 4, "rotate_v": False, "rotate_u": True},
+    "antipasto both": {
+        "method": "antipasto",
+        "rank": 4,
+        "rotate_u": True,
+        "rotation_method": "matrix_exp",
+        "save_basis": False,
+    },
+    "antipasto blocks": {"method": "antipasto", "rank": 4, "block_size": 2, "use_delta_s": False},
+    "antipasto seed": {
+        "method": "antipasto",
+        "rank": 4,
+        "rotate_u": True,
+        "share_rotation": True,
+        "use_delta_s": False,
+        "max_rotation_angle": 3.2,
+        "seed_form": True,
+        "init": "identity",
+    },
     "reft": {"method": "reft", "rank": 4},
     "reft all": {"method": "reft", "rank": 4, "positions": "all"},
     "reft shared": {"method": "reft", "rank": 4, "positions": "f2+l2", "share_weights": True},
@@ -215,6 +256,8 @@ EXACT_START = {
     "svft top_k",
 }
 EXACT_START |= {name for name in OPTIONS if name.startswith(("delora", "randlora"))}
+EXACT_START |= {name for name in OPTIONS if name.startswith("psoft")}
+EXACT_START |= {"antipasto identity", "antipasto seed"}
 EXACT_START |= {"pissa", "pissa niter", "lora olora"}
 EXACT_START |= {"salt", "salt values", "salt clamped", "salt clamped whole"}
 EXACT_START |= {"edora exact", "edora core", "salt_edora", "salt_edora polar"}
@@ -237,6 +280,12 @@ OTHER_START: dict[str, str] = {
     "road random": "a start for comparison",
     "hra random": "reflections drawn at random do not cancel",
     "hra GS random": "the paper's form",
+    "psoft random": "a start for comparison",
+    **{
+        name: "the reference's start"
+        for name in OPTIONS
+        if name.startswith("antipasto") and name not in ("antipasto identity", "antipasto seed")
+    },
     **{
         name: "the reference's start"
         for name in OPTIONS
@@ -299,6 +348,14 @@ COUNTS: dict[str, int] = {
     "clover": 2 * 8 * 8,
     "clover diag": 2 * 8,
     "clover rank": 2 * 3 * 3,
+    "psoft": 4 * 3 // 2 + 2 * 4,
+    "psoft pissa": 4 * 3 // 2 + 4,
+    "psoft output": 4 * 3 // 2,
+    "psoft free": 4 * 4 + 2 * 4,
+    "antipasto": 4 * 3 // 2 + 4,
+    "antipasto both": 2 * (4 * 3 // 2) + 4,
+    "antipasto blocks": 2 * 1,
+    "antipasto seed": 4 * 3 // 2,
     "bitfit": 16,
     "full": 24 * 16 + 16,
 }
@@ -361,6 +418,16 @@ REACH: dict[str, set[str]] = {
     "clover diag": {"dS"},
     "clover alone": {"dS"},
     "clover rebased": {"dS"},
+    "psoft": {"q", "a", "b"},
+    "psoft pissa": {"q", "a"},
+    "psoft output": {"q"},
+    "psoft free": {"q", "a", "b"},
+    "psoft neumann": {"q", "a", "b"},
+    "antipasto": {"theta_v", "delta_s"},
+    "antipasto identity": {"theta_v", "delta_s"},
+    "antipasto output": {"theta_u", "delta_s"},
+    "antipasto both": {"theta_u", "theta_v", "delta_s"},
+    "antipasto seed": {"theta_v"},
     "reft": {"original", "W", "b"},
     "reft nodireft": {"W", "b"},
     "reft lobireft": {"original", "b"},

@@ -124,6 +124,32 @@ CASES = {
         {"rank": 4, "residual_lambda": "current"},
         {"r": 8},
     ),
+    "psoft": Case("psoft", peft.PsoftConfig, {"rank": 5}, {"r": 5, "psoft_alpha": 3}),
+    "psoft_unsaved": Case(
+        "psoft",
+        peft.PsoftConfig,
+        {"rank": 5, "ab_svd_init": "pissa_init", "psoft_mag_a": False, "save_basis": False},
+        {"r": 5, "ab_svd_init": "pissa_init", "psoft_mag_a": False},
+    ),
+    "psoft_neumann": Case(
+        "psoft",
+        peft.PsoftConfig,
+        {"rank": 4, "use_cayley_neumann": True, "cayley_neumann_eps": 0.2, "niter": 2, "random_seed": 3},
+        {
+            "r": 4,
+            "use_cayley_neumann": True,
+            "cayley_neumann_eps": 0.2,
+            "psoft_svd": "lowrank",
+            "psoft_svd_lowrank_niter": 2,
+            "random_seed": 3,
+        },
+    ),
+    "psoft_free": Case(
+        "psoft",
+        peft.PsoftConfig,
+        {"rank": 3, "psoft_orth": False, "psoft_mag_b": False},
+        {"r": 3, "psoft_orth": False, "psoft_mag_b": False},
+    ),
     "ia3": Case("ia3", peft.IA3Config),
     # Widths that share no divisor: PEFT adjusts the blocks at every site.
     "oft": Case("oft", peft.OFTConfig, {"auto_adjust": True}),
@@ -186,6 +212,8 @@ def test_same_tensors_give_pefts_outputs(name, model):
     tensors = {}
     for path, adapter in adapters.items():
         own = adapter.peft_tensors()
+        if case.method == "psoft":  # PEFT computes the directions itself
+            own = {key: tensor for key, tensor in own.items() if key in adapter.peft.tensors}
         if name == "pissa":  # PEFT's file holds what is trained; the start it computes itself
             own = {"lora_A.weight": adapter.A, "lora_B.weight": adapter.B}
         tensors |= {f"base_model.model.{path}.{key}": tensor.detach() for key, tensor in own.items()}

@@ -14,7 +14,10 @@ from lora_lab.adapters.storage import CONFIG, OWN, TENSORS, load_adapter, save_a
 from lora_lab.errors import CheckpointError, IncompatibleError, TargetError
 from tests.adapters.tiny import MODELS, logits, relative, shake, tiny_bert, tiny_llama, tokens
 
-OPTIONS = {name: {"rank": 4} for name in ("lora", "dora", "pissa", "delora", "randlora", "hra", "reft")}
+OPTIONS = {
+    name: {"rank": 4}
+    for name in ("lora", "dora", "pissa", "delora", "randlora", "hra", "reft", "psoft", "antipasto")
+}
 OPTIONS |= {
     "vera": {"rank": 8},
     "salt": {"rank": 3, "r_lora": 2},

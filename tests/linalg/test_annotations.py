@@ -10,10 +10,12 @@ from lora_lab.linalg.norms import product_norm, squared_row_norms
 from lora_lab.linalg.orthogonal import (
     butterfly,
     cayley,
+    cayley_change,
     cayley_neumann,
     givens,
     givens_all_pairs,
     givens_tree,
+    neumann_change,
     orthonormal_columns,
     overlap,
     reflect_chain,
@@ -24,6 +26,7 @@ from lora_lab.linalg.orthogonal import (
 from lora_lab.linalg.pairs import halves, map_pairs, paired, rotate_pairs
 from lora_lab.linalg.rank import effective_rank, product_singular_values, stable_rank
 from lora_lab.linalg.spectral import (
+    contrastive_directions,
     edited_row_norms,
     fixed_signs,
     principal_part,
@@ -53,14 +56,21 @@ CALLS = {
     "product_singular_values of rank above both sides": (product_singular_values, [(5, 9), (9, 7)]),
     "effective_rank": (effective_rank, [(4,)]),
     "stable_rank": (stable_rank, [(4,)]),
+    "skew": (skew, [(6,)], 4),
+    "skew of blocks": (skew, [(2, 3)], 3),
+    "cayley_change": (cayley_change, [(4, 4)]),
+    "cayley_change of blocks": (cayley_change, [(2, 3, 3)]),
+    "neumann_change": (neumann_change, [(4, 4)], 5),
+    "contrastive_directions": (contrastive_directions, [(7,), (7,), (7,)], 4),
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", CALLS)
 def test_shapes_are_as_annotated(name, dtype):
-    function, shapes = CALLS[name]
-    jaxtyped(typechecker=beartype)(function)(*(torch.randn(shape, dtype=dtype).abs() for shape in shapes))
+    function, shapes, *numbers = CALLS[name]
+    tensors = (torch.randn(shape, dtype=dtype).abs() for shape in shapes)
+    jaxtyped(typechecker=beartype)(function)(*tensors, *numbers)
 
 
 @pytest.mark.parametrize("shape", [(12,), (5, 12), (2, 3, 12), (0, 12)])

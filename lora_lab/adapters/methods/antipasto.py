@@ -1,0 +1,227 @@
+"""AntiPaSTO: a signed rotation in singular directions of a weight (Clark 2026, arXiv:2601.07473).
+
+    W     = U diag(S) Vᵀ + rest,   A_v = L · tanh(skew(θ_v) / L),   L = 2·tan(max_rotation_angle / 2)
+    R_v   = (I − c/2 A_v)⁻¹ (I + c/2 A_v)                                  R_u likewise of θ_u, or I
+    W'(c) = W + U (R_u diag(S + c Δ) R_vᵀ − diag(S)) Vᵀ                    c is the coefficient
+
+    U, S, V   (out, rank), (rank,), (in, rank)   frozen, see `subspace`
+    indices   (rank,)                            frozen; which singular directions of W they are
+    θ_v       (rank · (rank − 1) / 2,)           learned; N(0, (0.006·√2)²), or zeros with init: identity
+    θ_u       like θ_v                           learned, with rotate_u and without share_rotation
+    Δ         (rank,)                            learned; N(4e-4, (4e-4)²), or zeros with init: identity
+
+R(−c) is the inverse of R(c): c and −c steer oppositely. W'(0) = W bitwise. c is no tensor and not stored;
+`steering.set_coefficient` sets it. The authors' loss, a product over c and −c, has no gradient at zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lora_lab.adapters.base import PeftLayout
+from lora_lab.adapters.protocols import Selectable, Steerable
+from lora_lab.adapters.spec import least_fault
+from lora_lab.adapters.subspace import SubspaceAdapter, SubspaceSpec, decomposable
+from lora_lab.errors import IncompatibleError
+from lora_lab.linalg.orthogonal import cayley_change, skew
+from lora_lab.linalg.spectral import fixed_signs, principal_part
+
+
+@dataclass
+class AntiPaSTOSpec(SubspaceSpec):
+    """AntiPaSTO's options; the paper edits the maps that write to the residual stream."""
+
+    method: str = "antipasto"
+
+    rank: int = 64
+    """Number of singular directions that are edited, from 1 to min(in, out) of the smallest map; 16 to 256 in
+    the paper."""
+
+    coefficient: float = 1.0
+    """c until it is set otherwise, the paper's α. Training uses 1, 0 and −1; merging keeps the one in use."""
+
+    rotate_v: bool = True
+    """Rotate the input's directions."""
+
+    rotate_u: bool = False
+    """Rotate the output's directions."""
+
+    share_rotation: bool = False
+    """Use θ_v for both; needs rotate_u and rotate_v."""
+
+    use_delta_s: bool = True
+    """Learn Δ, the shift of the singular values."""
+
+    max_rotation_angle: float = math.pi / 3
+    """Soft bound of each entry of A, in radians, above 0; none from π on. It bounds the angle of 2 × 2 blocks
+    alone: 64 directions with all entries at a bound of π/3 turn by up to 3.06."""
+
+    block_size: int | None = None
+    """Rotate within blocks of so many directions, at least 2 and a divisor of rank; null: all together."""
+
+    rotation_method: Literal["cayley", "matrix_exp"] = "cayley"
+    """R as above, or exp(c A), which is slower."""
+
+    dim_select: Literal["top_s", "random", "wanda_trip"] = "top_s"
+    """Which singular directions: the greatest, random ones, or those that count on examples, for which Python
+    calls `steering.calibrate` before training (the command line has no such examples)."""
+
+    init: Literal["reference", "identity"] = "reference"
+    """`reference` starts with a small random edit; `identity` is for training on an ordinary loss."""
+
+    seed_form: bool = False
+    """W' = W + U (R diag(S) R − diag(S)) Vᵀ with R = (I − cK)(I + cK)⁻¹ and K = skew(θ_v). Needs
+    share_rotation, no Δ, cayley, and a max_rotation_angle of at least π."""
+
+    def for_stored(self) -> Self:
+        """See `AdapterSpec.for_stored`: the folder says which directions were chosen."""
+        return replace(self, dim_select="top_s")
+
+    def faults(self) -> list[str]:
+        found = super().faults()
+        if not math.isfinite(self.coefficient):
+            found.append(f"coefficient: must be finite; got {self.coefficient}")
+        if not self.max_rotation_angle > 0:
+            found.append(f"max_rotation_angle: must be above 0; got {self.max_rotation_angle}")
+        if self.block_size is not None:
+            found += least_fault("block_size", self.block_size, 2)
+            if self.block_size > 1 and self.rank % self.block_size:
+                found.append(f"block_size: must divide rank {self.rank}; got {self.block_size}")
+        if self.share_rotation and not (self.rotate_u and self.rotate_v):
+            found.append("share_rotation: needs rotate_u: true and rotate_v: true")
+        if not self.use_delta_s and (self.rank == 1 or not (self.rotate_u or self.rotate_v)):
+            found.append("use_delta_s: must be true where nothing rotates, and nothing is learned else")
+        bounded = self.max_rotation_angle < math.pi
+        if self.seed_form and (
+            bounded or self.use_delta_s or not self.share_rotation or self.rotation_method != "cayley"
+        ):
+            found.append(
+                "seed_form: needs share_rotation: true, use_delta_s: false, rotation_method: cayley and a "
+                "max_rotation_angle of at least π"
+            )
+        return found
+
+
+class AntiPaSTO(SubspaceAdapter, Steerable, Selectable):
+    """The adapter of one linear map."""
+
+    identity_at_start = False
+    indices: Tensor
+
+    Spec = AntiPaSTOSpec
+    paper = "Clark 2026, arXiv:2601.07473"
+    peft = PeftLayout(
+        None,
+        tensors={f"antipasto_{name}": name for name in ("theta_v", "theta_u", "delta_s", "indices")},
+    )
+
+    def __init__(self, base: Any, spec: AntiPaSTOSpec):
+        rank, size = spec.rank, spec.block_size or spec.rank
+        U, S, Vh = _directions(base, spec)
+        order = torch.randperm(len(S)) if spec.dim_select == "random" else torch.arange(len(S))
+        indices = order[:rank].sort().values.to(S.device)
+        super().__init__(base, spec, (U[:, indices], S[indices], Vh[indices]))
+        unknown = spec.dim_select == "wanda_trip"
+        self.register_buffer("indices", (torch.full_like(indices, -1) if unknown else indices).int())
+        mean, spread = (4e-4, 0.006 * math.sqrt(2)) if spec.init == "reference" else (0.0, 0.0)
+        entries = size * (size - 1) // 2
+        shape = (entries,) if spec.block_size is None else (rank // size, entries)
+        self.theta_v, self.theta_u = (
+            nn.Parameter(spread * torch.randn(shape, dtype=self.dtype)) if learned else None
+            for learned in (spec.rotate_v, spec.rotate_u and not spec.share_rotation)
+        )
+        shift = mean + mean * torch.randn(rank, dtype=self.dtype)
+        self.delta_s = nn.Parameter(shift) if spec.use_delta_s else None
+        self.coefficient = spec.coefficient
+        self.tensors_changed()
+
+    @property
+    def coefficient(self) -> float:
+        return self._coefficient
+
+    @coefficient.setter
+    def coefficient(self, coefficient: float) -> None:
+        if not math.isfinite(coefficient):
+            raise IncompatibleError(f"coefficient: must be finite; got {coefficient}")
+        self._coefficient = float(coefficient)
+
+    def _rotation_change(self, theta: Tensor | None) -> Float[Tensor, "rank rank"] | None:
+        """Returns R − I."""
+        if theta is None:
+            return None
+        spec, c = self.spec, self.coefficient
+        A = skew(theta, spec.block_size or spec.rank)
+        if spec.max_rotation_angle < math.pi:
+            limit = 2 * math.tan(spec.max_rotation_angle / 2)
+            A = limit * torch.tanh(A / limit)
+        if spec.rotation_method == "matrix_exp":
+            change = torch.linalg.matrix_exp(c * A) - torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+        else:
+            change = cayley_change((-c if spec.seed_form else c / 2) * A)
+        return change if spec.block_size is None else torch.block_diag(*change)
+
+    def core(self) -> Float[Tensor, "rank rank"]:
+        if self.undecided:
+            raise IncompatibleError(
+                "adapter.dim_select: wanda_trip chooses directions by examples, and has seen none. Call "
+                "lora_lab.adapters.steering.calibrate(adapters, chosen, rejected) before anything else, or "
+                "use top_s."
+            )
+        shift = torch.zeros_like(self.S) if self.delta_s is None else self.coefficient * self.delta_s
+        right = self._rotation_change(self.theta_v)
+        left = right if self.spec.share_rotation else self._rotation_change(self.theta_u)
+        # (I + E) D (I + F) − diag(S) as D F + diag(c Δ) + E (D F + D): nothing large cancels.
+        change = torch.diag(shift)
+        if right is not None:
+            change = change + (self.S + shift).unsqueeze(1) * (right if self.spec.seed_form else right.T)
+        if left is not None:
+            with torch.autocast(left.device.type, enabled=False):
+                change = change + left @ (torch.diag(self.S) + change)
+        return change
+
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        return self.base(x) if self.coefficient == 0 else super().forward(x)
+
+    # Which directions -------------------------------------------------------------------------------------
+
+    def directions(self) -> tuple[Float[Tensor, "out k"], Float[Tensor, " k"], Float[Tensor, "k in"]]:
+        return _directions(self.base, self.spec)
+
+    @torch.no_grad()
+    def choose(self, indices: Int[Tensor, " rank"]) -> None:
+        chosen = indices.long().to(self.S.device)
+        U, S, Vh = self.directions()
+        self.U.copy_(U[:, chosen])
+        self.S.copy_(S[chosen])
+        self.Vh.copy_(Vh[chosen])
+        self.indices.copy_(chosen)
+        self.tensors_changed()
+
+    @property
+    def undecided(self) -> bool:
+        return self._undecided
+
+    def tensors_changed(self) -> None:
+        # Beside the buffer, which a forward pass would have to wait for the device to read.
+        self._undecided = bool((self.indices < 0).any())
+
+    def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `Adapter.load_peft_tensors`: a folder without a basis says which directions of W it has."""
+        if not self.spec.save_basis:
+            self.choose(tensors["antipasto_indices"])
+        super().load_peft_tensors(tensors)
+
+
+def _directions(base: Any, spec: AntiPaSTOSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns all singular directions of W, with fixed signs."""
+    weight = decomposable(base, spec)
+    U, S, Vh = principal_part(weight, min(weight.shape))
+    U, Vh = fixed_signs(U, Vh)
+    return U, S, Vh

@@ -1,0 +1,198 @@
+"""PSOFT: a rotation inside the principal subspace of a weight (Wu et al. 2025, arXiv:2505.11235).
+
+    W  = U diag(S) Vᵀ + rest,   R = (I + Q)(I − Q)⁻¹,   Qᵀ = −Q
+    W' = W + U diag(S) (diag(b) R diag(a) − I) Vᵀ                            ab_svd_init: psoft_init
+    W' = W + U diag(√S) (diag(b) R diag(a) − I) diag(√S) Vᵀ                  ab_svd_init: pissa_init
+    W' = W + U (R − I) diag(S) Vᵀ                                            rotation_side: output
+
+    U, S, V   (out, rank), (rank,), (in, rank)   frozen, see `subspace`
+    q         (rank · (rank − 1) / 2,)           learned; strict upper triangle of Q by rows, from zeros
+    q         (rank, rank)                       instead, with psoft_orth: false; R itself, from I
+    a, b      (rank,)                            learned; ones at the start, hence W' = W
+
+While a and b are ones, W' W'ᵀ = W Wᵀ: the rows of W keep their lengths and angles (with psoft_init). The
+paper writes U R diag(S) Vᵀ for the transpose of torch's W. PEFT's psoft_alpha cancels; there is none here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lora_lab.adapters.base import PeftLayout
+from lora_lab.adapters.spec import least_fault, probability_fault
+from lora_lab.adapters.subspace import SubspaceAdapter, SubspaceSpec, decomposable
+from lora_lab.linalg.orthogonal import cayley_change, neumann_change, skew
+from lora_lab.linalg.spectral import principal_part
+
+
+@dataclass
+class PSOFTSpec(SubspaceSpec):
+    """PSOFT's options; the paper uses rank 32 to 128, up to 256 for hard tasks."""
+
+    method: str = "psoft"
+
+    dropout: float = 0.0
+    """Probability of zeroing an input of the adapter's branch while training, in [0, 1)."""
+
+    init: Literal["identity", "random"] = "identity"
+    """`random` draws Q (or R − I) from N(0, 0.01), for comparison."""
+
+    ab_svd_init: Literal["psoft_init", "pissa_init"] = "psoft_init"
+    """Where S stands: left of the rotation, or its root on either side, which keeps no lengths and angles."""
+
+    rotation_side: Literal["input", "output"] = "input"
+    """Whether R turns directions of the input, as in the paper and PEFT, or of the output, which PEFT cannot
+    open; `output` goes with psoft_init and without psoft_mag_a and psoft_mag_b."""
+
+    psoft_orth: bool = True
+    """Whether R is a rotation; else it is a free matrix."""
+
+    psoft_mag_a: bool = True
+    """Learn a, the scales on the input's side of R."""
+
+    psoft_mag_b: bool = True
+    """Learn b, the scales on the output's side of R."""
+
+    use_cayley_neumann: bool = False
+    """Replace the inverse in R by a polynomial, for Q of norm below 1."""
+
+    num_cayley_neumann_terms: int = 5
+    """PEFT's count of the polynomial's terms, at least 1. With 4 or 6, R is much closer to a rotation than
+    with its 5: for a norm of 0.2 it is off by 6e-5 and 1e-7, and by 3e-3 with 5."""
+
+    cayley_neumann_eps: float | None = None
+    """Largest norm of Q for the polynomial, in (0, 1): Q is shrunk to it; null leaves Q alone."""
+
+    niter: int | None = None
+    """Power iterations of PEFT's randomised SVD of W, 10 there; null decomposes exactly."""
+
+    random_seed: int = 0
+    """Seed of the randomised SVD."""
+
+    def faults(self) -> list[str]:
+        found = super().faults() + probability_fault("dropout", self.dropout)
+        eps, terms = self.cayley_neumann_eps, self.num_cayley_neumann_terms
+        if self.use_cayley_neumann:
+            found += least_fault("num_cayley_neumann_terms", terms, 1)
+        if eps is not None and not 0 < eps < 1:
+            found.append(f"cayley_neumann_eps: must lie in (0, 1), or null; got {eps}")
+        if eps is not None and not (self.use_cayley_neumann and self.psoft_orth):
+            found.append("cayley_neumann_eps: goes with use_cayley_neumann: true and psoft_orth: true")
+        if self.niter is not None and self.niter < 0:
+            found.append(f"niter: must be at least 0, or null for an exact SVD; got {self.niter}")
+        if self.rank == 1 and self.psoft_orth and not (self.psoft_mag_a or self.psoft_mag_b):
+            found.append("rank: must be at least 2 without psoft_mag_a and psoft_mag_b, to rotate; got 1")
+        plain = self.ab_svd_init == "psoft_init" and not (self.psoft_mag_a or self.psoft_mag_b)
+        if self.rotation_side == "output" and not plain:
+            found.append(
+                "rotation_side: output goes with ab_svd_init: psoft_init, psoft_mag_a: false and "
+                "psoft_mag_b: false"
+            )
+        return found
+
+
+SAME_FIELDS = {"r": "rank", "psoft_dropout": "dropout"} | {
+    name: name
+    for name in (
+        "ab_svd_init psoft_orth psoft_mag_a psoft_mag_b use_cayley_neumann num_cayley_neumann_terms "
+        "cayley_neumann_eps random_seed"
+    ).split()
+}
+"""PEFT's fields that hold the same as ours."""
+
+
+def _write_config(spec: PSOFTSpec) -> dict[str, Any]:
+    randomised = {} if spec.niter is None else {"psoft_svd": "lowrank", "psoft_svd_lowrank_niter": spec.niter}
+    foreign = {"peft_type": None} if spec.rotation_side == "output" else {}
+    return {"psoft_alpha": spec.rank, "init_weights": spec.init == "identity", **randomised, **foreign}
+
+
+def _read_config(config: dict[str, Any]) -> dict[str, Any]:
+    lowrank = config.get("psoft_svd") == "lowrank"
+    neumann = config.get("use_cayley_neumann") and config.get("psoft_orth", True)
+    return {
+        "init": "identity" if config.get("init_weights", True) else "random",
+        "niter": config.get("psoft_svd_lowrank_niter", 10) if lowrank else None,
+        "cayley_neumann_eps": config.get("cayley_neumann_eps") if neumann else None,
+    }
+
+
+def _basis(base: Any, spec: PSOFTSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns U, S and Vᵀ with the signs that PEFT finds: its files hold neither."""
+    weight = decomposable(base, spec)
+    if spec.niter is None:
+        return principal_part(weight, spec.rank)
+    device = weight.device
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        torch.manual_seed(spec.random_seed)
+        U, S, V = torch.svd_lowrank(weight, q=spec.rank, niter=spec.niter)
+    return U, S, V.T
+
+
+class PSOFT(SubspaceAdapter):
+    """The adapter of one linear map."""
+
+    Spec = PSOFTSpec
+    paper = "Wu et al. 2025, arXiv:2505.11235"
+    peft = PeftLayout(
+        "PSOFT",
+        tensors={"psoft_R.weight": "q", "psoft_R.vector_a": "a", "psoft_R.vector_b": "b"},
+        fields=SAME_FIELDS,
+        config=_write_config,
+        spec=_read_config,
+    )
+
+    def __init__(self, base: Any, spec: PSOFTSpec):
+        super().__init__(base, spec, _basis(base, spec))
+        rank = spec.rank
+        q = torch.zeros(rank * (rank - 1) // 2) if spec.psoft_orth else torch.eye(rank)
+        if spec.init == "random":
+            q = q + 0.1 * torch.randn(q.shape)
+        self.q = nn.Parameter(q.to(self.dtype))
+        self.a, self.b = (
+            nn.Parameter(torch.ones(rank, dtype=self.dtype)) if learned else None
+            for learned in (spec.psoft_mag_a, spec.psoft_mag_b)
+        )
+
+    def _rotation_change(self) -> Float[Tensor, "rank rank"]:
+        """Returns R − I."""
+        spec, rank = self.spec, self.spec.rank
+        if not spec.psoft_orth:
+            return self.q - torch.eye(rank, dtype=self.q.dtype, device=self.q.device)
+        Q = skew(self.q, rank)
+        if not spec.use_cayley_neumann:
+            return cayley_change(Q)
+        if spec.cayley_neumann_eps is not None:
+            norm = math.sqrt(2) * torch.linalg.vector_norm(self.q)
+            Q = Q * (spec.cayley_neumann_eps / norm.clamp(min=spec.cayley_neumann_eps))
+        return neumann_change(Q, spec.num_cayley_neumann_terms)
+
+    def core(self) -> Float[Tensor, "rank rank"]:
+        change = self._rotation_change()
+        if self.a is not None or self.b is not None:
+            one = torch.ones_like(self.S)
+            a, b = (one if vector is None else vector for vector in (self.a, self.b))
+            change = b.unsqueeze(1) * change * a + torch.diag(a * b - 1)
+        if self.spec.rotation_side == "output":
+            return change * self.S
+        if self.spec.ab_svd_init == "psoft_init":
+            return self.S.unsqueeze(1) * change
+        root = self.S.sqrt()
+        return root.unsqueeze(1) * change * root
+
+    def decay_exempt(self) -> list[nn.Parameter]:
+        """See `Adapter.decay_exempt`: no change is a = b = 1, and R = I."""
+        free = [] if self.spec.psoft_orth else [self.q]
+        return free + [vector for vector in (self.a, self.b) if vector is not None]
+
+    def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `Adapter.complete_peft_tensors`: PEFT's file has no basis, which follows from W."""
+        if any("_basis_" in name for name in tensors):
+            return tensors
+        return self._stored_basis() | tensors
