@@ -20,7 +20,7 @@ from tests.adapters.tiny import linear, logits, relative, shake, tiny_bert, tiny
 
 PAIRS = ["query", "key", "value", "attention_output"]
 VO = ["value", "attention_output"]
-ROTATED = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"}
+ROTATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 FORMS = ("additive", "rebased")
 KINDS = [name for name in TINY if name != "mlp"]
 
