@@ -52,7 +52,7 @@ def data_file(place: Path, name: str, text: str) -> str:
 OVERRIDES = {
     "typo in a key": ("adapter.rnak=2", "adapter.rnak: no such key; did you mean 'rank'?"),
     "another library's key": ("adapter.lora_alpha=2", "it is called 'alpha' here"),
-    "unknown method": ("adapter.method=lroa", "no method 'lroa'; did you mean 'lora'?"),
+    "unknown method": ("adapter.method=lorra", "no method 'lorra'; did you mean 'lora'?"),
     "unknown data source": ("data.source=huub", "no source 'huub'; did you mean 'hub'?"),
     "wrong type": ("adapter.rank=two", "adapter.rank: Value 'two'"),
     "not a setting": ("rank", "'rank' is no setting; write key=value"),

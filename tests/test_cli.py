@@ -41,7 +41,7 @@ def test_describe_tells_formula_fields_defaults_and_an_example(capsys, monkeypat
     monkeypatch.setenv("COLUMNS", "160")
     assert main(["describe", name]) == 0
     told = capsys.readouterr().out
-    assert "W'" in told or "h'" in told or "b'" in told
+    assert any(edited in told for edited in ("W'", "A'", "h'", "b'"))
     assert "targets" in told
     assert f"method: {name}" in told
     assert "[] means none" in " ".join(told.replace("│", " ").split())  # brackets are no markup

@@ -103,8 +103,8 @@ def test_faults_of_fields_that_are_each_well_formed_are_gathered_too(tmp_path):
 
 def test_an_unknown_method_is_told_with_a_suggestion(tmp_path):
     assert (
-        "adapter.method: no method 'lroa'; did you mean 'lora'? Known: "
-        in faults(tmp_path, "adapter: {method: lroa}")[0]
+        "adapter.method: no method 'lorra'; did you mean 'lora'? Known: "
+        in faults(tmp_path, "adapter: {method: lorra}")[0]
     )
 
 
