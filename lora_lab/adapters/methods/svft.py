@@ -145,6 +145,8 @@ class SVFT(AdditiveAdapter, RankAllocatable):
         return self.U @ self.core() @ self.Vh
 
     def delta_output(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        if not x.numel():
+            return super().delta_output(x)  # torch's sums over bags fail on no tokens, with several threads
         columns = (self.Vh @ x.reshape(-1, self.in_features).T).to(self.dtype)  # (q, tokens)
         # A row of M at a time: weighted sums of the rows of Vᵀ x, which no gather copies.
         mixed = F.embedding_bag(
