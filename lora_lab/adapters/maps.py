@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lora_lab.errors import IncompatibleError
+from lora_lab.linalg.rank import widened
+
 CONVOLUTIONS: dict[type[nn.Module], Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d}
 
 
@@ -41,6 +44,20 @@ def is_convolution(module: nn.Module) -> bool:
 def matrix(base: Any) -> Float[Tensor, "out in"]:
     """Returns a map's weight as a matrix, a convolution's with its kernel in the columns."""
     return base.weight.flatten(1)
+
+
+def finite_matrix(base: Any, what: str) -> Float[Tensor, "out in"]:
+    """Returns W in float32 or wider, for a decomposition.
+
+    Raises:
+        IncompatibleError: if a number of it is not finite.
+    """
+    weight = widened(matrix(base).detach())
+    if not weight.isfinite().all():
+        raise IncompatibleError(
+            f"{what}: the base's weight has numbers that are not finite; load the model again."
+        )
+    return weight
 
 
 def project(base: Any, x: Tensor, rows: Float[Tensor, "k in"], bias: Tensor | None = None) -> Tensor:

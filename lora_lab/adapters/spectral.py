@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lora_lab.adapters.base import AdditiveAdapter, LinearAdapter
-from lora_lab.adapters.maps import matrix, mix, project
+from lora_lab.adapters.maps import finite_matrix, matrix, mix, project
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import CheckpointError, IncompatibleError
 from lora_lab.linalg.rank import product_singular_values, widened
@@ -64,11 +64,7 @@ class SpectralAdapter(LinearAdapter):
     def __init__(self, base: Any, spec: Any, index: Int[Tensor, " k"]):
         super().__init__(base)
         self.spec = spec
-        weight = matrix(base).detach()
-        if not weight.isfinite().all():
-            raise IncompatibleError(
-                f"{spec.method}: the base's weight has numbers that are not finite; load the model again."
-            )
+        weight = finite_matrix(base, spec.method)
         for name, tensor in zip(("U", "S", "Vh"), singular_triplets(weight, index), strict=True):
             self.register_buffer(name, tensor)
 

@@ -26,9 +26,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lab.adapters.low_rank import ScaledSpec
-from lora_lab.adapters.maps import matrix
+from lora_lab.adapters.maps import finite_matrix, matrix
 from lora_lab.errors import IncompatibleError
-from lora_lab.linalg.rank import widened
 from lora_lab.linalg.spectral import principal_part
 from lora_lab.linalg.start import kaiming_uniform
 
@@ -106,10 +105,10 @@ def start(base: Any, spec: StartedSpec) -> Factors:
             A = (torch.randn(columns, rank // 2, dtype=dtype) @ basis[0::2]).T / 10
             return A, torch.randn(rank // 2, rows, dtype=dtype).T @ basis[1::2] / 10
         case "olora":
-            Q, R = torch.linalg.qr(_decomposable(weight, rank, "init: olora"))
+            Q, R = torch.linalg.qr(_decomposable(base, rank, "init: olora"))
             return R[:rank].contiguous(), Q[:, :rank].contiguous()
         case "pissa":
-            return _principal(_decomposable(weight, rank, "pissa"), spec)
+            return _principal(_decomposable(base, rank, "pissa"), spec)
         case "loftq":
             full = getattr(base, "full_weight", None)
             if full is None:
@@ -118,7 +117,7 @@ def start(base: Any, spec: StartedSpec) -> Factors:
                     "no W beside its codes. Train with model.quantization: nf4, or build the base with "
                     "build_model(config, keep_weights=True); without codes, choose another init."
                 )
-            codes = _decomposable(weight, rank, "init: loftq")
+            codes = _decomposable(base, rank, "init: loftq")
             return _principal(full.to(codes) - codes, spec)
 
 
@@ -129,16 +128,12 @@ def _principal(weight: Tensor, spec: StartedSpec) -> Factors:
     return root.unsqueeze(1) * Vh, math.copysign(1, spec.scale) * U * root
 
 
-def _decomposable(weight: Tensor, rank: int, what: str) -> Tensor:
+def _decomposable(base: Any, rank: int, what: str) -> Tensor:
     """Returns W in float32 or wider, if a decomposition of it can give the rank."""
-    most = min(weight.shape)
+    most = min(matrix(base).shape)
     if rank > most:
         raise IncompatibleError(
             f"adapter.rank: {what} takes its start from W and allows at most min(in, out) = {most} here; "
             f"got {rank}. Lower the rank, or use rank_pattern for this module."
         )
-    if not weight.isfinite().all():
-        raise IncompatibleError(
-            f"{what}: the base's weight has numbers that are not finite; load the model again."
-        )
-    return widened(weight)
+    return finite_matrix(base, what)

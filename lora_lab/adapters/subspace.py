@@ -23,10 +23,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import AdditiveAdapter
-from lora_lab.adapters.maps import matrix, mix, project
+from lora_lab.adapters.maps import finite_matrix, matrix, mix, project
 from lora_lab.adapters.spec import AdapterSpec, least_fault
 from lora_lab.errors import IncompatibleError
-from lora_lab.linalg.rank import widened
 
 SAME = 1e-3
 """How far stored and recomputed numbers of a basis may be apart to count as the same, relatively."""
@@ -54,17 +53,13 @@ def decomposable(base: Any, spec: SubspaceSpec) -> Float[Tensor, "out in"]:
     Raises:
         IncompatibleError: if the rank is above min(in, out), or W is not finite.
     """
-    weight = widened(matrix(base))
-    if spec.rank > min(weight.shape):
+    most = min(matrix(base).shape)
+    if spec.rank > most:
         raise IncompatibleError(
             f"adapter.rank: {spec.method} edits singular directions of W, of which there are min(in, out) = "
-            f"{min(weight.shape)} here; got {spec.rank}. Lower the rank, or take the module out of targets."
+            f"{most} here; got {spec.rank}. Lower the rank, or take the module out of targets."
         )
-    if not weight.isfinite().all():
-        raise IncompatibleError(
-            f"{spec.method}: the base's weight has numbers that are not finite; load the model again."
-        )
-    return weight
+    return finite_matrix(base, spec.method)
 
 
 class SubspaceAdapter(AdditiveAdapter):

@@ -29,12 +29,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import AdditiveAdapter, PeftLayout
-from lora_lab.adapters.maps import matrix
+from lora_lab.adapters.maps import finite_matrix, matrix
 from lora_lab.adapters.protocols import RankAllocatable
 from lora_lab.adapters.spec import AdapterSpec, least_fault
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.fourier import first_of_permutation
-from lora_lab.linalg.rank import widened
 from lora_lab.linalg.spectral import fixed_signs, principal_part
 
 
@@ -99,16 +98,11 @@ class SVFT(AdditiveAdapter, RankAllocatable):
     def __init__(self, base: Any, spec: SVFTSpec):
         super().__init__(base)
         self.spec = spec
-        weight = widened(matrix(base))
-        least = min(weight.shape)
+        least = min(matrix(base).shape)
         q = least if spec.rank is None else spec.rank
         if q > least:
             raise IncompatibleError(f"adapter.rank: must be at most min(in, out) = {least} here; got {q}.")
-        if not weight.isfinite().all():
-            raise IncompatibleError(
-                "svft: the base's weight has numbers that are not finite; load the model again."
-            )
-        U, _, Vh = principal_part(weight, q)
+        U, _, Vh = principal_part(finite_matrix(base, "svft"), q)
         U, Vh = fixed_signs(U, Vh)
         rows, cols = pairs(spec, U, Vh)
         spread = (2 / len(rows)) ** 0.5 if spec.init == "reference" else 0.0
