@@ -70,11 +70,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.set_defaults(command=_evaluate)
 
-    methods = commands.add_parser("methods", help="list the methods")
+    methods = commands.add_parser("methods", help="list methods and controllers")
     methods.set_defaults(command=_methods)
 
-    describe = commands.add_parser("describe", help="explain one method: formula, fields, example")
-    describe.add_argument("method", metavar="METHOD")
+    describe = commands.add_parser("describe", help="explain a method or controller: rule, fields, example")
+    describe.add_argument("name", metavar="NAME")
     describe.set_defaults(command=_describe)
 
     fetch = commands.add_parser("fetch", help="fetch embedded models and data into the cache")
@@ -118,18 +118,22 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _methods(options: argparse.Namespace) -> None:
-    from lora_lab.report.tables import methods_table
+    from lora_lab.report.tables import controllers_table, methods_table
 
-    Console().print(methods_table())
+    console = Console()
+    console.print(methods_table())
+    console.print(controllers_table())
 
 
 def _describe(options: argparse.Namespace) -> None:
     from lora_lab.adapters import METHODS
-    from lora_lab.report.tables import method_description
+    from lora_lab.callbacks import CONTROLLERS
+    from lora_lab.report.tables import description
 
-    if options.method not in METHODS:
-        raise ConfigError(f"no method '{options.method}'{suggest(options.method, METHODS)}")
-    Console().print(method_description(options.method))
+    known = METHODS.keys() | CONTROLLERS.keys()
+    if options.name not in known:
+        raise ConfigError(f"no method or controller '{options.name}'{suggest(options.name, known)}")
+    Console().print(description(options.name))
 
 
 def _fetch(options: argparse.Namespace) -> None:

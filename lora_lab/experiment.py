@@ -20,6 +20,7 @@ from torch import nn
 
 from lora_lab.adapters import AdapterSet, inject
 from lora_lab.adapters.storage import TENSORS, load_adapter, save_adapter
+from lora_lab.callbacks import Controller, build_controllers
 from lora_lab.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lora_lab.callbacks.adapter_statistics import AdapterStatistics, final_statistics
 from lora_lab.callbacks.memory_statistics import MemoryStatistics
@@ -36,7 +37,7 @@ from lora_lab.models.sources import public_name
 from lora_lab.runs import SCHEMA_VERSION, RunFolder, environment, process_rank
 from lora_lab.tracking import build_loggers, close_loggers, read_metrics, replay, wandb_mode
 from lora_lab.training.module import FineTuner
-from lora_lab.training.trainer import trainer_arguments
+from lora_lab.training.trainer import planned_steps, trainer_arguments
 
 PEFT_TASKS = {"sequence_classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal_lm": "CAUSAL_LM"}
 
@@ -80,6 +81,9 @@ def run(config: ExperimentConfig, resume: bool = False, overwrite: bool = False)
     done_steps = _step_of(checkpoint) if checkpoint else 0
     record = _start_record(config, adapters, data, before)
     statistics = _Callbacks.build(config, adapters, folder)
+    total_steps = planned_steps(config.trainer, data.batches_per_epoch(config.trainer.devices))
+    for controller in statistics.controllers:
+        controller.plan(total_steps)
     wandb_mode(config.tracking)  # raises while nothing is written yet
     if process_rank() == 0:
         _write_start(folder, config, record, afresh=overwrite)
@@ -165,8 +169,9 @@ def evaluate(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
 
 @dataclass
 class _Callbacks:
-    """The callbacks that every run has."""
+    """The callbacks of a run."""
 
+    controllers: list[Controller]
     adapters: AdapterStatistics
     memory: MemoryStatistics
     speed: SpeedStatistics
@@ -175,17 +180,20 @@ class _Callbacks:
 
     @classmethod
     def build(cls, config: ExperimentConfig, adapters: AdapterSet, folder: RunFolder) -> _Callbacks:
+        controllers = build_controllers(config.controllers, adapters, config.seed)
         return cls(
-            AdapterStatistics(adapters),
+            controllers,
+            AdapterStatistics(adapters, controllers),
             MemoryStatistics(adapters),
             SpeedStatistics(),
-            AdapterCheckpoint(adapters, config.trainer.keep),
+            AdapterCheckpoint(adapters, config.trainer.keep, controllers),
             ResumeCheckpoint(folder.checkpoint, config.trainer.checkpoint_every),
         )
 
     def everything(self, bars: list[L.Callback]) -> list[L.Callback]:
-        # The statistics stand behind the callback that puts the best adapters back; the clock stands last.
-        return [self.best, self.adapters, self.memory, *bars, self.resume, self.speed]
+        # The statistics stand behind all that changes adapters, at a step's end or at the run's, and the
+        # clock stands last.
+        return [*self.controllers, self.best, self.adapters, self.memory, *bars, self.resume, self.speed]
 
 
 def _check_folder(
@@ -245,6 +253,7 @@ def _start_record(
         "status": "running",
         "error": None,
         "method": config.adapter.method,
+        "controllers": list(config.controllers),
         "seed": config.seed,
         "config_hash": config.hash(),
         "started": before["started"] if before else datetime.now(UTC).isoformat(timespec="seconds"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lora_lab.adapters import METHODS
+from lora_lab.callbacks import CONTROLLERS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lora_lab"
@@ -63,13 +64,25 @@ def test_every_part_has_its_place_in_the_order():
     assert parts == set(ORDER)
 
 
-def test_methods_files_configs_and_readme_rows_agree():
-    names = set(METHODS)
-    methods = PACKAGE / "adapters" / "methods"
-    assert {path.stem for path in methods.glob("*.py")} - {"__init__"} == names
-    assert {path.stem for path in (ROOT / "configs" / "adapters").glob("*.yaml")} == names
-    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
-    assert sorted(rows) == sorted(names)
+@pytest.mark.parametrize(
+    ("table", "folder", "configs", "section"),
+    [
+        (METHODS, "adapters/methods", "adapters", "Methods"),
+        (CONTROLLERS, "callbacks/controllers", "controllers", "Controllers"),
+    ],
+)
+def test_table_files_configs_and_readme_rows_agree(table, folder, configs, section):
+    names = set(table)
+    assert {path.stem for path in (PACKAGE / folder).glob("*.py")} - {"__init__"} == names
+    assert {path.stem for path in (ROOT / "configs" / configs).glob("*.yaml")} == names
+    text = (ROOT / "README.md").read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    assert sorted(re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE)) == sorted(names)
+
+
+@pytest.mark.parametrize("name", CONTROLLERS)
+def test_a_controllers_file_class_and_config_name_it(name):
+    assert CONTROLLERS[name].__module__ == f"lora_lab.callbacks.controllers.{name}"
+    assert f"\n  {name}:" in (ROOT / "configs" / "controllers" / f"{name}.yaml").read_text()
 
 
 @pytest.mark.parametrize("name", METHODS)

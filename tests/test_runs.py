@@ -26,6 +26,7 @@ RECORD = {
     "config_hash",
     "started",
     "resumptions",
+    "controllers",
     "method_parameters",
     "trainable_parameters",
     "total_parameters",

@@ -23,7 +23,7 @@ class LowRankEmbedding(BorrowingAdapter, RankAllocatable):
     """The adapter of one embedding: columns of A are looked up, then mapped by B."""
 
     base: nn.Embedding
-    kept: Tensor
+    components: dict[str, int] = {"A": 0, "B": 1, "kept": 0}
     peft = PeftLayout("LORA", {"lora_embedding_A": "A", "lora_embedding_B": "B"})
 
     def __init__(self, base: nn.Embedding, spec: ScaledSpec):
@@ -33,6 +33,7 @@ class LowRankEmbedding(BorrowingAdapter, RankAllocatable):
         self.A = nn.Parameter(torch.zeros(spec.rank, base.num_embeddings, dtype=dtype))
         self.B = nn.Parameter(torch.randn(base.embedding_dim, spec.rank, dtype=dtype))
         self.register_buffer("kept", torch.ones(spec.rank, dtype=torch.bool))
+        self.initial_components = spec.rank
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
@@ -63,16 +64,8 @@ class LowRankEmbedding(BorrowingAdapter, RankAllocatable):
         weight = (widened(self.base.weight) + self.delta_weight()).to(self.base.weight.dtype)
         return nn.Embedding.from_pretrained(weight, freeze=True, padding_idx=self.base.padding_idx)
 
-    def rank_components(self) -> list[tuple[nn.Parameter, int]]:
-        """See `RankAllocatable`."""
-        return [(self.A, 0), (self.B, 1)]
-
     @torch.no_grad()
     def keep_components(self, keep: Bool[Tensor, " rank"]) -> None:
-        """See `RankAllocatable`."""
+        """See `Prunable`."""
         self.kept.copy_(keep)
         self.A[~keep] = 0
-
-    def kept_components(self) -> Bool[Tensor, " rank"]:
-        """See `RankAllocatable`."""
-        return self.kept

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_lab.adapters.base import Adapter
+from lora_lab.adapters.protocols import Prunable, Shareable
 from lora_lab.adapters.sites import find_sites, saved_modules
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.adapters.trained import TrainedHead
@@ -18,6 +19,9 @@ from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError, sug
 from lora_lab.models.quantization import QuantizedLinear
 
 P = TypeVar("P")
+
+OWNERS = "owners"
+"""Name in a state of the numbers of the adapters whose tensors are used, one for each adapter."""
 
 
 def inject(model: nn.Module, spec: AdapterSpec, seed: int = 0) -> AdapterSet:
@@ -72,6 +76,7 @@ class AdapterSet:
         spec: the spec they were made from.
         adapters: the method's adapters, by path of the module they stand for.
         saved: the modules trained whole beside them (task heads), by path.
+        owners: path of each adapter that uses another's tensors → the other's path; see `share`.
     """
 
     def __init__(
@@ -87,6 +92,7 @@ class AdapterSet:
         self.spec = spec
         self.adapters = dict(adapters)
         self.saved = dict(saved)
+        self.owners: dict[str, str] = {}
         self._requires_grad = dict(requires_grad)
         self._hooks = list(hooks)
         self._all: dict[str, Adapter] = {**self.adapters, **self.saved}
@@ -119,7 +125,8 @@ class AdapterSet:
         found, seen = {}, set()
         for path, adapter in self._all.items():
             for name, tensor in adapter.adapter_tensors().items():
-                if id(tensor) not in seen:
+                borrowed = path in self.owners and isinstance(tensor, nn.Parameter)
+                if id(tensor) not in seen and not borrowed:
                     seen.add(id(tensor))
                     found[f"{path}.{name}"] = tensor
         return found
@@ -149,19 +156,85 @@ class AdapterSet:
         plain = sum(p.numel() for p in self.model.parameters() if id(p) not in own)
         return plain + sum(m.numel() for m in self.model.modules() if isinstance(m, QuantizedLinear))
 
+    def share(self, path: str, owner: str) -> None:
+        """Makes an adapter use the trained tensors of another, from now on and after saving and loading.
+
+        Args:
+            path: the adapter that gives up its own tensors.
+            owner: the one whose tensors it takes; itself no sharer.
+
+        Raises:
+            IncompatibleError: if the method or the shapes do not allow it.
+        """
+        sharer, other = self.adapters[path], self.adapters[owner]
+        if (
+            not isinstance(sharer, Shareable)
+            or not isinstance(other, Shareable)
+            or sharer.share_key() is None
+            or sharer.share_key() != other.share_key()
+        ):
+            raise IncompatibleError(
+                f"{path} cannot share the adapter of {owner}: shapes, scale or method differ, or its start "
+                "belongs to its own base. Share among adapters of one shape."
+            )
+        sharer.share(other)
+        self.owners[path] = owner
+
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns `named_tensors` detached: all that training changes, nothing of the base."""
-        return {name: tensor.detach() for name, tensor in self.named_tensors().items()}
+        """Returns `named_tensors` detached: all that training changes, nothing of the base.
+
+        Where adapters share tensors, OWNERS says of each by number whose it uses.
+        """
+        state = {name: tensor.detach() for name, tensor in self.named_tensors().items()}
+        if self.owners:
+            paths = list(self.adapters)
+            state[OWNERS] = torch.tensor([paths.index(self.owners.get(path, path)) for path in paths])
+        return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes over a `state_dict` of a set made from the same spec on the same model.
 
+        Adapters that had lost components or shared tensors by then do so again. That replaces tensors: an
+        optimizer is built after it.
+
         Raises:
-            CheckpointError: if names, shapes or kinds of numbers differ; nothing is changed then.
+            CheckpointError: if names, shapes or kinds of numbers differ; no number is changed then.
         """
-        load_tensors(self.named_tensors(), state, "the checkpoint")
-        for adapter in self.everything():
-            adapter.tensors_changed()
+        given = dict(state)
+        owners = self._owners_in(given)
+        expected = self.named_tensors()
+        for path in owners.keys() - self.owners.keys():
+            for name, _ in self.adapters[path].named_parameters(recurse=False):
+                expected.pop(f"{path}.{name}")
+        counts = {}
+        prunable = self.implementing(Prunable)
+        for path, adapter in prunable.items():
+            kept = given.get(f"{path}.kept")
+            if kept is not None and len(kept) <= adapter.initial_components:
+                counts[path] = len(kept)
+                for name, shape in adapter.component_shapes(len(kept)).items():
+                    if (tensor := expected.get(f"{path}.{name}")) is not None:
+                        expected[f"{path}.{name}"] = tensor.new_empty(shape)
+        load_tensors(expected, given, "the checkpoint", write=False)
+        for path, owner in owners.items():
+            self.share(path, owner)
+        for path, count in counts.items():
+            prunable[path].resize_components(count)
+        load_tensors(self.named_tensors(), given, "the checkpoint")
+        for loaded in self.everything():
+            loaded.tensors_changed()
+
+    def _owners_in(self, state: dict[str, Tensor]) -> dict[str, str]:
+        """Takes OWNERS out of a state and returns what it says."""
+        paths = list(self.adapters)
+        numbers = state.pop(OWNERS, torch.arange(len(paths))).tolist()
+        if len(numbers) != len(paths) or not all(0 <= number < len(paths) for number in numbers):
+            raise CheckpointError(
+                f"the checkpoint is of {len(numbers)} adapters, this model has {len(paths)}. It belongs to "
+                "another model or spec: use the config it was made with."
+            )
+        owners = [paths[number] for number in numbers]
+        return {path: owner for path, owner in zip(paths, owners, strict=True) if path != owner}
 
     def penalty(self) -> Tensor | float:
         """Returns the adapters' term of the training loss."""

@@ -10,8 +10,8 @@ holds the stacked factors [B, −B₀] and [A; A₀], and opens there as the pla
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.base import AdditiveAdapter, PeftLayout
 from lora_lab.adapters.maps import is_convolution, mix, pointwise, project
-from lora_lab.adapters.protocols import Droppable, RankAllocatable
+from lora_lab.adapters.protocols import Droppable, Prunable, Shareable
 from lora_lab.adapters.spec import LowRankSpec
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.rank import product_singular_values, widened
@@ -41,8 +41,10 @@ class ScaledSpec(LowRankSpec):
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
+class LowRankAdapter(AdditiveAdapter, Droppable):
     """ΔW = s (B A − B₀ A₀), from a start A, B; by default LoRA's, U(±1/√in) and zeros.
+
+    It has what `RankAllocatable` and `Shareable` ask for; a method to which they apply inherits them too.
 
     Attributes:
         A: (rank, in), learned.
@@ -55,6 +57,7 @@ class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
 
     family = "low-rank"
     trained_faster: ClassVar[tuple[str, ...]] = ("B",)
+    components: dict[str, int] = {"A": 0, "B": 1, "start_A": 0, "start_B": 1, "kept": 0}
     # A folder opens in PEFT as plain LoRA; PEFT's own files of that type are LoRA's.
     peft = PeftLayout(
         "LORA",
@@ -84,6 +87,7 @@ class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
         self.register_buffer("start_A", start[0].clone() if subtract else None)
         self.register_buffer("start_B", start[1].clone() if subtract else None)
         self.register_buffer("kept", torch.ones(spec.rank, dtype=torch.bool))
+        self.initial_components = spec.rank
         self.register_buffer("active", torch.ones((), dtype=self.dtype))
         self.dropout = nn.Dropout(spec.dropout) if spec.dropout else nn.Identity()
 
@@ -130,22 +134,14 @@ class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
         """See `Adapter.decay_exempt`: where a start is subtracted, no change is that start."""
         return [] if self.start_A is None else [self.A, self.B]
 
-    def rank_components(self) -> list[tuple[nn.Parameter, int]]:
-        """See `RankAllocatable`."""
-        return [(self.A, 0), (self.B, 1)]
-
     @torch.no_grad()
     def keep_components(self, keep: Bool[Tensor, " rank"]) -> None:
-        """See `RankAllocatable`. B's columns are zeroed, A stays: from both zero nothing grows back."""
+        """See `Prunable`. B's columns are zeroed, A stays: from both zero nothing grows back."""
         self.kept.copy_(keep)
         self.B[:, ~keep] = 0
         if self.start_B is not None:
             self.start_B[:, ~keep] = 0
         self.tensors_changed()
-
-    def kept_components(self) -> Bool[Tensor, " rank"]:
-        """See `RankAllocatable`."""
-        return self.kept
 
     def drop(self) -> None:
         """See `Droppable`. A switch, not zeros in B, which the optimizer's next step would fill again."""
@@ -157,20 +153,60 @@ class LowRankAdapter(AdditiveAdapter, RankAllocatable, Droppable):
         """See `Droppable`."""
         return not self.active
 
+    def share_key(self) -> Hashable | None:
+        """See `Shareable`. A start that is subtracted belongs to its own base."""
+        shapes = tuple(tuple(tensor.shape) for tensor in self.parameters(recurse=False))
+        return (type(self), self.scale, shapes) if self.start_A is None else None
+
+    def share(self, owner: Shareable) -> None:
+        """See `Shareable`."""
+        assert isinstance(owner, type(self))
+        for name, tensor in owner.named_parameters(recurse=False):
+            setattr(self, name, tensor)
+
+    def held(self) -> Bool[Tensor, " rank"]:
+        """Returns flags of the components in files: kept, grown back, or one for a rank of 0."""
+        flags = self.kept | self.B.any(0)
+        flags[0] |= ~flags.any()  # PEFT has no rank 0
+        return flags
+
+    @property
+    def stored_spec(self) -> Any:
+        """See `Adapter.stored_spec`: alpha falls with the rank, so that the scale stays."""
+        rank = int(self.held().sum())
+        if rank == self.spec.rank:
+            return self.spec
+        stored = replace(self.spec, rank=rank)
+        return replace(stored, alpha=self.spec.alpha * (self.scale / stored.scale))
+
     def peft_tensors(self) -> dict[str, Tensor]:
-        """See `Adapter.peft_tensors`: [B, −B₀] and [A; A₀]; once dropped, all but A is zero."""
-        left, right = self.factors()
+        """See `Adapter.peft_tensors`: of [B, −B₀] and [A; A₀] what is held; once dropped, but A all is 0."""
+        held = self.held()
+        left, right = self.B[:, held], self.A[held]
         if self.start_A is not None and self.start_B is not None:
-            left, right = torch.cat([self.B, -self.start_B], dim=1), torch.cat([self.A, self.start_A])
+            left = torch.cat([left, -self.start_B[:, held]], dim=1)
+            right = torch.cat([right, self.start_A[held]])
         others = {**super().peft_tensors(), "lora_B.weight": left}
         tensors = {name: tensor * self.active for name, tensor in others.items()} | {"lora_A.weight": right}
         return in_pefts_shapes(self.base, tensors)
+
+    def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `Adapter.complete_peft_tensors`: there are as many components as the file has."""
+        A = tensors.get("lora_A.weight")
+        if A is not None:
+            self._resize_to_file(len(A) // (1 if self.start_A is None else 2))
+        return tensors
+
+    def _resize_to_file(self, count: int) -> None:
+        # Any other number is another adapter's, which is told later.
+        if isinstance(self, Prunable) and 0 <= count < self.initial_components:
+            self.resize_components(count)
 
     @torch.no_grad()
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Adapter.load_peft_tensors`: takes apart what `peft_tensors` stacks."""
         left, right = tensors["lora_B.weight"].flatten(1), tensors["lora_A.weight"].flatten(1)
-        rank = self.spec.rank
+        rank = len(self.A)
         super().load_peft_tensors({**tensors, "lora_A.weight": right[:rank], "lora_B.weight": left[:, :rank]})
         if self.start_A is not None and self.start_B is not None:
             self.start_A.copy_(right[rank:])

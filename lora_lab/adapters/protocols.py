@@ -1,111 +1,168 @@
-"""What controllers may ask of an adapter. Adapters inherit these explicitly.
+"""What controllers may ask of an adapter: interfaces that a method inherits beside its base class.
 
-`isinstance` against a structural protocol does not see the parameters and buffers of an `nn.Module` (from
-Python 3.12 it looks attributes up statically), so the protocols hold methods and properties only.
+They are classes and not `typing.Protocol`s, for a method may have the functions and still not mean it:
+DyLoRA's components can be silenced like LoRA's, but its ranks would then not be what they are called.
 """
 
-from typing import Protocol, runtime_checkable
+from __future__ import annotations
 
+from collections.abc import Hashable
+
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
-@runtime_checkable
-class RankAllocatable(Protocol):
-    """A sum of rank-one components whose members can be scored and silenced one by one."""
+class Prunable:
+    """A sum of rank-one components that can be scored one by one, and taken away for good.
+
+    Attributes:
+        kept: (rank,), flags of the components that are left; a persistent buffer.
+        initial_components: number of components at the start of training.
+    """
+
+    components: dict[str, int]
+    """Name of each tensor that holds components, `kept` among them → its axis that counts them."""
+
+    kept: Tensor
+    initial_components: int
 
     def rank_components(self) -> list[tuple[nn.Parameter, int]]:
-        """Returns each tensor that holds components, with its axis that counts them."""
-        ...
+        """Returns each trained tensor that holds components, with its axis that counts them."""
+        held = [(getattr(self, name), axis) for name, axis in self.components.items()]
+        return [(tensor, axis) for tensor, axis in held if isinstance(tensor, nn.Parameter)]
 
     def keep_components(self, keep: Bool[Tensor, " rank"]) -> None:
-        """Silences the components whose flag is False by writing zeros, so that they may grow back."""
-        ...
-
-    def kept_components(self) -> Bool[Tensor, " rank"]:
-        """Returns the flags of the last `keep_components`; all True before it."""
-        ...
-
-
-@runtime_checkable
-class Prunable(Protocol):
-    """A sum of rank-one components that can be scored by their size and removed for good."""
-
-    def importance(self) -> Float[Tensor, " rank"]:
-        """Returns how much each component matters, 0 or more; 0 for those removed."""
-        ...
-
-    def keep_components(self, keep: Bool[Tensor, " rank"]) -> None:
-        """Removes the components whose flag is False; those removed before stay so, whatever their flag."""
-        ...
+        """Silences the components whose flag is False, by writing zeros."""
+        raise NotImplementedError
 
     def kept_components(self) -> Bool[Tensor, " rank"]:
         """Returns the flags of the components that are left."""
-        ...
+        return self.kept
+
+    @torch.no_grad()
+    def select_components(self, index: Int[Tensor, " k"]) -> None:
+        """Makes the adapter consist of some of its components alone; every tensor stays the same object.
+
+        The update changes by what those left out contributed; its scale stays that of the rank at the start.
+        """
+        for name, axis in self.components.items():
+            tensor = getattr(self, name)
+            if tensor is not None:
+                tensor.data = tensor.data.index_select(axis, index)
+        self.tensors_changed()
+
+    @torch.no_grad()
+    def resize_components(self, count: int) -> None:
+        """Makes room for another number of components, all kept, whose values are about to be loaded."""
+        for name, shape in self.component_shapes(count).items():
+            tensor = getattr(self, name)
+            if tensor.shape != shape:
+                tensor.data = tensor.new_full(shape, name == "kept")
+
+    def component_shapes(self, count: int) -> dict[str, torch.Size]:
+        """Returns the shape of each tensor that holds components, for this many of them."""
+        held = {name: (getattr(self, name), axis) for name, axis in self.components.items()}
+        return {
+            name: torch.Size((*tensor.shape[:axis], count, *tensor.shape[axis + 1 :]))
+            for name, (tensor, axis) in held.items()
+            if tensor is not None
+        }
+
+    def tensors_changed(self) -> None:
+        """See `Adapter.tensors_changed`."""
 
 
-@runtime_checkable
-class NestedRank(Protocol):
+class RankAllocatable(Prunable):
+    """A `Prunable` adapter whose silenced components may come back: a step can fill the zeros again."""
+
+
+class NestedRank:
     """Every prefix of the components is a valid adapter."""
 
     @property
     def max_rank(self) -> int:
         """Number of components that exist."""
-        ...
+        raise NotImplementedError
 
     @property
     def active_rank(self) -> int:
         """Number of leading components in use, in [1, max_rank]."""
-        ...
+        raise NotImplementedError
 
     @active_rank.setter
     def active_rank(self, rank: int) -> None: ...
 
 
-@runtime_checkable
-class Droppable(Protocol):
+class Droppable:
     """Its contribution can be measured and switched off."""
 
     def delta_output(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """Returns what the adapter adds to the base's output."""
-        ...
+        raise NotImplementedError
 
     def drop(self) -> None:
         """Switches the adapter off for good: it adds exactly zero from now on."""
-        ...
+        raise NotImplementedError
 
     @property
     def dropped(self) -> bool:
         """Whether `drop` was called."""
-        ...
+        raise NotImplementedError
 
 
-@runtime_checkable
-class Steerable(Protocol):
+class Shareable(Droppable):
+    """Its update is a function of its trained tensors alone, so that adapters of one shape may share them."""
+
+    def share_key(self) -> Hashable | None:
+        """Returns a key that is equal for adapters that may share; None where this one may not."""
+        raise NotImplementedError
+
+    def share(self, owner: Shareable) -> None:
+        """Takes the trained tensors of an adapter with the same key in place of its own."""
+        raise NotImplementedError
+
+
+class RandomlyDropped:
+    """Parts of its update are zeroed at random while training."""
+
+    @property
+    def drop_prob(self) -> float:
+        """Probability of zeroing a part, in [0, 1)."""
+        raise NotImplementedError
+
+    @drop_prob.setter
+    def drop_prob(self, probability: float) -> None: ...
+
+
+class Steerable:
     """Its edit has a signed strength that is chosen while the model is used: 0 leaves the base as it is."""
 
     @property
     def coefficient(self) -> float:
         """The strength in use."""
-        ...
+        raise NotImplementedError
 
     @coefficient.setter
     def coefficient(self, coefficient: float) -> None: ...
 
 
-@runtime_checkable
-class Selectable(Protocol):
+class Selectable:
     """Works in some singular directions of its weight, and can be told in which."""
 
     @property
     def undecided(self) -> bool:
         """Whether it waits to be told."""
-        ...
+        raise NotImplementedError
 
     def directions(self) -> tuple[Float[Tensor, "out k"], Float[Tensor, " k"], Float[Tensor, "k in"]]:
         """Returns all that there are: U, S and Vᵀ, from the greatest singular value down."""
-        ...
+        raise NotImplementedError
 
     def choose(self, indices: Int[Tensor, " rank"]) -> None:
         """Takes the directions of these indices, in rising order; only before training."""
-        ...
+        raise NotImplementedError
+
+
+PROTOCOLS: tuple[type, ...] = (RankAllocatable, Prunable, NestedRank, Shareable, Droppable, RandomlyDropped)
+"""What controllers ask for, the narrower before the wider."""

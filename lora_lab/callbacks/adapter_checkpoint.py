@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning as L
 import torch
 
 from lora_lab.adapters import AdapterSet
+from lora_lab.callbacks.controller import Controller
 from lora_lab.training.module import FineTuner
 
 
@@ -18,11 +20,16 @@ class AdapterCheckpoint(L.Callback):
     Args:
         adapters: the run's adapters.
         keep: which adapters the run ends with.
+        controllers: the run's controllers. With `keep="best"` a validation counts once they have settled:
+            what is kept must have the rank that was asked for.
     """
 
-    def __init__(self, adapters: AdapterSet, keep: Literal["last", "best"]):
+    def __init__(
+        self, adapters: AdapterSet, keep: Literal["last", "best"], controllers: Sequence[Controller] = ()
+    ):
         self.adapters = adapters
         self.keep = keep
+        self.controllers = controllers
         self.best_value: float | None = None
         """The monitored metric at its best."""
         self.best_step: int | None = None
@@ -43,6 +50,8 @@ class AdapterCheckpoint(L.Callback):
         value = float(trainer.callback_metrics[pl_module.monitor])
         if math.isnan(value):
             return  # no later value would compare as better
+        if self.keep == "best" and not all(controller.settled for controller in self.controllers):
+            return
         best = self.best_value
         if best is None or (value > best if pl_module.task.mode == "max" else value < best):
             self.best_value, self.best_step = value, trainer.global_step

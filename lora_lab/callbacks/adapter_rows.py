@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_lab.adapters import Adapter, AdapterSet
-from lora_lab.adapters.protocols import Droppable, RankAllocatable
+from lora_lab.adapters.protocols import Droppable, NestedRank, Prunable
 from lora_lab.linalg.rank import effective_rank, stable_rank, zero_fraction
 from lora_lab.models.architectures import find_roles, layer_of
 
@@ -53,8 +53,10 @@ def sparsity(adapter: Adapter) -> float | None:
     """Returns the share of an adapter that is switched off, in [0, 1]; None where nothing is trained."""
     if isinstance(adapter, Droppable) and adapter.dropped:
         return 1.0
-    if isinstance(adapter, RankAllocatable):
-        return 1 - float(adapter.kept_components().float().mean())
+    if isinstance(adapter, Prunable):
+        return 1 - int(adapter.kept_components().sum()) / adapter.initial_components
+    if isinstance(adapter, NestedRank):
+        return 1 - adapter.active_rank / adapter.max_rank
     trained = _trained(adapter)
     return zero_fraction(*trained) if trained else None
 

@@ -11,13 +11,17 @@ Names without a meaning for a method do not appear.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import astuple, fields
+from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers import WandbLogger
 
 from lora_lab.adapters import AdapterSet
 from lora_lab.callbacks.adapter_rows import AdapterRow, adapter_rows
+from lora_lab.callbacks.controller import Controller
 from lora_lab.callbacks.rank_heatmap import rank_heatmap
 
 
@@ -40,10 +44,13 @@ class AdapterStatistics(L.Callback):
 
     Args:
         adapters: the run's adapters.
+        controllers: the run's controllers, whose own statistics stand in the rows of `train/loss`.
     """
 
-    def __init__(self, adapters: AdapterSet):
+    def __init__(self, adapters: AdapterSet, controllers: Sequence[Controller] = ()):
         self.adapters = adapters
+        self.controllers = controllers
+        self._due = False
         self.rows: list[AdapterRow] = []
         """What the adapters had become when training ended, in the first process; empty before."""
 
@@ -51,6 +58,21 @@ class AdapterStatistics(L.Callback):
         """Logs the start."""
         if trainer.is_global_zero and trainer.global_step == 0:
             self._log(trainer, adapter_rows(self.adapters))
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Asks whether this step's numbers are logged."""
+        self._due = bool(self.controllers) and pl_module.logging_due()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Logs what the controllers have to tell."""
+        if self._due:
+            self._due = False
+            for controller in self.controllers:
+                pl_module.log_dict(controller.statistics())
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Adds the statistics to the row of the validation's metrics."""

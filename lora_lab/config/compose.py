@@ -7,7 +7,8 @@ A file may start from others:
 
 Their paths count from the file, and later ones win. `adapter` and `data` are tagged unions: `adapter.method`
 and `data.source` choose the dataclass that the rest of the node must fit. A layer that names another method
-starts the node afresh, so that `adapter.method=ia3` works over a file that sets LoRA's rank.
+starts the node afresh, so that `adapter.method=ia3` works over a file that sets LoRA's rank. `controllers`
+holds any number: each key names one, and null takes one out again that an earlier layer put in.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_lab.adapters import METHODS
 from lora_lab.adapters.spec import FOREIGN_NAMES
+from lora_lab.callbacks import CONTROLLERS, check_controllers
 from lora_lab.config.schema import ExperimentConfig
 from lora_lab.data import DATA_SOURCES, check_data
 from lora_lab.errors import ConfigError, suggest
@@ -72,6 +74,7 @@ def compose_layers(layers: Sequence[Layer]) -> ExperimentConfig:
         else:
             schema[node] = OmegaConf.structured(kinds[kind])
     for layer in settings:
+        _merge_controllers(schema.controllers, layer, faults)
         _merge(schema, layer.settings, layer.source, "", faults)
     where = settings[0].source if settings else COMMAND_LINE
     faults += [
@@ -94,6 +97,7 @@ def compose_layers(layers: Sequence[Layer]) -> ExperimentConfig:
 def _cross_checks(config: ExperimentConfig) -> list[str]:
     """Returns the faults of settings that are each well-formed."""
     found = [f"adapter.{fault}" for fault in config.adapter.faults()]
+    found += check_controllers(config.controllers, METHODS[config.adapter.method])
     found += [f"optimization.{fault}" for fault in config.optimization.faults()]
     found += [f"trainer.{fault}" for fault in config.trainer.faults()]
     found += [f"model.{fault}" for fault in check_model(config.model)]
@@ -166,6 +170,26 @@ def _choose(
         faults.append(f"{source}: {node}.{tag}: no {tag} '{chosen}'{suggest(str(chosen), kinds)}")
         return None
     return chosen
+
+
+def _merge_controllers(schema: DictConfig, layer: Layer, faults: list[str]) -> None:
+    """Takes `controllers` out of a layer: each key there chooses the dataclass that its node must fit."""
+    told = layer.settings.pop("controllers", {})
+    if not isinstance(told, dict):
+        faults.append(f"{layer.source}: controllers: must hold controllers and their options; got {told!r}")
+        return
+    for name, options in told.items():
+        key = f"controllers.{name}"
+        if name not in CONTROLLERS:
+            faults.append(f"{layer.source}: {key}: no such controller{suggest(str(name), CONTROLLERS)}")
+        elif options is None:
+            schema.pop(name, None)
+        elif not isinstance(options, dict):
+            faults.append(f"{layer.source}: {key}: must hold options, {{}} for the defaults; got {options!r}")
+        else:
+            if name not in schema:
+                schema[name] = OmegaConf.structured(CONTROLLERS[name].Spec)
+            _merge(schema[name], options, layer.source, f"{key}.", faults)
 
 
 def _merge(

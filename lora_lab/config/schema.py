@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict, dataclass, field
 
 from lora_lab.adapters.spec import AdapterSpec
+from lora_lab.callbacks import ControllerSpec
 from lora_lab.data import DataConfig
 from lora_lab.models.build import ModelConfig
 from lora_lab.tracking import TrackingConfig
@@ -33,6 +34,8 @@ class ExperimentConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     adapter: AdapterSpec = field(default_factory=AdapterSpec)
+    controllers: dict[str, ControllerSpec] = field(default_factory=dict)
+    """What changes the adapters while they train: id of a controller → its options, {} for its defaults."""
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

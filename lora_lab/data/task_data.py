@@ -132,6 +132,11 @@ class TaskData(L.LightningDataModule):
         )
         return TrainingLoader(batches, split.examples, self.trainer, self.collate, self.config.workers)
 
+    def batches_per_epoch(self, processes: int) -> int:
+        """Returns how many training batches each of so many processes has in an epoch."""
+        size = self.config.batch_size * processes
+        return max(1, self.sizes["train"] // size)
+
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Returns this process's share of the validation split, in a fixed order."""
         return self._evaluation_loader("validation")

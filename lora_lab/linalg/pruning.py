@@ -1,7 +1,22 @@
 """Which components of a sum are worth keeping. Pure functions of tensors."""
 
+from collections.abc import Sequence
+
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+
+@torch.no_grad()
+def l1_importance(components: Sequence[tuple[Tensor, int]]) -> Float[Tensor, " rank"]:
+    """Returns how large each component of a sum is: the product of the L1 norms of its parts.
+
+    Args:
+        components: tensors that hold one part of every component each, with the axis that counts them.
+    """
+    # Each (rank, numbers).
+    parts = [tensor.movedim(axis, 0).unsqueeze(-1).flatten(1) for tensor, axis in components]
+    return torch.stack([part.abs().sum(1) for part in parts]).prod(0)
 
 
 def alive(

@@ -14,10 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_lab.adapters import METHODS
-from lora_lab.adapters.protocols import Droppable, NestedRank, Prunable, RankAllocatable
+from lora_lab.adapters.protocols import PROTOCOLS
+from lora_lab.callbacks import CONTROLLERS
 from lora_lab.config.documentation import field_documentation
-
-PROTOCOLS = (RankAllocatable, Prunable, NestedRank, Droppable)
 
 
 def record_table(record: Mapping[str, Any]) -> Table:
@@ -61,9 +60,9 @@ def assets_table(rows: Sequence[Mapping[str, str]]) -> Table:
 
 
 def methods_table() -> Table:
-    """Shows every method: family, the protocols that controllers ask for, merging, PEFT's name, paper."""
+    """Shows every method: family, the protocols that protocols, merging, PEFT's name, paper."""
     table = Table(title="Methods", title_justify="left")
-    for heading in ("method", "family", "controllers ask for", "merges", "in PEFT", "paper"):
+    for heading in ("method", "family", "protocols", "merges", "in PEFT", "paper"):
         table.add_column(heading, no_wrap=heading == "method")
     for name, method in METHODS.items():
         offered = ", ".join(protocol.__name__ for protocol in PROTOCOLS if protocol in method.__mro__) or "-"
@@ -72,18 +71,37 @@ def methods_table() -> Table:
     return table
 
 
-def method_description(name: str) -> RenderableType:
-    """Shows one method: the head of its file, every field with default and meaning, and an example."""
-    method = METHODS[name]
-    head = (sys.modules[method.__module__].__doc__ or "").strip()
-    table = Table(title="Fields of `adapter`", title_justify="left", show_lines=True)
+def controllers_table() -> Table:
+    """Shows every controller: what adapters have to be for it, the methods that are, paper."""
+    table = Table(title="Controllers", title_justify="left", show_lines=True)
+    for heading in ("controller", "asks for adapters that are", "methods", "paper"):
+        table.add_column(heading, no_wrap=heading == "controller")
+    for name, controller in CONTROLLERS.items():
+        needs = controller.Spec().needs()
+        fitting = ", ".join(method for method, kind in METHODS.items() if issubclass(kind, needs))
+        table.add_row(name, needs.__name__, fitting, controller.paper)
+    return table
+
+
+def description(name: str) -> RenderableType:
+    """Shows a method, a controller, or both where they share a name: head of the file, fields, example."""
+    parts: list[RenderableType] = []
+    if name in METHODS:
+        parts += _description(METHODS[name], "adapter", f"adapter:\n  method: {name}")
+    if name in CONTROLLERS:
+        parts += _description(CONTROLLERS[name], f"controllers.{name}", f"controllers:\n  {name}: {{}}")
+    return Group(*parts)
+
+
+def _description(kind: Any, node: str, example: str) -> list[RenderableType]:
+    head = (sys.modules[kind.__module__].__doc__ or "").strip()
+    table = Table(title=f"Fields of `{node}`", title_justify="left", show_lines=True)
     for heading in ("field", "default", "meaning"):
         table.add_column(heading, no_wrap=heading == "field")
-    documentation = field_documentation(method.Spec)
-    for name_of_field, default in asdict(method.Spec()).items():
+    documentation = field_documentation(kind.Spec)
+    for name_of_field, default in asdict(kind.Spec()).items():
         table.add_row(name_of_field, Text(str(default)), Text(documentation.get(name_of_field, "")))
-    example = Markdown(f"```yaml\nadapter:\n  method: {name}\n```")
-    return Group(Text(head), Text(), table, Text("\nExample:"), example)
+    return [Text(head), Text(), table, Text("\nExample:"), Markdown(f"```yaml\n{example}\n```")]
 
 
 def _facts(title: str) -> Table:

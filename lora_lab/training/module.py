@@ -59,8 +59,8 @@ class FineTuner(L.LightningModule):
         )
         prompts = any(adapter.reads_prompt_lengths for adapter in adapters)
         self._hidden = {"labels"} if prompts else {"labels", "prompt_lengths"}
-        # Grouped here, so that what does not fit is told before anything is trained or written.
-        self._groups = parameter_groups(adapters, self.optimization)
+        # Grouped here too, so that what does not fit is told before anything is trained or written.
+        parameter_groups(adapters, self.optimization)
         self._losses: list[Tensor] = []
         self._penalties: list[Tensor] = []
 
@@ -131,9 +131,14 @@ class FineTuner(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Returns AdamW and its schedule, stepped once per optimizer step."""
-        # Lightning clips no gradients before a fused step under mixed precision.
-        fused = self.trainer.precision == "32-true" or self.optimization.gradient_clip is None
-        optimizer = build_optimizer(self._groups, self.optimization, fused)
+        # Anew: a checkpoint may have shown in the meantime that adapters share tensors.
+        groups = parameter_groups(self.adapters, self.optimization)
+        # Lightning clips no gradients before a fused step under mixed precision, and under 16-mixed such a
+        # step leaves gradients scaled, which controllers read.
+        precision = self.trainer.precision
+        clips = self.optimization.gradient_clip is not None
+        fused = precision == "32-true" or (precision == "bf16-mixed" and not clips)
+        optimizer = build_optimizer(groups, self.optimization, fused)
         keep_frozen_parts(optimizer, self.adapters)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = build_schedule(optimizer, self.optimization, steps)

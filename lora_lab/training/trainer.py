@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -63,6 +64,12 @@ class TrainerConfig:
         if self.precision == "16-mixed" and self.accelerator == "cpu":
             found.append("precision: 16-mixed needs a GPU; use bf16-mixed or 32-true on a CPU")
         return found
+
+
+def planned_steps(config: TrainerConfig, batches: int) -> int:
+    """Returns how many optimizer steps a run makes, from the number of batches in an epoch of one process."""
+    steps = config.max_epochs * math.ceil(batches / config.accumulate)
+    return steps if config.max_steps == -1 else min(steps, config.max_steps)
 
 
 def trainer_arguments(config: TrainerConfig, gradient_clip: float | None) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, PeftLayout
 from lora_lab.adapters.low_rank import LowRankAdapter
+from lora_lab.adapters.protocols import RankAllocatable, Shareable
 from lora_lab.adapters.sites import Site, site_spec
 from lora_lab.adapters.spec import LowRankSpec
 from lora_lab.linalg.orthogonal import row_overlaps
@@ -66,10 +67,11 @@ def _site_config(adapters: Mapping[str, Any]) -> dict[str, Any]:
     return {"init_r": rank, "rank_pattern": None if whole else pattern, "alpha_pattern": {}}
 
 
-class AdaLoRA(LowRankAdapter):
+class AdaLoRA(LowRankAdapter, RankAllocatable, Shareable):
     """The adapter of one linear map."""
 
     convolves = True
+    components: dict[str, int] = {"E": 0, **LowRankAdapter.components}
 
     Spec = AdaLoRASpec
     paper = "Zhang et al. 2023, arXiv:2303.10512"
@@ -114,12 +116,9 @@ class AdaLoRA(LowRankAdapter):
         errors = row_overlaps(rows for own in adapters for rows in (own.A, own.B.T))
         return spec.orth_reg_weight * (errors.square().sum() if spec.orth_reg_squared else errors.mean())
 
-    def rank_components(self) -> list[tuple[nn.Parameter, int]]:
-        return [(self.E, 0), (self.A, 0), (self.B, 1)]
-
     @torch.no_grad()
     def keep_components(self, keep: Bool[Tensor, " rank"]) -> None:
-        """See `RankAllocatable`: zeros in Λ alone."""
+        """See `Prunable`: zeros in Λ alone."""
         self.kept.copy_(keep)
         self.E[~self.kept] = 0
         self.tensors_changed()
@@ -135,12 +134,12 @@ class AdaLoRA(LowRankAdapter):
         return {"lora_A": self.A[held], "lora_B": self.B[:, held], "lora_E": E}
 
     def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See `Adapter.complete_peft_tensors`: as many components are kept as a file has."""
-        self.kept.copy_(torch.arange(self.spec.rank) < len(tensors.get("lora_E", self.E)))
+        """See `Adapter.complete_peft_tensors`: there are as many components as a file has."""
+        self._resize_to_file(len(tensors.get("lora_E", self.E)))
         return tensors
 
     @torch.no_grad()
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """See `Adapter.load_peft_tensors`. Components that the file leaves out stay as at the start."""
-        self.A[self.kept], self.B[:, self.kept] = tensors["lora_A"].to(self.A), tensors["lora_B"].to(self.B)
-        self.E[self.kept] = tensors["lora_E"].to(self.E).flatten() / self.file_ratio
+        self.A.copy_(tensors["lora_A"])
+        self.B.copy_(tensors["lora_B"])
+        self.E.copy_(tensors["lora_E"].flatten() / self.file_ratio)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from lora_lab.adapters.base import Adapter, PeftLayout
 from lora_lab.adapters.low_rank import LowRankAdapter
 from lora_lab.adapters.maps import matrix
+from lora_lab.adapters.protocols import RankAllocatable
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import AdapterSpec, least_fault, probability_fault
 from lora_lab.linalg.rank import widened
@@ -107,7 +108,7 @@ def _read_config(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class DeLoRA(LowRankAdapter):
+class DeLoRA(LowRankAdapter, RankAllocatable):
     """The adapter of one linear map.
 
     A silenced component that the next step revives is back at full strength at once: see init: zero_b.
@@ -133,6 +134,8 @@ class DeLoRA(LowRankAdapter):
         super().__init__(base, spec, (A, B), subtract=residual)
         count = spec.rank if spec.lambda_per_rank else 1
         self.lambda_ = nn.Parameter(torch.full((count,), spec.delora_lambda, dtype=self.dtype))
+        if spec.lambda_per_rank:
+            self.components = {**self.components, "lambda_": 0}
         norms = torch.linalg.vector_norm(weight, dim=0)
         self.register_buffer("w", norms if spec.weight_norm_scaling else torch.ones_like(norms))
 

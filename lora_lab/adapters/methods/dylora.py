@@ -125,6 +125,10 @@ class DyLoRA(LowRankAdapter, NestedRank):
             return B, A
         return torch.cat([B[:, :-1].detach(), B[:, -1:]], dim=1), torch.cat([A[:-1].detach(), A[-1:]])
 
+    def held(self) -> Bool[Tensor, " components"]:
+        """See `LowRankAdapter.held`."""
+        return self.used
+
     def frozen_parts(self) -> list[tuple[nn.Parameter, Bool[Tensor, ...]]]:
         """See `Adapter.frozen_parts`: the components that the step does not learn."""
         learned = self.used.clone()

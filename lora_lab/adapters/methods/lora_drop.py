@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lora_lab.adapters.low_rank import LowRankAdapter, ScaledSpec
 from lora_lab.adapters.maps import is_convolution, mix, pointwise, project
+from lora_lab.adapters.protocols import RandomlyDropped, RankAllocatable, Shareable
 from lora_lab.adapters.spec import probability_fault
 from lora_lab.errors import ConfigError
 
@@ -52,7 +53,7 @@ class LoRADropSpec(ScaledSpec):
         return super().faults() + probability_fault("drop_prob", self.drop_prob)
 
 
-class LoRADrop(LowRankAdapter):
+class LoRADrop(LowRankAdapter, RankAllocatable, Shareable, RandomlyDropped):
     """The adapter of one linear map.
 
     Attributes:
@@ -73,8 +74,8 @@ class LoRADrop(LowRankAdapter):
         self.seed, self.count = torch.initial_seed(), 0  # `Adapter.at` has set the site's seed
         batch = spec.drop_granularity == "batch"
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64) if batch else None)
-        units = spec.rank if spec.drop_unit == "rank" else 1
-        self.register_buffer("mask", torch.ones(units, dtype=self.dtype), persistent=False)
+        self.register_buffer("mask", None, persistent=False)
+        self.tensors_changed()
 
     @property
     def drop_prob(self) -> float:
@@ -108,7 +109,8 @@ class LoRADrop(LowRankAdapter):
             self.mask = torch.bernoulli(keep, generator=generator).to(self.mask)
 
     def tensors_changed(self) -> None:
-        """See `Adapter.tensors_changed`: a resumed run counts on."""
+        """See `Adapter.tensors_changed`: a resumed run counts on, for as many units as there are."""
+        self.mask = self.A.new_ones(len(self.A) if self.spec.drop_unit == "rank" else 1)
         self.count = 0 if self.batches is None else int(self.batches)
 
     def delta_output(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:

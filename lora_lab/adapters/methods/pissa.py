@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lora_lab.adapters.base import PeftLayout
 from lora_lab.adapters.low_rank import LowRankAdapter, read_lora_config, write_lora_config
 from lora_lab.adapters.maps import matrix, mix, project
+from lora_lab.adapters.protocols import RankAllocatable
 from lora_lab.adapters.starts import StartedSpec, start
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.rank import widened
@@ -53,7 +54,7 @@ class PiSSASpec(StartedSpec):
         return found
 
 
-class PiSSA(LowRankAdapter):
+class PiSSA(LowRankAdapter, RankAllocatable):
     """The adapter of one linear map."""
 
     start_A: Tensor

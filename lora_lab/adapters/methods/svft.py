@@ -80,15 +80,15 @@ class SVFTSpec(AdapterSpec):
 
 
 class SVFT(AdditiveAdapter, RankAllocatable):
-    """The adapter of one linear map."""
+    """The adapter of one linear map. Every pair of the pattern is a component."""
 
     U: Tensor
     Vh: Tensor
     rows: Tensor
     cols: Tensor
-    kept: Tensor
     offsets: Tensor
     gate: nn.Parameter | None
+    components: dict[str, int] = {"c": 0, "rows": 0, "cols": 0, "kept": 0}
 
     Spec = SVFTSpec
     family = "spectral"
@@ -112,6 +112,7 @@ class SVFT(AdditiveAdapter, RankAllocatable):
         for name, tensor in frozen.items():
             self.register_buffer(name, tensor)
         self.register_buffer("kept", torch.ones(len(rows), dtype=torch.bool))
+        self.initial_components = len(rows)
         self.tensors_changed()
 
     def tensors_changed(self) -> None:
@@ -155,17 +156,10 @@ class SVFT(AdditiveAdapter, RankAllocatable):
     def decay_exempt(self) -> list[nn.Parameter]:
         return [] if self.gate is None else [self.gate]
 
-    def rank_components(self) -> list[tuple[nn.Parameter, int]]:
-        """See `RankAllocatable`: every pair is a component."""
-        return [(self.c, 0)]
-
     @torch.no_grad()
     def keep_components(self, keep: Bool[Tensor, " K"]) -> None:
         self.kept.copy_(keep)
         self.c[~keep] = 0
-
-    def kept_components(self) -> Bool[Tensor, " K"]:
-        return self.kept
 
 
 def pairs(

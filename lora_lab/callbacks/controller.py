@@ -1,0 +1,139 @@
+"""What a controller is: a callback that changes adapters while they train, by their protocols alone.
+
+Where a controller may act, in the order in which Lightning gets there:
+
+    plan                     before anything is trained or written: does the schedule fit the run?
+    on_train_batch_start     a step begins with the first of its batches, see `step_begins`
+    on_before_optimizer_step gradients are whole, averaged over processes, not yet clipped
+    on_train_batch_end       after a step, see `step_ended`: new weights, and still the gradients of the step
+
+Lightning restores the model first, then the callbacks, then builds the optimizer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+import lightning as L
+import torch.distributed as distributed
+from torch import Tensor
+
+from lora_lab.adapters import METHODS, AdapterSet
+from lora_lab.errors import ConfigError, IncompatibleError
+
+
+@dataclass
+class ControllerSpec:
+    """What every controller's options have in common."""
+
+    def faults(self) -> list[str]:
+        """Returns every fault that shows without a model, as `field: what is wrong, what is allowed`."""
+        return [
+            f"{name}: must be one of {', '.join(get_args(hint))}; got {getattr(self, name)!r}"
+            for name, hint in get_type_hints(type(self)).items()
+            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint)
+        ]
+
+    def needs(self) -> type:
+        """Returns the class of `adapters.protocols` that every adapter has to offer."""
+        raise NotImplementedError
+
+    def decides(self) -> str | None:
+        """Returns what this controller alone must decide in a run; None where it disturbs no other."""
+        return None
+
+
+class Controller(L.Callback):
+    """Changes adapters while they train.
+
+    Args:
+        spec: the controller's options.
+        adapters: the run's adapters.
+        seed: seed of its random decisions.
+
+    Raises:
+        ConfigError: if the spec is at fault.
+        IncompatibleError: if an adapter does not offer what the controller needs.
+    """
+
+    Spec: ClassVar[type[Any]]
+    name: ClassVar[str]
+    """The controller's key in CONTROLLERS and in configs."""
+    paper: ClassVar[str] = "-"
+    """Authors, year and arXiv id."""
+
+    def __init__(self, spec: Any, adapters: AdapterSet, seed: int = 0):
+        if faults := spec.faults():
+            raise ConfigError("\n".join(f"controllers.{self.name}.{fault}" for fault in faults))
+        needs = spec.needs()
+        self.spec, self.adapters, self.seed = spec, adapters, seed
+        self.controlled: dict[str, Any] = adapters.implementing(needs)
+        """The adapters, by path."""
+        others = [path for path in adapters.adapters if path not in self.controlled]
+        if others or not self.controlled:
+            where = f"; {others[0]} is none" if self.controlled else ""
+            raise IncompatibleError(misfit(self.name, needs, adapters.spec.method) + where)
+        self.total_steps: int | None = None
+        """Optimizer steps of the run; None before `plan`."""
+        self._seen_step = 0
+
+    def plan(self, total_steps: int) -> None:
+        """Fits the schedule into a run.
+
+        Args:
+            total_steps: optimizer steps of the whole run.
+
+        Raises:
+            ConfigError: if the run ends before the schedule does.
+        """
+        self.total_steps = total_steps
+
+    @property
+    def settled(self) -> bool:
+        """Whether the controller will take away, add or share nothing from now on."""
+        return True
+
+    def statistics(self) -> dict[str, float]:
+        """Returns what is to be logged now, by name: `budget/…`, `importance/…`."""
+        return {}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Plans for the trainer's own count of steps."""
+        self.plan(int(trainer.estimated_stepping_batches))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes up the count of steps where a resumed run stopped."""
+        self._seen_step = trainer.global_step
+
+    def step_begins(self, trainer: L.Trainer, batch_idx: int) -> bool:
+        """Whether a batch is the first of those whose gradients make one step."""
+        return batch_idx % trainer.accumulate_grad_batches == 0
+
+    def step_ended(self, trainer: L.Trainer) -> bool:
+        """Whether an optimizer step was made since this was last asked; to be asked at every batch's end."""
+        ended, self._seen_step = trainer.global_step != self._seen_step, trainer.global_step
+        return ended
+
+
+def misfit(name: str, needs: type, method: str) -> str:
+    """Says that a method does not offer what a controller needs, and which methods do."""
+    fitting = sorted(known for known, kind in METHODS.items() if issubclass(kind, needs))
+    return (
+        f"controllers.{name}: needs adapters that are {needs.__name__}; those of method '{method}' are not. "
+        f"Methods that are: {', '.join(fitting)}"
+    )
+
+
+def in_steps(duration: float, total_steps: int) -> int:
+    """Returns a duration in optimizer steps: below 1 it is a share of all steps, rounded up."""
+    return math.ceil(duration * total_steps) if duration < 1 else round(duration)
+
+
+def from_first_process(decision: Tensor) -> Tensor:
+    """Returns the first process's tensor in all processes: a difference in the last bit must part nobody."""
+    if distributed.is_initialized():
+        decision = decision.contiguous()
+        distributed.broadcast(decision, src=0)
+    return decision

@@ -1,0 +1,1 @@
+"""One file per controller: paper, rule, schedule, options, class."""

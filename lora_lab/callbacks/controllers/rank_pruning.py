@@ -1,0 +1,131 @@
+"""Rank pruning: components that are weak beside the strongest die, and stay dead (hybrid LoRA with pruning).
+
+    importance_i = Π over the component's parts of their L1 norms      (Σ_j |A_ij|) (Σ_k |B_ki|) for LoRA
+    alive_i      = alive_i and importance_i > threshold · max importance
+
+Every `period` optimizer steps from `start` to `end`. Nothing dies while all importance is 0, as it is at the
+start of a run. A dead component stays exactly zero: what momentum and weight decay make of it is undone after
+every step. The scale stays that of the rank at the start.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning as L
+import torch
+
+from lora_lab.adapters import AdapterSet
+from lora_lab.adapters.protocols import Prunable
+from lora_lab.adapters.spec import least_fault, probability_fault
+from lora_lab.callbacks.controller import Controller, ControllerSpec, from_first_process, in_steps
+from lora_lab.errors import ConfigError
+from lora_lab.linalg.pruning import alive, l1_importance
+
+
+@dataclass
+class RankPruningSpec(ControllerSpec):
+    """The options of rank pruning."""
+
+    threshold: float = 0.1
+    """Share of the largest importance at or below which a component dies, in [0, 1)."""
+
+    scope: Literal["layer", "model"] = "layer"
+    """Whose largest importance counts: the same adapter's, or that of all adapters."""
+
+    start: float = 0.2
+    """Optimizer steps before the first pruning; below 1 a share of all steps."""
+
+    period: float = 0.1
+    """Optimizer steps from one pruning to the next, at least one; below 1 a share of all steps."""
+
+    end: float = 0.8
+    """Optimizer steps after which nothing dies any more; below 1 a share of all steps."""
+
+    min_rank: int = 1
+    """Components that every adapter keeps, however weak; 0 or more."""
+
+    def faults(self) -> list[str]:
+        found = super().faults() + probability_fault("threshold", self.threshold)
+        for name in ("start", "end", "min_rank"):
+            found += least_fault(name, getattr(self, name), 0)
+        if self.period <= 0:
+            found.append(f"period: must be above 0; got {self.period}")
+        return found
+
+    def needs(self) -> type:
+        return Prunable
+
+    def decides(self) -> str:
+        return "which components are kept"
+
+
+class RankPruning(Controller):
+    """Prunes every adapter of a run by the sizes of its components.
+
+    Logs `budget/kept`, the number of living components, and `importance/threshold`, the least importance that
+    outlived the last pruning, over all adapters.
+    """
+
+    Spec = RankPruningSpec
+    name = "rank_pruning"
+    spec: RankPruningSpec
+
+    def __init__(self, spec: RankPruningSpec, adapters: AdapterSet, seed: int = 0):
+        super().__init__(spec, adapters, seed)
+        self._done = 0
+        self._threshold = 0.0
+
+    def plan(self, total_steps: int) -> None:
+        super().plan(total_steps)
+        self.start, self.end = (in_steps(value, total_steps) for value in (self.spec.start, self.spec.end))
+        self.period = max(1, in_steps(self.spec.period, total_steps))
+        if not self.start <= self.end < total_steps:
+            raise ConfigError(
+                f"controllers.rank_pruning: prunes from step {self.start} to step {self.end} of a run of "
+                f"{total_steps}; start must not lie behind end, and end must lie before the run's."
+            )
+
+    @property
+    def settled(self) -> bool:
+        return self._done + self.period > self.end
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self.step_ended(trainer):
+            return
+        self._done = trainer.global_step
+        if self.start <= self._done <= self.end and (self._done - self.start) % self.period == 0:
+            self.prune()
+        elif self._done > self.start:
+            for adapter in self.controlled.values():
+                adapter.keep_components(adapter.kept_components())
+
+    def prune(self) -> None:
+        """Lets the weak components of all adapters die."""
+        importance = [l1_importance(adapter.rank_components()) for adapter in self.controlled.values()]
+        kept = [adapter.kept_components() for adapter in self.controlled.values()]
+        largest = [values.max() if len(values) else values.sum() for values in importance]
+        if self.spec.scope == "model":
+            largest = [torch.stack(largest).max()] * len(largest)
+        alive_now = [
+            alive(values, flags, self.spec.threshold, most, self.spec.min_rank)
+            for values, flags, most in zip(importance, kept, largest, strict=True)
+        ]
+        agreed = from_first_process(torch.cat(alive_now)).split([len(flags) for flags in alive_now])
+        for adapter, flags in zip(self.controlled.values(), agreed, strict=True):
+            adapter.keep_components(flags)
+        outlived = torch.cat(importance)[torch.cat(agreed)]
+        self._threshold = float(outlived.min()) if len(outlived) else 0.0
+
+    def statistics(self) -> dict[str, float]:
+        kept = sum(int(adapter.kept_components().sum()) for adapter in self.controlled.values())
+        return {"budget/kept": kept, "importance/threshold": self._threshold}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self._done, "threshold": self._threshold}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._done, self._threshold = state_dict["done"], state_dict["threshold"]
