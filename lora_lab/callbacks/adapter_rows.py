@@ -25,12 +25,19 @@ class AdapterRow:
     effective_rank: float | None
     stable_rank: float | None
     sparsity: float | None
+    dropped: bool | None
     trainable: int
+    """Trained numbers of its own; 0 where it uses another adapter's."""
 
 
 @torch.no_grad()
-def adapter_rows(adapters: AdapterSet) -> list[AdapterRow]:
-    """Measures every adapter, in the model's order."""
+def adapter_rows(adapters: AdapterSet, spectra: bool = True) -> list[AdapterRow]:
+    """Measures every adapter, in the model's order.
+
+    Args:
+        adapters: the adapters.
+        spectra: whether to compute singular values, for effective and stable ranks; dense ones take long.
+    """
     sites = {site.path: site for site in find_roles(adapters.model)}
     rows = []
     for path, adapter in adapters.items():
@@ -41,9 +48,10 @@ def adapter_rows(adapters: AdapterSet) -> list[AdapterRow]:
                 site.role if site else path.rpartition(".")[2],
                 site.layer if site else layer_of(path),
                 adapter.rank,
-                *_spectrum(adapter),
+                *(_spectrum(adapter) if spectra else (None, None)),
                 sparsity(adapter),
-                sum(parameter.numel() for parameter in _trained(adapter)),
+                adapter.dropped if isinstance(adapter, Droppable) else None,
+                0 if path in adapters.owners else sum(p.numel() for p in _trained(adapter)),
             )
         )
     return rows

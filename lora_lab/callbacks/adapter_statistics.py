@@ -1,12 +1,17 @@
 """How much rank the adapters have, how much of it they use, and how much of them is switched off.
 
-    rank/mean             mean rank in use, over the adapters for which the word has a meaning
-    rank/<module path>    rank in use of one of them
-    rank/effective_mean   mean effective rank of W' − W (Roy and Vetterli 2007), where a matrix is edited
-    sparsity/mean         mean share of rank units silenced, in [0, 1]; for adapters without units of rank the
-                          share of trained numbers that are exactly zero
+    rank/mean                     mean rank in use, over the adapters for which the word has a meaning
+    rank/<module path>            rank in use of one of them
+    rank/effective_mean           mean effective rank of W' − W (Roy and Vetterli 2007), of edited matrices
+    rank/effective/<module path>  that of one of them
+    rank/stable_mean              mean stable rank of W' − W, ‖·‖²_F / ‖·‖²_2
+    rank/stable/<module path>     that of one of them
+    sparsity/mean                 mean share of rank units silenced, in [0, 1]; for adapters without units of
+                                  rank the share of trained numbers that are exactly zero
+    sparsity/<module path>        that of one of them
+    sparsity/dropped_layers       number of adapters that are switched off
 
-Names without a meaning for a method do not appear.
+Names without a meaning for a method do not appear. Controllers add `budget/…` and `importance/…`.
 """
 
 from __future__ import annotations
@@ -16,13 +21,14 @@ from dataclasses import astuple, fields
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.loggers import WandbLogger
 
 from lora_lab.adapters import AdapterSet
 from lora_lab.callbacks.adapter_rows import AdapterRow, adapter_rows
 from lora_lab.callbacks.controller import Controller
-from lora_lab.callbacks.rank_heatmap import rank_heatmap
+from lora_lab.callbacks.heatmaps import history_heatmap, rank_heatmap
 
 
 def final_statistics(rows: list[AdapterRow]) -> dict[str, float | None]:
@@ -36,23 +42,27 @@ def final_statistics(rows: list[AdapterRow]) -> dict[str, float | None]:
 
 
 class AdapterStatistics(L.Callback):
-    """Logs the statistics at the start, with every validation, and at the end with a table and a picture.
+    """Logs the statistics at the start, with every validation, and at the end with a table and pictures.
 
     The rows of start and end are labelled as Lightning labels its own: row s is of the state after s + 1
     steps, and the start shares label 0. A resumed run logs no start. This callback stands behind those that
-    change the adapters when training ends, so that the last row describes what the run keeps.
+    change the adapters, at a step's end or when training ends, so that a row describes what they have left.
+
+    Where controllers are at work, the rows of `train/loss` have their statistics, ranks and sparsity too.
 
     Args:
         adapters: the run's adapters.
-        controllers: the run's controllers, whose own statistics stand in the rows of `train/loss`.
+        controllers: the run's controllers.
     """
 
     def __init__(self, adapters: AdapterSet, controllers: Sequence[Controller] = ()):
         self.adapters = adapters
         self.controllers = controllers
-        self._due = False
         self.rows: list[AdapterRow] = []
         """What the adapters had become when training ended, in the first process; empty before."""
+        self._ranks: dict[int, list[float]] = {}
+        """Steps done → rank of each adapter by then."""
+        self._due = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs the start."""
@@ -68,50 +78,91 @@ class AdapterStatistics(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs what the controllers have to tell."""
-        if self._due:
-            self._due = False
-            for controller in self.controllers:
-                pl_module.log_dict(controller.statistics())
+        """Logs what the controllers have to tell, and what has become of the ranks."""
+        if not self._due:
+            return
+        self._due = False
+        rows = adapter_rows(self.adapters, spectra=False)
+        self._remember(trainer.global_step, rows)
+        told = _scalars(rows)
+        for controller in self.controllers:
+            told |= controller.statistics()
+        pl_module.log_dict(told)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Adds the statistics to the row of the validation's metrics."""
         if trainer.is_global_zero:
+            rows = adapter_rows(self.adapters)
             # All processes' adapters are equal. Without sync_dist Lightning warns that this is not known.
-            scalars = _scalars(adapter_rows(self.adapters))
-            pl_module.log_dict(scalars, rank_zero_only=True, sync_dist=True)
+            pl_module.log_dict(_scalars(rows), rank_zero_only=True, sync_dist=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Logs the end, and to W&B the table `rank/table` and the picture `rank/heatmap`."""
+        """Logs the end, and to W&B `rank/table`, `rank/heatmap` and where ranks changed `rank/history`."""
         if not trainer.is_global_zero:
             return
         self.rows = rows = adapter_rows(self.adapters)
         self._log(trainer, rows)
-        picture = rank_heatmap([(row.layer, row.role, row.path, row.effective_rank) for row in rows])
         columns, table = [column.name for column in fields(AdapterRow)], [list(astuple(row)) for row in rows]
+        importance: dict[str, float] = {}
+        for controller in self.controllers:
+            importance |= controller.statistics()
+        if any(f"importance/{row.path}" in importance for row in rows):
+            columns.append("importance")
+            for cells, row in zip(table, rows, strict=True):
+                cells.append(importance.get(f"importance/{row.path}"))
+        places = [(row.layer, row.role, row.path, row.effective_rank) for row in rows]
+        ranks = np.array(list(self._ranks.values()), dtype=float)
+        pictures = {
+            "rank/heatmap": rank_heatmap(places),
+            "rank/history": history_heatmap(places, list(self._ranks), ranks),
+        }
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and rows:
                 logger.log_table("rank/table", columns, table, step=_step(trainer))
-                if picture is not None:
-                    logger.log_image("rank/heatmap", [picture], step=_step(trainer))
+                for name, picture in pictures.items():
+                    if picture is not None:
+                        logger.log_image(name, [picture], step=_step(trainer))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the ranks so far, which a resumed run draws too."""
+        return {"ranks": self._ranks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what `state_dict` returned."""
+        self._ranks = state_dict["ranks"]
 
     def _log(self, trainer: L.Trainer, rows: list[AdapterRow]) -> None:
+        self._remember(trainer.global_step, rows)
         if scalars := _scalars(rows):
             for logger in trainer.loggers:
                 logger.log_metrics(scalars, step=_step(trainer))
+
+    def _remember(self, step: int, rows: list[AdapterRow]) -> None:
+        self._ranks[step] = [float("nan") if row.rank is None else float(row.rank) for row in rows]
 
 
 def _means(rows: list[AdapterRow]) -> dict[str, float]:
     measured: dict[str, list[float]] = {
         "rank/mean": [row.rank for row in rows if row.rank is not None],
         "rank/effective_mean": [row.effective_rank for row in rows if row.effective_rank is not None],
+        "rank/stable_mean": [row.stable_rank for row in rows if row.stable_rank is not None],
         "sparsity/mean": [row.sparsity for row in rows if row.sparsity is not None],
     }
     return {name: sum(values) / len(values) for name, values in measured.items() if values}
 
 
 def _scalars(rows: list[AdapterRow]) -> dict[str, float]:
-    return _means(rows) | {f"rank/{row.path}": float(row.rank) for row in rows if row.rank is not None}
+    told = _means(rows)
+    for row in rows:
+        known = {
+            f"rank/{row.path}": row.rank,
+            f"rank/effective/{row.path}": row.effective_rank,
+            f"rank/stable/{row.path}": row.stable_rank,
+            f"sparsity/{row.path}": row.sparsity,
+        }
+        told |= {name: float(value) for name, value in known.items() if value is not None}
+    dropped = [row.dropped for row in rows if row.dropped is not None]
+    return told | ({"sparsity/dropped_layers": float(sum(dropped))} if dropped else {})
 
 
 def _step(trainer: L.Trainer) -> int:

@@ -15,7 +15,7 @@ from lora_lab.adapters.methods.ia3 import IA3Spec
 from lora_lab.adapters.methods.lora import LoRASpec
 from lora_lab.callbacks.adapter_rows import adapter_rows, sparsity
 from lora_lab.callbacks.adapter_statistics import final_statistics
-from lora_lab.callbacks.rank_heatmap import rank_heatmap
+from lora_lab.callbacks.heatmaps import rank_heatmap
 from lora_lab.tracking import read_metrics
 from tests.tracked_run import train
 from tests.wandb_file import offline_folders, read_offline_run
@@ -67,7 +67,7 @@ def test_table_has_a_row_for_each_adapter(tracked):
     run, _, offline = tracked
     (path,) = [path for path in offline.media if path.name.endswith(".table.json")]
     table = json.loads(path.read_text())
-    names = "path role layer rank effective_rank stable_rank sparsity trainable".split()
+    names = "path role layer rank effective_rank stable_rank sparsity dropped trainable".split()
     assert table["columns"] == names
     found = [dict(zip(names, row, strict=True)) for row in table["data"]]
     assert [row["path"] for row in found] == list(run.adapters.adapters)
