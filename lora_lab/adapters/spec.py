@@ -19,6 +19,7 @@ FOREIGN_NAMES = {
     "r": "rank",
     "lora_r": "rank",
     "init_r": "rank",
+    "target_r": "target_rank",
     "lora_alpha": "alpha",
     "randlora_alpha": "alpha",
     "lora_dropout": "dropout",

@@ -42,3 +42,37 @@ def alive(
     flags = importance > threshold * largest
     flags[strongest] = True
     return flags & kept
+
+
+def strongest(scores: Float[Tensor, " n"], count: int) -> Bool[Tensor, " n"]:
+    """Returns flags of exactly `count` components, those of the greatest scores; of equals the first."""
+    flags = torch.zeros_like(scores, dtype=torch.bool)
+    flags[scores.argsort(descending=True, stable=True)[:count]] = True
+    return flags
+
+
+def smoothed(
+    sensitivity: Float[Tensor, " n"],
+    uncertainty: Float[Tensor, " n"],
+    measured: Float[Tensor, " n"],
+    beta1: float,
+    beta2: float,
+    valid: Bool[Tensor, ""] | bool = True,
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Takes one measurement into AdaLoRA's averages, a sensitivity I and its uncertainty U.
+
+    I ← β1 I + (1 − β1) x, then U ← β2 U + (1 − β2) |x − I|.
+
+    Args:
+        sensitivity: I, zeros before the first measurement.
+        uncertainty: U, likewise.
+        measured: x, the |p g| of every number p with gradient g.
+        beta1: share of the old I.
+        beta2: share of the old U.
+        valid: whether the measurement counts; if not, both averages stay. As a tensor it is never read back
+            from the device.
+    """
+    valid = torch.as_tensor(valid, device=measured.device)
+    sensitivity = torch.where(valid, sensitivity.lerp(measured, 1 - beta1), sensitivity)
+    deviation = (measured - sensitivity).abs_()
+    return sensitivity, torch.where(valid, uncertainty.lerp(deviation, 1 - beta2), uncertainty)

@@ -243,6 +243,26 @@ def test_one_strength_opens_in_peft_as_a_delora_of_twice_the_rank(tmp_path):
     assert relative(logits(theirs), logits(model)) < TOLERANCE
 
 
+@pytest.mark.parametrize("sliced", [False, True])
+@all_modes
+def test_folders_hold_the_components_that_are_left(mode, sliced, tmp_path):
+    model = tiny_llama()
+    adapters = inject(model, DeLoRASpec(rank=4, **mode))
+    shake(adapters)
+    for number, adapter in enumerate(adapters):
+        adapter.keep_components(torch.arange(4) < max(number % 4, sliced))
+        if sliced:
+            adapter.select_components(adapter.kept.nonzero().flatten())
+    expected = logits(model)
+    save_adapter(adapters, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
+    assert relative(logits(theirs), expected) < TOLERANCE
+    fresh = tiny_llama()
+    loaded = load_adapter(fresh, tmp_path / "adapter")
+    assert [len(adapter.A) for adapter in loaded] == [max(1, number % 4) for number in range(len(loaded))]
+    assert relative(logits(fresh), expected) < TOLERANCE
+
+
 def test_pefts_folder_with_patterns_opens_here(tmp_path):
     theirs = peft.get_peft_model(
         tiny_llama(),

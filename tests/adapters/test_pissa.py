@@ -143,6 +143,24 @@ def test_file_of_a_patterned_rslora_pissa_is_a_lora_of_twice_the_rank(tmp_path):
         assert relative(logits(fresh), logits(model)) < TOLERANCE
 
 
+@MODES
+@pytest.mark.parametrize("sliced", [False, True])
+@pytest.mark.parametrize("kept", [1, 2, 3, 4])
+def test_a_folder_of_half_the_components_is_not_taken_for_pefts(mode, sliced, kept, tmp_path):
+    """[A; A₀] of half of them has as many rows as the A alone that PEFT writes."""
+    model, x = linear(), torch.randn(5, 24)
+    adapter, adapters = adapt(model, rank=4, mode=mode)
+    shake(adapters)
+    adapter.keep_components(torch.arange(4) >= 4 - kept)
+    if sliced:
+        adapter.select_components(adapter.kept.nonzero().flatten())
+    save_adapter(adapters, tmp_path / "adapter")
+    fresh = linear()
+    (loaded,) = load_adapter(fresh, tmp_path / "adapter")
+    assert len(loaded.A) == kept
+    assert relative(fresh(x), model(x)) < TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -175,28 +175,45 @@ class DeLoRA(LowRankAdapter, RankAllocatable):
         frozen = self.start_A is not None and self.spec.residual_lambda == "frozen"
         return super().decay_exempt() + ([self.lambda_] if frozen else [])
 
+    @property
+    def stored_spec(self) -> DeLoRASpec:
+        """See `Adapter.stored_spec`."""
+        return replace(self.spec, rank=int(self.held().sum()))
+
     def peft_tensors(self) -> dict[str, Tensor]:
-        """See `Adapter.peft_tensors`: [A; −A₀], [B, B₀] and 2 λ, and LoRA's A and B where PEFT needs them."""
-        A, B, strength = self.A.data, self.B.data, self.lambda_.data
+        """See `Adapter.peft_tensors`: [A; −A₀], [B, B₀] and 2 λ, and LoRA's A and B where PEFT needs them.
+
+        Of the components those held; λ is scaled for their number, by which PEFT divides.
+        """
+        held = self.held()
+        A, B, strength = self.A.data[held], self.B.data[:, held], self.lambda_.data
+        strength = (strength[held] if self.spec.lambda_per_rank else strength) * (len(A) / self.spec.rank)
         if self.start_A is not None and self.start_B is not None:
-            A, B = torch.cat([A, -self.start_A]), torch.cat([B, self.start_B], dim=1)
+            A, B = torch.cat([A, -self.start_A[held]]), torch.cat([B, self.start_B[:, held]], dim=1)
             strength = 2 * strength
         values = (A, B * self.active, strength, self.w)
         tensors = dict(zip(self.peft.tensors, values, strict=True))
         if self.spec.opens_as_delora:
             return tensors
         left, right = self.factors()
-        return tensors | {"lora_A.weight": right, "lora_B.weight": left * self.active}
+        both = held.repeat(len(right) // len(held))
+        return tensors | {"lora_A.weight": right[both], "lora_B.weight": left[:, both] * self.active}
+
+    def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `Adapter.complete_peft_tensors`: there are as many components as the file has."""
+        if (A := tensors.get("delora_A")) is not None:
+            self._resize_to_file(len(A) // (1 if self.start_A is None else 2))
+        return tensors
 
     @torch.no_grad()
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Adapter.load_peft_tensors`: takes apart what `peft_tensors` stacks."""
         A, B, strength, w = (tensors[name] for name in self.peft.tensors)
-        rank = self.spec.rank
+        rank = len(self.A)
         self.A.copy_(A[:rank])
         self.B.copy_(B[:, :rank])
         self.w.copy_(w)
-        self.lambda_.copy_(strength)
+        self.lambda_.copy_(strength / (rank / self.spec.rank))
         if self.start_A is not None and self.start_B is not None:
             self.start_A.copy_(-A[rank:])
             self.start_B.copy_(B[:, rank:])

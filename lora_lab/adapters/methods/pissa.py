@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import PeftLayout
@@ -87,6 +87,14 @@ class PiSSA(LowRankAdapter, RankAllocatable):
             start = self.scale * self.active * (self.start_B @ self.start_A)
             self.residual = (widened(matrix(self.base)) - start).to(self.base.weight.dtype)
 
+    @torch.no_grad()
+    def keep_components(self, keep: Bool[Tensor, " rank"]) -> None:
+        """See `Prunable`. Controllers silence the same components after every step, which leaves W_res be."""
+        if self.residual is not None and torch.equal(keep, self.kept):
+            self.B[:, ~keep] = 0
+        else:
+            super().keep_components(keep)
+
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         if self.residual is None:
             return super().forward(x)
@@ -97,7 +105,16 @@ class PiSSA(LowRankAdapter, RankAllocatable):
     def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `Adapter.complete_peft_tensors`: PEFT's file has A and B alone; the start follows from W."""
         A, B = tensors.get("lora_A.weight"), tensors.get("lora_B.weight")
-        if A is None or B is None or A.shape != self.A.shape or B.shape != self.B.shape:
-            return tensors
+        if A is None or B is None or A.shape != self.A.shape or B.shape != self.B.shape or self._ours(A, B):
+            return super().complete_peft_tensors(tensors)
         left, right = torch.cat([B, -self.start_B.to(B)], dim=1), torch.cat([A, self.start_A.to(A)])
         return {**tensors, "lora_A.weight": right, "lora_B.weight": left}
+
+    def _ours(self, A: Float[Tensor, "rank in"], B: Float[Tensor, "out rank"]) -> bool:
+        """Whether a file holds [A; A₀] and [B, −B₀] of half the components, as many rows as PEFT's A has.
+
+        The second half is then minus a part of W, or zeros; what PEFT trains began as a part of W.
+        """
+        half = len(A) // 2
+        product = (B[:, half:] @ A[half:]).to(self.start_B)
+        return bool((widened(matrix(self.base)) * product).sum() <= 0)
