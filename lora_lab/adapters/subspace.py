@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import AdditiveAdapter
-from lora_lab.adapters.maps import finite_matrix, matrix, mix, project
+from lora_lab.adapters.maps import finite_matrix, is_convolution, matrix, mix, project
 from lora_lab.adapters.spec import AdapterSpec, least_fault
 from lora_lab.errors import IncompatibleError
 
@@ -98,8 +98,19 @@ class SubspaceAdapter(AdditiveAdapter):
 
     def delta_output(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """See `AdditiveAdapter.delta_output`. The backward pass keeps x V alone, (..., rank)."""
-        hidden = project(self.base, self.dropout(x), self.Vh)
-        return mix(self.base, mix(self.base, hidden, self.core()), self.U)
+        return mix(self.base, self._turned(x), self.U)
+
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        """See `AdditiveAdapter.forward`: the last product adds to the base's output itself."""
+        y, turned = self.base(x), self._turned(self.cast(x))
+        if is_convolution(self.base) or y.dtype != turned.dtype:
+            return (y + mix(self.base, turned, self.U)).to(y.dtype)
+        rows = turned.reshape(-1, turned.shape[-1])
+        return torch.addmm(y.reshape(-1, y.shape[-1]), rows, self.U.T).reshape(y.shape)
+
+    def _turned(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... rank"]:
+        """Returns x V Cᵀ."""
+        return mix(self.base, project(self.base, self.dropout(x), self.Vh), self.core())
 
     def singular_values(self) -> Float[Tensor, " rank"]:
         """See `LinearAdapter.singular_values`: those of C, as U and V are orthonormal."""

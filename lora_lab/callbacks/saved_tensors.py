@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lora_lab.linalg.rebuild import observer
+
 
 class Holder:
     """Holds one saved tensor, and dies with the node of the graph that saved it."""
@@ -56,6 +58,7 @@ class SavedTensors:
         return holder
 
 
+@observer
 def _unpack(holder: Holder) -> Tensor:
     return holder.tensor
 

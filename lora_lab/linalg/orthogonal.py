@@ -2,13 +2,16 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import repeat
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lora_lab.linalg.rank import widened
+from lora_lab.linalg.rebuild import in_pieces, rows_of_pieces, source
 
 
 def reflect_chain(x: Float[Tensor, "... n"], u: Float[Tensor, "n k"]) -> Float[Tensor, "... n"]:
@@ -91,8 +94,8 @@ def skew(upper: Float[Tensor, "*batch pairs"], size: int) -> Float[Tensor, "*bat
         size: number of rows.
     """
     rows, columns = torch.triu_indices(size, size, 1, device=upper.device)
-    Q = upper.new_zeros(*upper.shape[:-1], size, size)
-    Q[..., rows, columns] = upper
+    flat = upper.new_zeros(*upper.shape[:-1], size * size)
+    Q = flat.index_copy_(-1, rows * size + columns, upper).unflatten(-1, (size, size))
     return Q - Q.mT
 
 
@@ -140,22 +143,35 @@ def cayley_neumann(Q: Float[Tensor, "*batch b b"], terms: int) -> Float[Tensor, 
         Q = widened(Q)
         if terms <= 2:
             return torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device) + 2 * (terms - 1) * Q
-        return _CayleyNeumann.apply(Q, max(terms - 1, 3))
+        R = _CayleyNeumann.apply(Q.reshape(-1, *Q.shape[-2:]), max(terms - 1, 3))
+        return R.reshape(Q.shape)
 
 
 class _CayleyNeumann(torch.autograd.Function):
-    """Keeps Q alone for the backward pass, and sums the series again there."""
+    """Keeps Q alone for the backward pass, and sums the series again there.
+
+    k = 4 is PEFT's default: R = S (S + 2 Q) with S = I + Q² takes half the products.
+    """
 
     @staticmethod
     def forward(ctx: Any, Q: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(Q)
         ctx.k = k
+        if k == 4:
+            S = torch.baddbmm(_identity(Q), Q, Q)
+            return torch.bmm(S, S.add(Q, alpha=2))
         total = _geometric_sums(Q, k)[-1]
         return total + Q @ total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (Q,) = ctx.saved_tensors
+        if ctx.k == 4:
+            S = torch.baddbmm(_identity(Q), Q, Q)
+            by_second = torch.bmm(S.mT, gradient)
+            by_S = torch.baddbmm(by_second, gradient, S.add(Q, alpha=2).mT)
+            by_Q = torch.baddbmm(by_second, by_S, Q.mT, beta=2)
+            return torch.baddbmm(by_Q, Q.mT, by_S), None
         *sums, total = _geometric_sums(Q, ctx.k)
         found = gradient @ total.mT
         gradient = gradient + Q.mT @ gradient
@@ -165,9 +181,13 @@ class _CayleyNeumann(torch.autograd.Function):
         return found + gradient, None
 
 
+def _identity(Q: Tensor) -> Tensor:
+    return torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+
+
 def _geometric_sums(Q: Tensor, k: int) -> list[Tensor]:
     """Returns I + Q, I + Q + Q², … up to Q^{k−1}."""
-    identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    identity = _identity(Q)
     sums = [identity + Q]
     for _ in range(k - 2):
         sums.append(identity + Q @ sums[-1])
@@ -183,9 +203,23 @@ def cayley_change(Q: Float[Tensor, "*blocks n n"]) -> Float[Tensor, "*blocks n n
     Turns by 2·atan(q) in the plane of a 2 × 2 block; half a turn is out of reach. Float32 or wider.
     """
     with torch.autocast(Q.device.type, enabled=False):
-        Q = widened(Q)
-        identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-        return torch.linalg.solve(identity - Q, 2 * Q)
+        return _CayleyChange.apply(widened(Q))
+
+
+class _CayleyChange(torch.autograd.Function):
+    """dR = ½ (I + R) dQ (I + R), so that the backward pass needs R − I alone and solves nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, Q: Tensor) -> Tensor:
+        change = torch.linalg.solve(_identity(Q) - Q, 2 * Q)
+        ctx.save_for_backward(change)
+        return change
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (change,) = ctx.saved_tensors
+        sides = (change + 2 * _identity(change)).mT
+        return 0.5 * (sides @ gradient @ sides)
 
 
 def neumann_change(Q: Float[Tensor, "n n"], terms: int) -> Float[Tensor, "n n"]:
@@ -216,15 +250,48 @@ def rotate_blocks(x: Float[Tensor, "*rows n"], R: Float[Tensor, "blocks b b"]) -
         x: rows of n = blocks · b numbers, or any multiple of b for a single block.
         R: the blocks; cast to x's type.
     """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))  # what `bmm` does, but not in the backward pass
     R = R.to(x.dtype)
     blocks, size, _ = R.shape
-    if blocks == 1:
-        return (x.unflatten(-1, (-1, size)) @ R[0]).flatten(-2)
     together = next((k for k in range(SMALLEST_BLOCK // size, 1, -1) if blocks % k == 0), 1)
     if together > 1:
         R = _beside_each_other(R, together)
-    rows = x.reshape(-1, *R.shape[:2]).transpose(0, 1)  # (blocks, rows, b), strided: bmm needs no copy
-    return torch.bmm(rows, R).transpose(0, 1).reshape(x.shape)
+    return _RotateBlocks.apply(x, R)
+
+
+class _RotateBlocks(torch.autograd.Function):
+    """Keeps R and what x can be made of again, see `rebuild`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, R: Tensor) -> Tensor:
+        ctx.build, tensors = source(x) if ctx.needs_input_grad[1] else (None, ())
+        ctx.save_for_backward(R, *tensors)
+        rows = x.reshape(-1, x.shape[-1])
+        y, count = rows.new_empty(rows.shape), rows_of_pieces(rows)
+        for piece, out in zip(rows.split(count), y.split(count), strict=True):
+            _by_block(out, R).copy_(torch.bmm(_by_block(piece, R), R))
+        return y.reshape(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (R, *tensors), (for_x, for_R) = ctx.saved_tensors, ctx.needs_input_grad
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        by_x, by_R, count = rows.new_empty(rows.shape), R.new_zeros(R.shape), rows_of_pieces(rows)
+        pieces = in_pieces(ctx.build, tensors, gradient.shape[:-1], count) if for_R else repeat(None)
+        for x, piece, out in zip(pieces, rows.split(count), by_x.split(count), strict=False):
+            blocks = _by_block(piece, R)
+            if x is not None:
+                by_R.baddbmm_(_by_block(x, R).mT, blocks)
+            if for_x:
+                _by_block(out, R).copy_(torch.bmm(blocks, R.mT))
+        return by_x.reshape(gradient.shape) if for_x else None, by_R if for_R else None
+
+
+def _by_block(x: Tensor, R: Tensor) -> Float[Tensor, "blocks rows b"]:
+    """Returns views of the parts of x that each block turns; `bmm` takes them as they are."""
+    return x.reshape(-1, *R.shape[:2]).transpose(0, 1)
 
 
 SMALLEST_BLOCK = 16

@@ -4,10 +4,13 @@ import warnings
 import peft
 import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lora_lab.adapters import inject
 from lora_lab.adapters.methods.oft import OFTSpec
 from lora_lab.adapters.storage import load_adapter, save_adapter
+from lora_lab.callbacks.saved_tensors import SavedTensors
 from lora_lab.errors import ConfigError, IncompatibleError
 from tests.adapters.tiny import linear, relative, shake, train
 
@@ -183,6 +186,50 @@ def test_gradients(options):
     assert torch.autograd.gradcheck(
         lambda q, x: torch.func.functional_call(model, {"0.q": q}, (x,)), (adapter.q, x)
     )
+
+
+def behind(part, dtype=torch.float32):
+    """A frozen model, the input of whose adapter can be made again."""
+    model = nn.Sequential(part, nn.Linear(48, 32)).requires_grad_(False).to(dtype)
+    adapters = inject(model, OFTSpec(targets=["1"], oft_block_size=16))
+    shake(adapters, 0.2)
+    return model, adapters
+
+
+@pytest.mark.parametrize("part", [nn.LayerNorm(48), nn.GELU()])
+def test_backward_pass_keeps_nothing_beyond_the_rotation_that_the_frozen_model_does_not(part):
+    model, adapters = behind(part)
+    h = torch.randn(5, 300, 48, requires_grad=True)
+    counts = []
+    for run in (nn.Sequential(model[0], model[1].base), model):
+        saved = SavedTensors()
+        saved.start()
+        y = run(h)
+        saved.stop()
+        counts.append(saved.count([*model.parameters()]))
+        del y
+    assert counts[1] - counts[0] == 2 * 4 * 3 * 16 * 16 + 8 * 120  # Q, R, and where q's numbers stand in Q
+
+
+@pytest.mark.parametrize("part", [nn.LayerNorm(48), nn.GELU()])
+def test_gradients_are_those_of_the_adapted_weight_whether_or_not_the_input_is_made_again(part):
+    model, _ = behind(part, torch.float64)
+    adapter = model[1]
+    h = torch.randn(20, 300, 48, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn(20, 300, 32, dtype=torch.float64)
+
+    def plain(h):
+        return nn.functional.linear(part(h), adapter.adapted_weight(adapter.base.weight), adapter.base.bias)
+
+    def repeated(h):
+        return checkpoint(model, h, use_reentrant=False)
+
+    def after(h):
+        return adapter(checkpoint(part, h, use_reentrant=False))
+
+    expected = torch.autograd.grad(plain(h), (h, adapter.q), direction)
+    for run in (model, repeated, after):
+        torch.testing.assert_close(torch.autograd.grad(run(h), (h, adapter.q), direction), expected)
 
 
 @pytest.mark.parametrize(("wanted", "found"), [(32, 30), (7, 6), (100, 60), (60, 60), (13, 12)])

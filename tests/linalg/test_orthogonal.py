@@ -4,6 +4,7 @@ from peft.tuners.oft.layer import OFTRotationModule
 
 from lora_lab.linalg.orthogonal import (
     cayley,
+    cayley_change,
     cayley_neumann,
     orthonormal_columns,
     overlap,
@@ -12,6 +13,7 @@ from lora_lab.linalg.orthogonal import (
     skew,
     unit_columns,
 )
+from lora_lab.linalg.rebuild import PIECE
 
 
 def dense_chain(u: torch.Tensor) -> torch.Tensor:
@@ -172,7 +174,32 @@ def test_rotated_blocks_are_a_product_with_the_block_diagonal():
     torch.testing.assert_close(rotate_blocks(x, R), x @ torch.block_diag(*R))
     torch.testing.assert_close(rotate_blocks(x.mT.contiguous().mT, R), x @ torch.block_diag(*R))
     torch.testing.assert_close(rotate_blocks(x[0, 0], R[:1]), x[0, 0] @ torch.block_diag(R[0], R[0], R[0]))
+    torch.testing.assert_close(rotate_blocks(x[0].T.contiguous().T, R[:1]), rotate_blocks(x[0], R[:1]))
     assert rotate_blocks(x.bfloat16(), R).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 24])
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+def test_gradients_of_rotated_blocks_are_those_of_a_product_with_the_block_diagonal(blocks, wanted):
+    x, R = torch.randn(2, 150, 768).double(), torch.randn(blocks, 768 // blocks, 768 // blocks).double()
+    x, R = x.requires_grad_(wanted[0]), R.requires_grad_(wanted[1])
+    given = [tensor for tensor in (x, R) if tensor.requires_grad]
+    direction = torch.randn(2, 150, 768).double()
+    assert x.numel() > PIECE
+    found = torch.autograd.grad(rotate_blocks(x, R), given, direction)
+    expected = torch.autograd.grad(x @ torch.block_diag(*R), given, direction)
+    torch.testing.assert_close(found, expected)
+
+
+def test_blocks_are_rotated_in_autocasts_precision_forward_and_backward():
+    x, R = torch.randn(5, 12, requires_grad=True), torch.randn(3, 4, 4, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = rotate_blocks(x, R)
+        assert y.dtype == torch.bfloat16
+        assert rotate_blocks(x.double(), R).dtype == torch.float64
+    y.sum().backward()
+    expected = torch.autograd.grad((x @ torch.block_diag(*R)).sum(), (x, R))
+    torch.testing.assert_close((x.grad, R.grad), expected, atol=3e-2, rtol=3e-2)
 
 
 def test_gradients_of_rotations():
@@ -181,6 +208,7 @@ def test_gradients_of_rotations():
     assert torch.autograd.gradcheck(cayley, (Q,))
     for terms in (2, 3, 5, 8):
         assert torch.autograd.gradcheck(lambda Q, terms=terms: cayley_neumann(Q, terms), (Q,))
+    assert torch.autograd.gradcheck(cayley_change, (Q,))
     assert torch.autograd.gradcheck(rotate_blocks, (x, Q))
     assert torch.autograd.gradcheck(rotate_blocks, (x, Q[:1]))
     assert torch.autograd.gradcheck(

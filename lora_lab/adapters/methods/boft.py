@@ -124,7 +124,7 @@ class BOFT(InputAdapter):
         return butterfly(x, R)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See `InputAdapter.forward`. The rotation is cast to the input, which is kept for the gradient."""
+        """See `InputAdapter.forward`. The rotation is cast to the input, not the input to its type."""
         y = self.base(self.transform_input(x))
         if not self.spec.train_scale:
             return y

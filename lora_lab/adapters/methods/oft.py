@@ -175,7 +175,7 @@ class OFT(InputAdapter):
         return rotate_blocks(x, with_identities(R, dropout) if dropout else R)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See `InputAdapter.forward`. The rotation is cast to the input, which is kept for the gradient."""
+        """See `InputAdapter.forward`. The rotation is cast to the input, not the input to its type."""
         if self.spec.coft and self.training:
             with torch.no_grad():
                 self.q.mul_(self.shrinkage())

@@ -1,0 +1,145 @@
+"""Activations that the backward pass makes again, from tensors that the frozen model keeps there anyway.
+
+A frozen linear map keeps nothing of its input x, an adapter would keep all of it. But x mostly comes out of
+a normalization, an activation function or a product, whose own backward pass keeps what x was made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+Build = Callable[..., Tensor]
+"""Makes x of the tensors of its `Source`, or some rows of x of these rows of them."""
+
+
+class Source(NamedTuple):
+    """What a tensor is made of."""
+
+    build: Build
+    tensors: tuple[Tensor, ...]
+    """What has to be kept for that: rows like those of x, and vectors."""
+
+
+def source(x: Tensor) -> Source:
+    """Returns what x can be made of again, but for the order of rounding.
+
+    That is x itself, which then has to be kept, where its origin is unknown, and where saved tensors are not
+    left alone: hooks that offload or recompute them must not be called in the forward pass.
+    """
+    if not torch.compiler.is_compiling() and x.grad_fn is not None and x.ndim > 1:
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        made = _made_by(x.grad_fn) if hooks is None or hooks[1] in _OBSERVERS else None
+        if made is not None and all(t.shape[:-1] == x.shape[:-1] or t.ndim < 2 for t in made.tensors):
+            return made
+    return Source(_itself, (x,))
+
+
+def in_pieces(build: Build, tensors: Sequence[Tensor], lead: torch.Size, rows: int) -> Iterator[Tensor]:
+    """Yields x as pieces of so many rows, one after the other.
+
+    Args:
+        build: of x's source.
+        tensors: of x's source.
+        lead: x's shape, but for its last axis.
+        rows: length of the pieces; the last one may be shorter.
+    """
+    cut = (t.reshape(-1, t.shape[-1]).split(rows) if t.shape[:-1] == lead else repeat(t) for t in tensors)
+    return (build(*parts) for parts in zip(*cut, strict=False))
+
+
+def rows_of_pieces(x: Float[Tensor, "rows n"]) -> int:
+    """Returns how many rows of x a CPU shall work on at once, so that they stay in its cache; else all."""
+    # Half precision would round the sum over the pieces once for each.
+    whole = x.device.type != "cpu" or x.dtype.itemsize < 4 or torch.compiler.is_compiling()
+    return len(x) if whole else max(PIECE // x.shape[-1], 1)
+
+
+PIECE = 2**17
+"""Numbers in a piece."""
+
+
+_OBSERVERS = set[Any]()
+
+
+def observer(unpack: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    """Marks the second of two hooks on saved tensors that only look, and may be called at any time."""
+    _OBSERVERS.add(unpack)
+    return unpack
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+def _made_by(node: Any) -> Source | None:
+    """Returns the source of what a node of autograd's graph has put out; None where it is not known."""
+    maker = None if node is None else _MAKERS.get(node.name())
+    return maker and maker(node)
+
+
+def _saved(node: Any, name: str) -> Tensor | None:
+    """Returns a tensor that a node keeps; None where it keeps none, or not as it was."""
+    try:
+        raw = getattr(node, f"_raw_saved_{name}")
+        unpack = getattr(raw, "unpack_hook", raw)  # versions of torch that do not tell it may have one
+        return getattr(node, f"_saved_{name}") if unpack is None or unpack in _OBSERVERS else None
+    except RuntimeError:  # freed by a backward pass, or overwritten
+        return None
+
+
+def _layer_norm(node: Any) -> Source | None:
+    kept = [_saved(node, name) for name in ("input", "result1", "result2", "weight", "bias")]
+    if any(tensor is None for tensor in kept[:3]):
+        return None
+    steps = [
+        step for step, tensor in zip((Tensor.mul_, Tensor.add_), kept[3:], strict=True) if tensor is not None
+    ]
+
+    def build(h: Tensor, mean: Tensor, rstd: Tensor, *affine: Tensor) -> Tensor:
+        x = (h - mean).mul_(rstd)
+        for step, tensor in zip(steps, affine, strict=True):
+            step(x, tensor)
+        return x.to(h.dtype)
+
+    return Source(build, tuple(tensor for tensor in kept if tensor is not None))
+
+
+def _gelu(node: Any) -> Source | None:
+    h, approximate = _saved(node, "self"), node._saved_approximate
+    return None if h is None else Source(lambda h: F.gelu(h, approximate=approximate), (h,))
+
+
+def _product(node: Any) -> Source | None:
+    factors = []
+    for name, (origin, _) in zip(("self", "other"), node.next_functions, strict=True):
+        kept = _saved(node, name)
+        factors.append(_made_by(origin) if kept is None else Source(_itself, (kept,)))
+    left, right = factors
+    if left is None or right is None:
+        return None
+    (make_left, own), (make_right, others) = left, right
+    count = len(own)
+    return Source(lambda *kept: make_left(*kept[:count]) * make_right(*kept[count:]), own + others)
+
+
+def _cast(node: Any) -> Source | None:
+    made, dtype = _made_by(node.next_functions[0][0]), node._input_metadata[0].dtype
+    if made is None:
+        return None
+    make = made.build
+    return Source(lambda *kept: make(*kept).to(dtype), made.tensors)
+
+
+_MAKERS: dict[str, Callable[[Any], Source | None]] = {
+    "NativeLayerNormBackward0": _layer_norm,
+    "GeluBackward0": _gelu,
+    "MulBackward0": _product,  # of SwiGLU; twice in a row, of RMSNorm
+    "ToCopyBackward0": _cast,  # inside of RMSNorm in half precision
+}
