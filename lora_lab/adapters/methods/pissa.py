@@ -94,10 +94,15 @@ class PiSSA(LowRankAdapter, RankAllocatable):
         hidden = project(self.base, self.cast(x), self.A) * (self.scale * self.active)
         return (y + mix(self.base, hidden, self.B)).to(y.dtype)
 
+    def stored_rank(self, count: int) -> int:
+        """See `LowRankAdapter.stored_rank`: one more where A and A₀ are as many rows as PEFT's A."""
+        rank = super().stored_rank(count)
+        return rank + (2 * rank == self.spec.rank)
+
     def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `Adapter.complete_peft_tensors`: PEFT's file has A and B alone; the start follows from W."""
         A, B = tensors.get("lora_A.weight"), tensors.get("lora_B.weight")
         if A is None or B is None or A.shape != self.A.shape or B.shape != self.B.shape:
-            return tensors
+            return super().complete_peft_tensors(tensors)
         left, right = torch.cat([B, -self.start_B.to(B)], dim=1), torch.cat([A, self.start_A.to(A)])
         return {**tensors, "lora_A.weight": right, "lora_B.weight": left}
