@@ -8,13 +8,15 @@ B   (width, rank)        learned; N(0, 1) at the start
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import BorrowingAdapter, PeftLayout
-from lora_lab.adapters.low_rank import ScaledSpec
+from lora_lab.adapters.low_rank import ScaledSpec, filled, resized
 from lora_lab.adapters.protocols import RankAllocatable
 from lora_lab.linalg.rank import product_singular_values, widened
 
@@ -68,4 +70,34 @@ class LowRankEmbedding(BorrowingAdapter, RankAllocatable):
     def keep_components(self, keep: Bool[Tensor, " rank"]) -> None:
         """See `Prunable`."""
         self.kept.copy_(keep)
-        self.A[~keep] = 0
+        self.A.masked_fill_(~keep.unsqueeze(1), 0)
+
+    def held(self) -> Bool[Tensor, " rank"]:
+        """Returns flags of the components in files, as `LowRankAdapter.held` does."""
+        flags = self.kept | self.A.any(1)
+        flags[:1] |= ~flags.any()
+        return flags
+
+    @property
+    def stored_spec(self) -> ScaledSpec:
+        """See `Adapter.stored_spec`."""
+        return resized(self.spec, max(1, int(self.held().sum())))
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        """See `Adapter.peft_tensors`: of A and B what is held."""
+        held = self.held()
+        left, right = filled(self.B[:, held], self.A[held], self.stored_spec.rank)
+        return {"lora_embedding_A": right, "lora_embedding_B": left}
+
+    def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `Adapter.complete_peft_tensors`: there are as many components as the file has."""
+        B = tensors.get("lora_embedding_B")
+        if B is not None and B.shape[1] < self.initial_components:
+            self.resize_components(B.shape[1] if B.any() else 0)
+        return tensors
+
+    @torch.no_grad()
+    def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """See `Adapter.load_peft_tensors`."""
+        self.A.copy_(tensors["lora_embedding_A"][: len(self.A)])
+        self.B.copy_(tensors["lora_embedding_B"][:, : len(self.A)])

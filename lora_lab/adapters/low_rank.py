@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -138,10 +139,10 @@ class LowRankAdapter(AdditiveAdapter, Droppable):
     def keep_components(self, keep: Bool[Tensor, " rank"]) -> None:
         """See `Prunable`. B's columns are zeroed, A stays: from both zero nothing grows back."""
         self.kept.copy_(keep)
-        self.B[:, ~keep] = 0
+        self.B.masked_fill_(~keep, 0)
         if self.start_B is not None:
-            self.start_B[:, ~keep] = 0
-        self.tensors_changed()
+            self.start_B.masked_fill_(~keep, 0)
+            self.tensors_changed()
 
     def drop(self) -> None:
         """See `Droppable`. A switch, not zeros in B, which the optimizer's next step would fill again."""
@@ -167,35 +168,40 @@ class LowRankAdapter(AdditiveAdapter, Droppable):
     def held(self) -> Bool[Tensor, " rank"]:
         """Returns flags of the components in files: kept, grown back, or one for a rank of 0."""
         flags = self.kept | self.B.any(0)
-        flags[0] |= ~flags.any()  # PEFT has no rank 0
+        flags[:1] |= ~flags.any()  # PEFT has no rank 0
         return flags
 
     @property
     def stored_spec(self) -> Any:
-        """See `Adapter.stored_spec`: alpha falls with the rank, so that the scale stays."""
-        rank = int(self.held().sum())
-        if rank == self.spec.rank:
-            return self.spec
-        stored = replace(self.spec, rank=rank)
-        return replace(stored, alpha=self.spec.alpha * (self.scale / stored.scale))
+        """See `Adapter.stored_spec`: of the components in files."""
+        return resized(self.spec, self.stored_rank(int(self.held().sum())))
+
+    def stored_rank(self, count: int) -> int:
+        """Returns how many components a file has for so many held: for none, one of zeros."""
+        return max(1, count)
 
     def peft_tensors(self) -> dict[str, Tensor]:
         """See `Adapter.peft_tensors`: of [B, −B₀] and [A; A₀] what is held; once dropped, but A all is 0."""
         held = self.held()
-        left, right = self.B[:, held], self.A[held]
+        rank = self.stored_rank(int(held.sum()))
+        left, right = filled(self.B[:, held], self.A[held], rank)
         if self.start_A is not None and self.start_B is not None:
-            left = torch.cat([left, -self.start_B[:, held]], dim=1)
-            right = torch.cat([right, self.start_A[held]])
+            starts = filled(self.start_B[:, held], self.start_A[held], rank)
+            left, right = torch.cat([left, -starts[0]], dim=1), torch.cat([right, starts[1]])
         others = {**super().peft_tensors(), "lora_B.weight": left}
         tensors = {name: tensor * self.active for name, tensor in others.items()} | {"lora_A.weight": right}
         return in_pefts_shapes(self.base, tensors)
 
     def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `Adapter.complete_peft_tensors`: there are as many components as the file has."""
-        A = tensors.get("lora_A.weight")
-        if A is not None:
-            self._resize_to_file(len(A) // (1 if self.start_A is None else 2))
+        if (A := tensors.get("lora_A.weight")) is not None:
+            self._resize_to_rows(A)
         return tensors
+
+    def _resize_to_rows(self, A: Tensor) -> None:
+        count = len(A) // (1 if self.start_A is None else 2)
+        used = int(A[:count].flatten(1).any(1).sum())
+        self._resize_to_file(used if self.stored_rank(used) == count else count)  # see `filled`
 
     def _resize_to_file(self, count: int) -> None:
         # Any other number is another adapter's, which is told later.
@@ -206,11 +212,27 @@ class LowRankAdapter(AdditiveAdapter, Droppable):
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Adapter.load_peft_tensors`: takes apart what `peft_tensors` stacks."""
         left, right = tensors["lora_B.weight"].flatten(1), tensors["lora_A.weight"].flatten(1)
-        rank = len(self.A)
+        rank, stored = len(self.A), len(right) // 2
         super().load_peft_tensors({**tensors, "lora_A.weight": right[:rank], "lora_B.weight": left[:, :rank]})
         if self.start_A is not None and self.start_B is not None:
-            self.start_A.copy_(right[rank:])
-            self.start_B.copy_(-left[:, rank:])
+            self.start_A.copy_(right[stored : stored + rank])
+            self.start_B.copy_(-left[:, stored : stored + rank])
+
+
+def resized(spec: Any, rank: int) -> Any:
+    """Returns a low-rank spec for another number of components of the same scale: alpha falls with it."""
+    if rank == spec.rank:
+        return spec
+    stored = replace(spec, rank=rank)
+    return replace(stored, alpha=spec.alpha * (spec.scale / stored.scale))
+
+
+def filled(
+    left: Float[Tensor, "out k"], right: Float[Tensor, "k in"], rank: int
+) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
+    """Returns factors with components of zeros at the end, as many as are missing from a rank."""
+    missing = rank - len(right)
+    return F.pad(left, (0, missing)), F.pad(right, (0, 0, 0, missing))
 
 
 def in_pefts_shapes(base: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

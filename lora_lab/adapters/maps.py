@@ -69,6 +69,8 @@ def project(base: Any, x: Tensor, rows: Float[Tensor, "k in"], bias: Tensor | No
     """
     if type(base) not in CONVOLUTIONS:
         return F.linear(x, rows, bias)
+    if not len(rows):  # torch convolves to one channel at least
+        return project(base, x, F.pad(rows, (0, 0, 0, 1))).narrow(1 - base.weight.ndim, 0, 0)
     kernel = rows.reshape(len(rows), -1, *base.weight.shape[2:])
     return CONVOLUTIONS[type(base)](x, kernel, bias, base.stride, base.padding, base.dilation)
 
@@ -77,6 +79,8 @@ def mix(base: Any, y: Tensor, rows: Float[Tensor, "out k"], bias: Tensor | None 
     """Applies a matrix to the channels of what `project` returned, at each position alone."""
     if type(base) not in CONVOLUTIONS:
         return F.linear(y, rows, bias)
+    if not rows.shape[1]:  # and from one channel at least
+        y, rows = F.pad(y, (0, 0) * (base.weight.ndim - 2) + (0, 1)), F.pad(rows, (0, 1))
     return CONVOLUTIONS[type(base)](y, pointwise(base, rows), bias)
 
 

@@ -45,10 +45,15 @@ class Prunable:
         """Makes the adapter consist of some of its components alone; every tensor stays the same object.
 
         The update changes by what those left out contributed; its scale stays that of the rank at the start.
+        Of adapters that share tensors, each is to be given the same choice.
+
+        Args:
+            index: the components, in rising order.
         """
         for name, axis in self.components.items():
             tensor = getattr(self, name)
-            if tensor is not None:
+            # As long as that already: nothing is left out, or one that shares the tensor has done it.
+            if tensor is not None and tensor.shape[axis] != len(index):
                 tensor.data = tensor.data.index_select(axis, index)
         self.tensors_changed()
 

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 
 from lora_lab.adapters import Adapter, AdapterSet
 from lora_lab.callbacks.controller import Controller, ControllerSpec, misfit
+from lora_lab.callbacks.controllers.compaction import Compaction
 from lora_lab.callbacks.controllers.importance_pruning import ImportancePruning
 from lora_lab.callbacks.controllers.rank_pruning import RankPruning
 
 CONTROLLERS: dict[str, type[Controller]] = {
-    controller.name: controller for controller in (ImportancePruning, RankPruning)
+    controller.name: controller for controller in (ImportancePruning, RankPruning, Compaction)
 }
 """Every controller by its id, in the order in which those of one run act. A new one is one file, one entry
 here and one YAML in configs/controllers."""
@@ -29,6 +30,8 @@ def check_controllers(specs: Mapping[str, ControllerSpec], method: type[Adapter]
         found += [f"controllers.{name}.{fault}" for fault in faults]
         if not faults and not issubclass(method, spec.needs()):
             found.append(misfit(name, spec.needs(), method.Spec().method))
+        others = [other for other in specs if other != name]
+        found += [f"controllers.{name}: {fault}" for fault in spec.faults_beside(others)]
         matter = spec.decides()
         if matter is not None and matter in deciding:
             found.append(f"controllers.{name}: decides {matter}, as {deciding[matter]} does; take one out")

@@ -13,6 +13,7 @@ Lightning restores the model first, then the callbacks, then builds the optimize
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -39,6 +40,10 @@ class ControllerSpec:
     def needs(self) -> type:
         """Returns the class of `adapters.protocols` that every adapter has to offer."""
         raise NotImplementedError
+
+    def faults_beside(self, others: Collection[str]) -> list[str]:
+        """Returns what is wrong with the choice of the run's other controllers, given by their names."""
+        return []
 
     def decides(self) -> str | None:
         """Returns what this controller alone must decide in a run; None where it disturbs no other."""

@@ -8,15 +8,16 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def l1_importance(components: Sequence[tuple[Tensor, int]]) -> Float[Tensor, " rank"]:
+def l1_importance(components: Sequence[tuple[Tensor, int]], mean: bool = False) -> Float[Tensor, " rank"]:
     """Returns how large each component of a sum is: the product of the L1 norms of its parts.
 
     Args:
         components: tensors that hold one part of every component each, with the axis that counts them.
+        mean: whether to divide by the parts' lengths, for components of different ones.
     """
     # Each (rank, numbers).
-    parts = [tensor.movedim(axis, 0).unsqueeze(-1).flatten(1) for tensor, axis in components]
-    return torch.stack([part.abs().sum(1) for part in parts]).prod(0)
+    parts = [tensor.movedim(axis, 0).unsqueeze(-1).flatten(1).abs() for tensor, axis in components]
+    return torch.stack([part.mean(1) if mean else part.sum(1) for part in parts]).prod(0)
 
 
 def alive(
@@ -33,15 +34,15 @@ def alive(
         kept: flags of those alive until now; no other comes back.
         threshold: the share, in [0, 1).
         largest: the greatest importance among the components that are compared, of one adapter or of a model.
-            Where it is 0 nothing has been learned, and nothing dies.
+            Where it is 0 nothing has been learned, where it is not finite nothing can be compared: nothing
+            dies then.
         min_rank: how many of those alive stay in any case, the most important first.
     """
-    if largest == 0:
-        return kept.clone()
+    largest = torch.as_tensor(largest)
     strongest = importance.where(kept, -1).argsort(descending=True, stable=True)[:min_rank]
     flags = importance > threshold * largest
     flags[strongest] = True
-    return flags & kept
+    return (flags | ~((largest > 0) & largest.isfinite())) & kept
 
 
 def strongest(scores: Float[Tensor, " n"], count: int) -> Bool[Tensor, " n"]:

@@ -120,8 +120,7 @@ class AdaLoRA(LowRankAdapter, RankAllocatable, Shareable):
     def keep_components(self, keep: Bool[Tensor, " rank"]) -> None:
         """See `Prunable`: zeros in Λ alone."""
         self.kept.copy_(keep)
-        self.E[~self.kept] = 0
-        self.tensors_changed()
+        self.E.masked_fill_(~keep, 0)
 
     def held(self) -> Bool[Tensor, " rank"]:
         """Returns flags of the components in files: those kept, and those that have grown back."""

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, PeftLayout
-from lora_lab.adapters.low_rank import LowRankAdapter
+from lora_lab.adapters.low_rank import LowRankAdapter, filled
 from lora_lab.adapters.maps import matrix
 from lora_lab.adapters.protocols import RankAllocatable
 from lora_lab.adapters.sites import Site
@@ -175,46 +175,53 @@ class DeLoRA(LowRankAdapter, RankAllocatable):
         frozen = self.start_A is not None and self.spec.residual_lambda == "frozen"
         return super().decay_exempt() + ([self.lambda_] if frozen else [])
 
-    @property
-    def stored_spec(self) -> DeLoRASpec:
-        """See `Adapter.stored_spec`."""
-        return replace(self.spec, rank=int(self.held().sum()))
-
     def peft_tensors(self) -> dict[str, Tensor]:
-        """See `Adapter.peft_tensors`: [A; −A₀], [B, B₀] and 2 λ, and LoRA's A and B where PEFT needs them.
+        """See `Adapter.peft_tensors`: of [A; −A₀] and [B, B₀] what is held, and 2 λ.
 
-        Of the components those held; λ is scaled for their number, by which PEFT divides.
+        Also LoRA's A and B where PEFT needs them.
         """
-        held = self.held()
-        A, B, strength = self.A.data[held], self.B.data[:, held], self.lambda_.data
-        strength = (strength[held] if self.spec.lambda_per_rank else strength) * (len(A) / self.spec.rank)
+        held, strength = self.held(), self.lambda_.data
+        rank = self.stored_rank(int(held.sum()))
+        B, A = filled(self.B.data[:, held], self.A.data[held], rank)
         if self.start_A is not None and self.start_B is not None:
-            A, B = torch.cat([A, -self.start_A[held]]), torch.cat([B, self.start_B[:, held]], dim=1)
-            strength = 2 * strength
+            start_B, start_A = filled(self.start_B[:, held], self.start_A[held], rank)
+            A, B = torch.cat([A, -start_A]), torch.cat([B, start_B], dim=1)
+        strength = (strength[held] if self.spec.lambda_per_rank else strength) * self._file_ratio
         values = (A, B * self.active, strength, self.w)
         tensors = dict(zip(self.peft.tensors, values, strict=True))
         if self.spec.opens_as_delora:
             return tensors
         left, right = self.factors()
-        both = held.repeat(len(right) // len(held))
-        return tensors | {"lora_A.weight": right[both], "lora_B.weight": left[:, both] * self.active}
+        stacked = held.repeat(len(right) // max(1, len(held)))
+        left, right = filled(left[:, stacked], right[stacked], len(A))
+        return tensors | {"lora_A.weight": right, "lora_B.weight": left * self.active}
+
+    @property
+    def stored_spec(self) -> DeLoRASpec:
+        """See `Adapter.stored_spec`: of the components held."""
+        return replace(self.spec, rank=self.stored_rank(int(self.held().sum())))
+
+    @property
+    def _file_ratio(self) -> float:
+        """A file's λ over ours: PEFT's DELORA divides it by the rank that the file has."""
+        copies = 1 if self.start_A is None else 2
+        return copies * (self.stored_spec.rank / self.spec.rank if self.spec.opens_as_delora else 1)
 
     def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `Adapter.complete_peft_tensors`: there are as many components as the file has."""
         if (A := tensors.get("delora_A")) is not None:
-            self._resize_to_file(len(A) // (1 if self.start_A is None else 2))
+            self._resize_to_rows(A)
         return tensors
 
     @torch.no_grad()
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Adapter.load_peft_tensors`: takes apart what `peft_tensors` stacks."""
         A, B, strength, w = (tensors[name] for name in self.peft.tensors)
-        rank = len(self.A)
+        rank, stored = len(self.A), len(A) // 2
         self.A.copy_(A[:rank])
         self.B.copy_(B[:, :rank])
         self.w.copy_(w)
-        self.lambda_.copy_(strength / (rank / self.spec.rank))
+        self.lambda_.copy_(strength / self._file_ratio)
         if self.start_A is not None and self.start_B is not None:
-            self.start_A.copy_(-A[rank:])
-            self.start_B.copy_(B[:, rank:])
-            self.lambda_.div_(2)
+            self.start_A.copy_(-A[stored : stored + rank])
+            self.start_B.copy_(B[:, stored : stored + rank])

@@ -46,7 +46,7 @@ class LoRAPrune(LowRankAdapter, Prunable):
     @torch.no_grad()
     def keep_components(self, keep: Bool[Tensor, " rank"]) -> None:
         super().keep_components(keep & self.kept)
-        self.A[~self.kept] = 0
+        self.A.masked_fill_(~self.kept.unsqueeze(1), 0)
 
     def frozen_parts(self) -> list[tuple[nn.Parameter, Bool[Tensor, ...]]]:
         """See `Adapter.frozen_parts`: the dead units. Their moments stay as they were, unused."""

@@ -91,7 +91,7 @@ class PiSSA(LowRankAdapter, RankAllocatable):
     def keep_components(self, keep: Bool[Tensor, " rank"]) -> None:
         """See `Prunable`. Controllers silence the same components after every step, which leaves W_res be."""
         if self.residual is not None and torch.equal(keep, self.kept):
-            self.B[:, ~keep] = 0
+            self.B.masked_fill_(~keep, 0)
         else:
             super().keep_components(keep)
 
@@ -102,19 +102,15 @@ class PiSSA(LowRankAdapter, RankAllocatable):
         hidden = project(self.base, self.cast(x), self.A) * (self.scale * self.active)
         return (y + mix(self.base, hidden, self.B)).to(y.dtype)
 
+    def stored_rank(self, count: int) -> int:
+        """See `LowRankAdapter.stored_rank`: one more where A and A₀ are as many rows as PEFT's A."""
+        rank = super().stored_rank(count)
+        return rank + (2 * rank == self.spec.rank)
+
     def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `Adapter.complete_peft_tensors`: PEFT's file has A and B alone; the start follows from W."""
         A, B = tensors.get("lora_A.weight"), tensors.get("lora_B.weight")
-        if A is None or B is None or A.shape != self.A.shape or B.shape != self.B.shape or self._ours(A, B):
+        if A is None or B is None or A.shape != self.A.shape or B.shape != self.B.shape:
             return super().complete_peft_tensors(tensors)
         left, right = torch.cat([B, -self.start_B.to(B)], dim=1), torch.cat([A, self.start_A.to(A)])
         return {**tensors, "lora_A.weight": right, "lora_B.weight": left}
-
-    def _ours(self, A: Float[Tensor, "rank in"], B: Float[Tensor, "out rank"]) -> bool:
-        """Whether a file holds [A; A₀] and [B, −B₀] of half the components, as many rows as PEFT's A has.
-
-        The second half is then minus a part of W, or zeros; what PEFT trains began as a part of W.
-        """
-        half = len(A) // 2
-        product = (B[:, half:] @ A[half:]).to(self.start_B)
-        return bool((widened(matrix(self.base)) * product).sum() <= 0)

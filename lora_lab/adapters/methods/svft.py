@@ -159,7 +159,20 @@ class SVFT(AdditiveAdapter, RankAllocatable):
     @torch.no_grad()
     def keep_components(self, keep: Bool[Tensor, " K"]) -> None:
         self.kept.copy_(keep)
-        self.c[~keep] = 0
+        self.c.masked_fill_(~keep, 0)
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        """See `Adapter.peft_tensors`: of the pairs those kept, and those that have grown back."""
+        held = self.kept | (self.c != 0)
+        pairs = {f"svft_{name}": getattr(self, name)[held] for name in ("c", "rows", "cols")}
+        return super().peft_tensors() | pairs
+
+    def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `Adapter.complete_peft_tensors`: there are as many pairs as the file has."""
+        c = tensors.get("svft_c")
+        if c is not None and len(c) < self.initial_components:
+            self.resize_components(len(c))
+        return tensors
 
 
 def pairs(

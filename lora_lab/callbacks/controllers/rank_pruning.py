@@ -4,8 +4,11 @@
     alive_i      = alive_i and importance_i > threshold · max importance
 
 Every `period` optimizer steps from `start` to `end`. Nothing dies while all importance is 0, as it is at the
-start of a run. A dead component stays exactly zero: what momentum and weight decay make of it is undone after
-every step. The scale stays that of the rank at the start.
+start of a run. A dead component has no gradient, which clipping would count, and stays exactly zero: what
+momentum and weight decay make of it is undone after every step. The scale stays that of the rank at the
+start.
+
+`scope: model` compares components of different lengths: means then stand in the place of the sums.
 """
 
 from __future__ import annotations
@@ -28,8 +31,9 @@ from lora_lab.linalg.pruning import alive, l1_importance
 class RankPruningSpec(ControllerSpec):
     """The options of rank pruning."""
 
-    threshold: float = 0.1
-    """Share of the largest importance at or below which a component dies, in [0, 1)."""
+    threshold: float = 0.6
+    """Share of the largest importance at or below which a component dies, in [0, 1). LoRA's components seldom
+    differ by more than a factor of two; AdaLoRA's do by far more, for which 0.1 is enough."""
 
     scope: Literal["layer", "model"] = "layer"
     """Whose largest importance counts: the same adapter's, or that of all adapters."""
@@ -74,22 +78,45 @@ class RankPruning(Controller):
 
     def __init__(self, spec: RankPruningSpec, adapters: AdapterSet, seed: int = 0):
         super().__init__(spec, adapters, seed)
+        most = max(adapter.initial_components for adapter in self.controlled.values())
+        if spec.min_rank >= most:
+            raise ConfigError(
+                f"controllers.rank_pruning.min_rank: must be below {most}, the components that the largest "
+                f"adapter has, or nothing can die; got {spec.min_rank}."
+            )
         self._done = 0
         self._threshold = 0.0
+        self._alive: dict[str, int] = {}
 
     def plan(self, total_steps: int) -> None:
         super().plan(total_steps)
-        self.start, self.end = (in_steps(value, total_steps) for value in (self.spec.start, self.spec.end))
+        self.start, end = (in_steps(value, total_steps) for value in (self.spec.start, self.spec.end))
         self.period = max(1, in_steps(self.spec.period, total_steps))
-        if not self.start <= self.end < total_steps:
+        self.last = self.start + (end - self.start) // self.period * self.period
+        """The step of the last pruning."""
+        if not self.start <= end < total_steps or self.last < 1:
             raise ConfigError(
-                f"controllers.rank_pruning: prunes from step {self.start} to step {self.end} of a run of "
-                f"{total_steps}; start must not lie behind end, and end must lie before the run's."
+                f"controllers.rank_pruning: prunes every {self.period} steps from step {self.start} to step "
+                f"{end} of a run of {total_steps}; start must not lie behind end, end must lie before the "
+                "run's, and there must be a pruning between them."
             )
 
     @property
     def settled(self) -> bool:
-        return self._done + self.period > self.end
+        return self._done >= self.last
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._count()
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        for adapter in self._pruned():
+            dead = ~adapter.kept_components()
+            for tensor, axis in adapter.rank_components():
+                if tensor.grad is not None:
+                    tensor.grad.movedim(axis, -1).masked_fill_(dead, 0)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -97,32 +124,41 @@ class RankPruning(Controller):
         if not self.step_ended(trainer):
             return
         self._done = trainer.global_step
-        if self.start <= self._done <= self.end and (self._done - self.start) % self.period == 0:
+        for adapter in self._pruned():
+            adapter.keep_components(adapter.kept_components())
+        if self.start <= self._done <= self.last and (self._done - self.start) % self.period == 0:
             self.prune()
-        elif self._done > self.start:
-            for adapter in self.controlled.values():
-                adapter.keep_components(adapter.kept_components())
 
     def prune(self) -> None:
         """Lets the weak components of all adapters die."""
-        importance = [l1_importance(adapter.rank_components()) for adapter in self.controlled.values()]
-        kept = [adapter.kept_components() for adapter in self.controlled.values()]
+        of_model = self.spec.scope == "model"
+        adapters = self.controlled.values()
+        importance = [l1_importance(adapter.rank_components(), mean=of_model) for adapter in adapters]
+        kept = [adapter.kept_components() for adapter in adapters]
         largest = [values.max() if len(values) else values.sum() for values in importance]
-        if self.spec.scope == "model":
+        if of_model:
             largest = [torch.stack(largest).max()] * len(largest)
         alive_now = [
             alive(values, flags, self.spec.threshold, most, self.spec.min_rank)
             for values, flags, most in zip(importance, kept, largest, strict=True)
         ]
-        agreed = from_first_process(torch.cat(alive_now)).split([len(flags) for flags in alive_now])
-        for adapter, flags in zip(self.controlled.values(), agreed, strict=True):
+        agreed = from_first_process(torch.cat(alive_now))
+        for adapter, flags in zip(adapters, agreed.split([len(flags) for flags in kept]), strict=True):
             adapter.keep_components(flags)
-        outlived = torch.cat(importance)[torch.cat(agreed)]
+        outlived = torch.cat(importance)[agreed]
         self._threshold = float(outlived.min()) if len(outlived) else 0.0
+        self._count()
+
+    def _count(self) -> None:
+        counts = torch.stack([adapter.kept_components().sum() for adapter in self.controlled.values()])
+        self._alive = dict(zip(self.controlled, counts.tolist(), strict=True))
+
+    def _pruned(self) -> list[Any]:
+        """Returns the adapters with dead components; none are left once they were sliced out."""
+        return [own for path, own in self.controlled.items() if len(own.kept) > self._alive[path]]
 
     def statistics(self) -> dict[str, float]:
-        kept = sum(int(adapter.kept_components().sum()) for adapter in self.controlled.values())
-        return {"budget/kept": kept, "importance/threshold": self._threshold}
+        return {"budget/kept": sum(self._alive.values()), "importance/threshold": self._threshold}
 
     def state_dict(self) -> dict[str, Any]:
         return {"done": self._done, "threshold": self._threshold}

@@ -1,0 +1,94 @@
+"""Compaction: silenced components leave memory, once no other controller will change the structure any more.
+
+Parameters, gradients and the optimizer's moments are sliced in place, at the end of the optimizer step at
+which all other controllers have settled. A dropped adapter has no components left. The model computes the
+same before and after: the scale stays that of the rank at the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from lora_lab.adapters.protocols import Droppable, Prunable
+from lora_lab.callbacks.controller import Controller, ControllerSpec
+from lora_lab.callbacks.structure import structure_changed
+
+
+@dataclass
+class CompactionSpec(ControllerSpec):
+    """Compaction has no options."""
+
+    def faults_beside(self, others: Collection[str]) -> list[str]:
+        alone = (
+            "has nothing to compact without a controller that takes something away; add one, or take it out"
+        )
+        return [] if others else [alone]
+
+    def needs(self) -> type:
+        return Prunable
+
+
+class Compaction(Controller):
+    """Slices the adapters of a run."""
+
+    Spec = CompactionSpec
+    name = "compaction"
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self._done = False
+
+    @property
+    def settled(self) -> bool:
+        return self._done
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self.step_ended(trainer) or self._done:
+            return
+        controllers: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        others = [own for own in controllers if isinstance(own, Controller) and own is not self]
+        if all(other.settled for other in others):
+            self.compact(trainer)
+            self._done = True
+
+    @torch.no_grad()
+    def compact(self, trainer: L.Trainer) -> None:
+        """Slices all adapters, and what the optimizer knows of them."""
+        for path, index in self._left().items():
+            adapter = self.controlled[path]
+            for parameter, axis in adapter.rank_components():
+                if parameter.shape[axis] == len(index):
+                    continue  # nothing is left out, or the adapter that shares the tensor has been here
+                states = [optimizer.state.get(parameter, {}).values() for optimizer in trainer.optimizers]
+                numbers = [parameter.grad, *(value for state in states for value in state)]
+                for tensor in numbers:
+                    if isinstance(tensor, Tensor) and tensor.shape == parameter.shape:
+                        tensor.data = tensor.data.index_select(axis, index)
+            adapter.select_components(index)
+        structure_changed(trainer, self.adapters)
+
+    def _left(self) -> dict[str, Int[Tensor, " k"]]:
+        """Returns by path what is left of each adapter: what any of those that share its tensors uses."""
+        owners = self.adapters.owners
+        used: dict[str, Tensor] = {}
+        for path, adapter in self.controlled.items():
+            dropped = isinstance(adapter, Droppable) and adapter.dropped
+            flags = torch.zeros_like(adapter.kept) if dropped else adapter.kept_components()
+            owner = owners.get(path, path)
+            used[owner] = used[owner] | flags if owner in used else flags
+        return {path: used[owners.get(path, path)].nonzero().flatten() for path in self.controlled}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self._done}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._done = state_dict["done"]

@@ -1,0 +1,128 @@
+"""Short real runs with controllers, in one process or in two, with stops and resumptions."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import torch
+
+from lora_lab.adapters import AdapterSet, inject
+from lora_lab.callbacks import Controller, build_controllers
+from lora_lab.callbacks.adapter_checkpoint import AdapterCheckpoint
+from lora_lab.callbacks.resume_checkpoint import ResumeCheckpoint
+from lora_lab.data import build_data
+from lora_lab.data.toy import ToyConfig
+from lora_lab.models.perceptron import MultiLayerPerceptron, MultiLayerPerceptronConfig
+from lora_lab.training.module import FineTuner
+from lora_lab.training.optimization import OptimizationConfig
+
+LAYERS = ["layer1", "layer2", "layer3"]
+
+
+@dataclass
+class ControlledRun:
+    adapters: AdapterSet
+    controllers: dict[str, Controller]
+    trainer: L.Trainer
+    checkpoint: AdapterCheckpoint
+
+
+def train(
+    spec,
+    controllers,
+    steps=20,
+    devices=1,
+    accumulate=1,
+    extra=(),
+    keep="last",
+    stop_after=None,
+    folder=None,
+    resume=False,
+    **optimization,
+) -> ControlledRun:
+    """Trains a perceptron 6 → 8 → 8 → 8 → 1 on batches of 8 rows an optimizer step.
+
+    Args:
+        spec: the adapters' spec; those of LAYERS beside a head, layer4.
+        controllers: specs by name.
+        extra: callbacks that stand behind the controllers.
+        stop_after: writes a checkpoint after so many steps, and stops one step later.
+        resume: goes on from the folder's checkpoint.
+    """
+    torch.manual_seed(0)
+    model = MultiLayerPerceptron(MultiLayerPerceptronConfig(sizes=[6, 8, 8, 8], num_labels=1))
+    spec.targets, spec.modules_to_save = LAYERS, ["layer4"]
+    adapters = inject(model, spec)
+    options = OptimizationConfig(**{"learning_rate": 0.01} | optimization)
+    module = FineTuner(model.train(), adapters, "regression", optimization=options)
+    built = build_controllers(controllers, adapters, seed=3)
+    best = AdapterCheckpoint(adapters, keep, built)
+
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step - 1 == stop_after
+
+    callbacks = [*built, *extra, best, Stop()]
+    if folder is not None:
+        callbacks.append(ResumeCheckpoint(folder / "last.ckpt", stop_after or steps))
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=options.gradient_clip,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        val_check_interval=0.25,
+    )
+    batch = 8 // devices // accumulate
+    data = build_data(
+        ToyConfig(target="product", size=8 * steps, features=6, batch_size=batch), None, "regression", seed=0
+    )
+    trainer.fit(module, data, ckpt_path=folder / "last.ckpt" if resume else None, weights_only=True)
+    return ControlledRun(adapters, {own.name: own for own in built}, trainer, best)
+
+
+def from_two_processes(file: str, folder: Path, *arguments: str) -> dict[str, torch.Tensor]:
+    """Runs a test file as a script, which trains with `devices=2` and calls `hand_back`."""
+    path = folder / "two.pt"
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    done = subprocess.run(
+        [sys.executable, file, str(path), *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return torch.load(path, weights_only=True)
+
+
+def hand_back(state: dict) -> None:
+    """Leaves a state for the process that called `from_two_processes`."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # Lightning starts the other process
+        torch.save(state, sys.argv[1])
+
+
+def assert_equal(ours: AdapterSet, theirs: AdapterSet) -> None:
+    """Asserts that two sets hold the same numbers, bit for bit."""
+    given, expected = ours.state_dict(), theirs.state_dict()
+    assert given.keys() == expected.keys()
+    for name, tensor in given.items():
+        assert torch.equal(tensor, expected[name]), name
