@@ -83,6 +83,7 @@ class PiSSA(LowRankAdapter, RankAllocatable):
     @torch.no_grad()
     def tensors_changed(self) -> None:
         """See `Adapter.tensors_changed`: W_res follows the frozen start, and gives back what is silenced."""
+        super().tensors_changed()
         if self.spec.mode == "residual":
             start = self.scale * self.active * (self.start_B @ self.start_A)
             self.residual = (widened(matrix(self.base)) - start).to(self.base.weight.dtype)
