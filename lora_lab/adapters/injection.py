@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lora_lab.adapters.base import Adapter
 from lora_lab.adapters.protocols import Prunable, Shareable
-from lora_lab.adapters.sites import find_sites, saved_modules
+from lora_lab.adapters.sites import Site, find_sites, saved_modules, site_seed
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.adapters.trained import TrainedHead
 from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError, suggest
@@ -179,6 +179,23 @@ class AdapterSet:
             )
         sharer.share(other)
         self.owners[path] = owner
+
+    @torch.no_grad()
+    def restart(self, seed: int) -> None:
+        """Puts the adapters' trained tensors where `inject` starts them; what is shared or dropped stays so.
+
+        Each is built anew at its own site, hence this is for methods like LoRA, whose adapters have nothing
+        in common from the start.
+
+        Args:
+            seed: seed of the random start, as for `inject`.
+        """
+        for path in self.adapters.keys() - self.owners.keys():
+            adapter = self.adapters[path]
+            site = Site(path, adapter.base, seed=site_seed(seed, path))
+            fresh = type(adapter).build([site], adapter.spec)[path]
+            for name, tensor in fresh.named_parameters(recurse=False):
+                getattr(adapter, name).copy_(tensor)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns `named_tensors` detached: all that training changes, nothing of the base.

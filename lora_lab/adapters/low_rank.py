@@ -142,12 +142,17 @@ class LowRankAdapter(AdditiveAdapter, Droppable):
         self.B.masked_fill_(~keep, 0)
         if self.start_B is not None:
             self.start_B.masked_fill_(~keep, 0)
-            self.tensors_changed()
 
     def drop(self) -> None:
         """See `Droppable`. A switch, not zeros in B, which the optimizer's next step would fill again."""
         self.active.zero_()
+        self.zero_grad()
         self.tensors_changed()
+
+    def tensors_changed(self) -> None:
+        """See `Adapter.tensors_changed`: what was dropped is trained no more."""
+        for parameter in self.parameters(recurse=False):
+            parameter.requires_grad_(not self.dropped)
 
     @property
     def dropped(self) -> bool:

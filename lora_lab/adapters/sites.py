@@ -95,7 +95,11 @@ def find_sites(
     order = {path: index for index, path in enumerate(modules)}
     sites = [
         Site(
-            path, modules[path], roles[path].role if path in roles else None, layers[path], _seed(seed, path)
+            path,
+            modules[path],
+            roles[path].role if path in roles else None,
+            layers[path],
+            site_seed(seed, path),
         )
         for path in sorted(matched, key=order.__getitem__)
         if spec.layers is None or layers[path] in spec.layers
@@ -269,6 +273,6 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     return getter() if callable(getter) else None
 
 
-def _seed(seed: int, path: str) -> int:
+def site_seed(seed: int, path: str) -> int:
     """Mixes seed and path, so that a start depends on neither the order of wrapping nor other sites."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{path}".encode()).digest()[:8], "big") >> 1

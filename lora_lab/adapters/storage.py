@@ -2,7 +2,8 @@
 
     adapter_config.json          PEFT's fields of the method
     adapter_model.safetensors    `base_model.model.<path>.<PEFT's tensor name>`
-    lora_lab.yaml                the full spec; PEFT ignores unknown files
+    lora_lab.yaml                the full spec, and which adapters share tensors or were dropped; PEFT
+                                 ignores unknown files
 
 A method says how its tensors and options are called there in its `PeftLayout`; nothing here knows a method.
 """
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from yaml import YAMLError
 
 from lora_lab.adapters.injection import AdapterSet, inject, load_tensors
+from lora_lab.adapters.protocols import Droppable
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import CheckpointError, IncompatibleError, suggest
 from lora_lab.files import new_folder
@@ -55,6 +57,8 @@ def save_adapter(
         name: tensor.detach().cpu().contiguous().clone() for name, tensor in _file_tensors(adapters).items()
     }
     layout = _layout(adapters)
+    dropped = [path for path, own in adapters.implementing(Droppable).items() if own.dropped]
+    structure = {"shared": adapters.owners, "dropped": dropped}
     config = {
         "peft_type": layout.peft_type,
         "base_model_name_or_path": base_model,
@@ -71,7 +75,8 @@ def save_adapter(
         with new_folder(folder) as fresh:
             save_file(tensors, fresh / TENSORS, metadata={"format": "pt"})
             (fresh / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-            (fresh / OWN).write_text(OmegaConf.to_yaml(OmegaConf.create({"adapter": asdict(spec)})))
+            own = {"adapter": asdict(spec)} | {name: told for name, told in structure.items() if told}
+            (fresh / OWN).write_text(OmegaConf.to_yaml(OmegaConf.create(own)))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder}: could not be written ({error}); nothing was changed there."
@@ -96,6 +101,9 @@ def load_adapter(model: nn.Module, folder: Path) -> AdapterSet:
     spec = read_spec(folder, tensors)
     adapters = inject(model, spec.for_stored())
     try:
+        shared, dropped = _read_structure(folder, adapters)
+        for path, owner in shared.items():
+            adapters.share(path, owner)
         by_path, others = _by_path(adapters, tensors)
         given = {
             f"{PREFIX}{path}.{name}": tensor
@@ -111,6 +119,8 @@ def load_adapter(model: nn.Module, folder: Path) -> AdapterSet:
             adapter.load_peft_tensors({name: given[f"{start}{name}"] for name in adapter.peft_tensors()})
         for name, tensor in _shared_tensors(adapters).items():
             tensor.data.copy_(given[name])
+        for unused in dropped:
+            unused.drop()
         for adapter in adapters.everything():
             adapter.tensors_changed()
     except Exception:
@@ -169,6 +179,25 @@ def read_spec(folder: Path, tensors: Mapping[str, Tensor]) -> AdapterSpec:
         return _spec_from_peft(json.loads(foreign.read_text()), tensors)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{foreign}: is missing or no config of PEFT ({error}).") from error
+
+
+def _read_structure(folder: Path, adapters: AdapterSet) -> tuple[dict[str, str], list[Droppable]]:
+    """Reads from `lora_lab.yaml` which adapters share another's tensors, and which were dropped."""
+    if not (folder / OWN).is_file():
+        return {}, []
+    own: Any = OmegaConf.to_container(OmegaConf.load(folder / OWN))
+    droppable = adapters.implementing(Droppable)
+    try:
+        dropped = [droppable[path] for path in own.get("dropped", [])]
+        shared = dict(own.get("shared", {}))
+        for path in (*shared, *shared.values()):
+            adapters.adapters[path]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / OWN}: `shared` or `dropped` names what is no adapter of this model ({error}). Use "
+            "the model that it was made with."
+        ) from error
+    return shared, dropped
 
 
 def _spec_from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterSpec:

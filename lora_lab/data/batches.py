@@ -1,5 +1,6 @@
 """The order of the examples: batches of like length, the same for any number of processes."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -46,6 +47,23 @@ def training_order(lengths: Tensor, size: int, bucketed: bool, seed: int, epoch:
     sorted_buckets = [bucket[lengths[bucket].argsort(stable=True)] for bucket in buckets]
     batches = [batch for bucket in sorted_buckets for batch in bucket.split(size)]
     return [batches[position] for position in torch.randperm(len(batches), generator=generator)]
+
+
+def stratified_sample(size: int, classes: Tensor, seed: int) -> Tensor:
+    """Draws examples without replacement, of each class its share; a pure function of its arguments.
+
+    Args:
+        size: Least number of examples; each class's share of it is rounded up.
+        classes: Class of each example, `(examples,)`.
+        seed: The run's seed.
+
+    Returns:
+        Indices in rising order.
+    """
+    generator = seeded_generator(seed, 0, 1)  # two numbers are an epoch's order
+    order = torch.randperm(len(classes), generator=generator)
+    chosen = [order[classes[order] == value] for value in classes.unique()]
+    return torch.cat([own[: math.ceil(size * len(own) / len(classes))] for own in chosen]).sort().values
 
 
 class BucketedBatches(Sampler[list[int]]):

@@ -1,5 +1,6 @@
 """The Lightning data module: padding, loaders, and going on in the middle of an epoch."""
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from lora_lab.data.batches import BucketedBatches, EvaluationBatches, seeded_generator
+from lora_lab.data.batches import BucketedBatches, EvaluationBatches, seeded_generator, stratified_sample
 from lora_lab.data.config import IGNORED, DataConfig, Splits
 from lora_lab.errors import CheckpointError
 
@@ -136,6 +137,25 @@ class TaskData(L.LightningDataModule):
         """Returns how many training batches each of so many processes has in an epoch."""
         size = self.config.batch_size * processes
         return max(1, self.sizes["train"] // size)
+
+    def training_sample(self, ratio: float) -> Iterator[dict[str, Tensor]]:
+        """Yields this process's batches of a random part of the training split, always the same.
+
+        Classes have the same shares in it as in the whole.
+
+        Args:
+            ratio: Size of the part over that of the whole, in (0, 1]; it is no smaller than a training batch.
+        """
+        split, (rank, processes) = self.splits["train"], self._place()
+        count = len(split.lengths)
+        classes = torch.zeros(count)
+        if self.task == "sequence_classification":
+            classes = torch.stack([split.examples[index]["labels"] for index in range(count)])
+        size = max(math.ceil(ratio * count), min(count, self.config.batch_size * processes))
+        chosen = stratified_sample(size, classes, self.seed)
+        batches = EvaluationBatches(split.lengths[chosen], self.config.evaluation_batch_size, rank, processes)
+        for batch in batches:
+            yield self.collate([split.examples[index] for index in chosen[batch].tolist()])
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Returns this process's share of the validation split, in a fixed order."""

@@ -77,3 +77,20 @@ def smoothed(
     sensitivity = torch.where(valid, sensitivity.lerp(measured, 1 - beta1), sensitivity)
     deviation = (measured - sensitivity).abs_()
     return sensitivity, torch.where(valid, uncertainty.lerp(deviation, 1 - beta2), uncertainty)
+
+
+def largest_share(values: Float[Tensor, " n"], share: float) -> Bool[Tensor, " n"]:
+    """Returns flags of the fewest values, from the largest down, that make up a share of their sum.
+
+    Args:
+        values: 0 or more, with a sum above 0; of equal ones the first come first.
+        share: the share, in (0, 1]; 1 takes all, those of 0 too.
+    """
+    if share == 1:
+        return torch.ones_like(values, dtype=torch.bool)
+    order = values.argsort(descending=True, stable=True)
+    # The tolerance makes up for sums like .4 + .3 + .2, which is just below .9.
+    reached = values[order].cumsum(0) / values.sum() >= share - 1e-9
+    flags = torch.zeros_like(reached)
+    flags[order[: len(reached) - int(reached.sum()) + 1]] = True
+    return flags

@@ -203,9 +203,14 @@ def test_silenced_component_adds_nothing_and_may_grow_back(init):
 def test_dropped_adapter_adds_exactly_nothing_for_good(options):
     model, x = linear(), torch.randn(5, 24)
     lora, adapters = adapt(model, rank=4, **options)
-    shake(adapters)
-    lora.drop()
     train(model, adapters, x)
+    optimizer = torch.optim.AdamW(adapters.trainable_parameters(), lr=0.1, weight_decay=0.1)
+    model(x).square().sum().backward()
+    before = {name: tensor.clone() for name, tensor in adapters.named_parameters().items()}
+    lora.drop()
+    optimizer.step()
+    assert all(torch.equal(lora.get_parameter(name.removeprefix("0.")), old) for name, old in before.items())
+    assert not adapters.trainable_parameters()
     assert lora.dropped
     assert lora.rank == 0
     assert torch.equal(model(x), lora.base(x))
@@ -218,6 +223,7 @@ def test_dropped_state_travels_in_the_state_dict():
     fresh, others = adapt(linear(), rank=4)
     others.load_state_dict(adapters.state_dict())
     assert fresh.dropped
+    assert not others.trainable_parameters()
 
 
 def test_embedding_is_adapted_in_place_of_its_rows():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lora_lab.data.batches import BucketedBatches, EvaluationBatches
+from lora_lab.data.batches import BucketedBatches, EvaluationBatches, stratified_sample
 from lora_lab.errors import DataError
 
 
@@ -95,3 +95,21 @@ def test_evaluation_has_every_example_exactly_once_over_all_processes(count, wor
     assert all(batch for share in shares for batch in share)
     longest = [int(lengths[batch].max()) for batch in shares[0]]
     assert longest == sorted(longest)
+
+
+def test_a_sample_has_of_every_class_its_share_rounded_up():
+    classes = torch.tensor([0] * 70 + [1] * 25 + [2] * 5)[torch.randperm(100)]
+    for size, counts in ((20, [14, 5, 1]), (10, [7, 3, 1]), (1, [1, 1, 1]), (100, [70, 25, 5])):
+        chosen = stratified_sample(size, classes, seed=3)
+        assert classes[chosen].bincount().tolist() == counts
+        assert chosen.tolist() == sorted(set(chosen.tolist()))
+
+
+def test_a_sample_follows_from_its_seed_alone():
+    classes, state = torch.zeros(1000), torch.get_rng_state()
+    one, again, other = (stratified_sample(100, classes, seed) for seed in (3, 3, 4))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert torch.equal(torch.get_rng_state(), state)
+    # Drawn from all over the examples.
+    assert one.float().mean() == pytest.approx(500, abs=100)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lora_lab.linalg.pruning import alive, smoothed, strongest
+from lora_lab.linalg.pruning import alive, largest_share, smoothed, strongest
 
 ALL = torch.tensor([True, True, True])
 WORKED = torch.tensor([6.0, 0.06, 9.0])
@@ -97,3 +97,22 @@ def test_strongest_are_those_that_sorting_by_hand_gives():
         order = sorted(range(30), key=lambda i, scores=scores: (-float(scores[i]), i))
         assert strongest(scores, count).nonzero().flatten().tolist() == sorted(order[:count])
     assert strongest(torch.zeros(4), 9).tolist() == [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("values", "share", "kept"),
+    [
+        ([4, 1, 3, 2], 0.9, [0, 2, 3]),
+        ([4, 1, 3, 2], 0.91, [0, 1, 2, 3]),
+        ([4, 1, 3, 2], 0.4, [0]),
+        ([4, 1, 3, 2], 0.41, [0, 2]),
+        ([4, 1, 3, 2], 1e-6, [0]),
+        ([0.4, 0.1, 0.3, 0.2], 0.9, [0, 2, 3]),  # .4 + .3 + .2 is just below .9
+        ([1, 1, 1, 1], 0.5, [0, 1]),  # the first of equal ones
+        ([0, 5, 0], 0.999, [1]),
+        ([0, 5, 0], 1.0, [0, 1, 2]),
+    ],
+)
+def test_the_fewest_values_that_make_up_a_share_are_taken(values, share, kept):
+    flags = largest_share(torch.tensor(values, dtype=torch.float64), share)
+    assert flags.nonzero().flatten().tolist() == kept

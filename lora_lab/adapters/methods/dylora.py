@@ -101,6 +101,7 @@ class DyLoRA(LowRankAdapter, NestedRank):
         self.used.zero_()[self._window] = True
 
     def tensors_changed(self) -> None:
+        super().tensors_changed()
         self.active_rank = int(self.used.sum())
 
     @property

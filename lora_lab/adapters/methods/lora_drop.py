@@ -110,6 +110,7 @@ class LoRADrop(LowRankAdapter, RankAllocatable, Shareable, RandomlyDropped):
 
     def tensors_changed(self) -> None:
         """See `Adapter.tensors_changed`: a resumed run counts on, for as many units as there are."""
+        super().tensors_changed()
         self.mask = self.A.new_ones(len(self.A) if self.spec.drop_unit == "rank" else 1)
         self.count = 0 if self.batches is None else int(self.batches)
 

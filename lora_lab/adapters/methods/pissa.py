@@ -83,6 +83,7 @@ class PiSSA(LowRankAdapter, RankAllocatable):
     @torch.no_grad()
     def tensors_changed(self) -> None:
         """See `Adapter.tensors_changed`: W_res follows the frozen start, and gives back what is silenced."""
+        super().tensors_changed()
         if self.spec.mode == "residual":
             start = self.scale * self.active * (self.start_B @ self.start_A)
             self.residual = (widened(matrix(self.base)) - start).to(self.base.weight.dtype)
@@ -90,10 +91,10 @@ class PiSSA(LowRankAdapter, RankAllocatable):
     @torch.no_grad()
     def keep_components(self, keep: Bool[Tensor, " rank"]) -> None:
         """See `Prunable`. Controllers silence the same components after every step, which leaves W_res be."""
-        if self.residual is not None and torch.equal(keep, self.kept):
-            self.B.masked_fill_(~keep, 0)
-        else:
-            super().keep_components(keep)
+        changes = self.residual is not None and not torch.equal(keep, self.kept)
+        super().keep_components(keep)
+        if changes:
+            self.tensors_changed()
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         if self.residual is None:

@@ -1,0 +1,285 @@
+"""LoRA-Drop: which adapters a run needs (Zhou et al. 2024, arXiv:2402.07721), or how often they are dropped.
+
+output_evaluation, once, after `warmup` steps of ordinary training:
+
+    g_i = Σ_x ‖ΔW_i x‖²      x: real tokens of a sample of the training data
+    I_i = g_i / Σ_j g_j      j: adapters of one group
+    kept: the fewest adapters, from the largest I down, with Σ I ≥ threshold
+
+The others of a group use one adapter together, that of the largest I among them, or are dropped. What is left
+then starts afresh and trains for the rest of the run; the learning rate's schedule goes on.
+
+stochastic: the probability p at which RandomlyDropped adapters lose their parts, from step to step,
+
+    linear   p = p₀ + (p₁ − p₀) s      s: from 0 at `start` to 1 at `end`
+    cosine   p = p₁ + (p₀ − p₁) (1 + cos πs) / 2
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lora_lab.adapters import AdapterSet
+from lora_lab.adapters.protocols import Droppable, RandomlyDropped, Shareable
+from lora_lab.adapters.spec import least_fault, probability_fault
+from lora_lab.callbacks.controller import Controller, ControllerSpec, from_first_process, in_steps
+from lora_lab.callbacks.output_energy import output_energy
+from lora_lab.callbacks.structure import structure_changed
+from lora_lab.data import TaskData
+from lora_lab.errors import ConfigError, IncompatibleError
+from lora_lab.linalg.pruning import largest_share
+from lora_lab.models.architectures import find_roles
+from lora_lab.training.module import FineTuner
+
+OPTIONS = {
+    "output_evaluation": ("threshold", "warmup", "sample_ratio", "group_by", "share", "reinit"),
+    "stochastic": ("start_prob", "end_prob", "course", "start", "end"),
+}
+"""The options of each strategy."""
+
+
+@dataclass
+class AdapterDroppingSpec(ControllerSpec):
+    """The options of LoRA-Drop; those of the strategy that is not chosen stay at their defaults."""
+
+    strategy: Literal["output_evaluation", "stochastic"] = "output_evaluation"
+    """`output_evaluation`: keep the adapters that add most; `stochastic`: schedule random dropping."""
+
+    threshold: float = 0.9
+    """Share T of a group's importance that is kept, in (0, 1]; 0.9 in the paper, 1 keeps every adapter."""
+
+    warmup: float = 0.1
+    """Optimizer steps before the decision, at least one; below 1 a share of all steps."""
+
+    sample_ratio: float = 0.1
+    """Share of the training data on which outputs are evaluated, in (0, 1]; at least one batch is."""
+
+    group_by: Literal["role", "shape", "global"] = "role"
+    """Whose importance is compared: adapters of one role (`query`), or module name; those whose tensors have
+    one shape; or all."""
+
+    share: bool = True
+    """Let the adapters of a group that are not kept use one together, where shapes allow; else drop them."""
+
+    reinit: bool = True
+    """Put adapters back to where the run began and clear their optimizer state; task heads train on."""
+
+    start_prob: float | None = None
+    """Probability p₀ until `start`, in [0, 1); null means the adapter's own `drop_prob`."""
+
+    end_prob: float = 0.0
+    """Probability p₁ from `end` on, in [0, 1)."""
+
+    course: Literal["constant", "linear", "cosine"] = "linear"
+    """How the probability gets from p₀ to p₁; `constant` stays at p₀."""
+
+    start: float = 0.0
+    """Optimizer steps before the probability changes; below 1 a share of all steps."""
+
+    end: float | None = None
+    """Optimizer steps until the probability is p₁; below 1 a share of all steps, null means the last step."""
+
+    def faults(self) -> list[str]:
+        found = super().faults()
+        if found:
+            return found
+        defaults = {field.name: field.default for field in fields(self)}
+        for strategy, names in OPTIONS.items():
+            for name in names:
+                if strategy != self.strategy and getattr(self, name) != defaults[name]:
+                    found.append(f"{name}: belongs to strategy: {strategy}; take it out")
+        if self.course == "constant" and (self.end_prob, self.start, self.end) != (0.0, 0.0, None):
+            found.append("course: constant has no end_prob, start and end; take them out")
+        for name in ("threshold", "sample_ratio"):
+            if not 0 < getattr(self, name) <= 1:
+                found.append(f"{name}: must lie in (0, 1]; got {getattr(self, name)}")
+        for name in ("start_prob", "end_prob"):
+            if getattr(self, name) is not None:
+                found += probability_fault(name, getattr(self, name))
+        if self.warmup <= 0:
+            found.append(f"warmup: must be above 0; got {self.warmup}")
+        return found + least_fault("start", self.start, 0)
+
+    def needs(self) -> type:
+        if self.strategy == "stochastic":
+            return RandomlyDropped
+        return Shareable if self.share else Droppable
+
+    def decides(self) -> str:
+        return "the drop probability" if self.strategy == "stochastic" else "which components are kept"
+
+
+class AdapterDropping(Controller):
+    """Decides which adapters of a run are needed, or schedules how often their parts are dropped.
+
+    Logs `budget/kept`, the number of adapters with tensors of their own, `budget/threshold`, and from the
+    decision on `importance/<path>`; or else `budget/drop_prob`, the probability of the last step.
+    """
+
+    Spec = AdapterDroppingSpec
+    name = "lora_drop"
+    paper = "Zhou et al. 2024, arXiv:2402.07721"
+    spec: AdapterDroppingSpec
+
+    def __init__(self, spec: AdapterDroppingSpec, adapters: AdapterSet, seed: int = 0):
+        super().__init__(spec, adapters, seed)
+        self.importance: dict[str, float] = {}
+        """I of each adapter by path, once it is decided."""
+        if spec.strategy == "stochastic":
+            first = next(iter(self.controlled.values()))
+            self.first_prob: float = first.drop_prob if spec.start_prob is None else spec.start_prob
+        elif spec.reinit and adapters.spec.reads_full_weights:
+            raise IncompatibleError(
+                f"controllers.lora_drop.reinit: {adapters.spec.method} starts from weights that are gone "
+                "once training begins. Set reinit: false, or choose another adapter.init."
+            )
+        elif spec.share:
+            for path, adapter in self.controlled.items():
+                if adapter.share_key() is None:
+                    raise IncompatibleError(
+                        f"controllers.lora_drop.share: {path} subtracts a start of its own base's and "
+                        "cannot share. Choose a start of zero (adapter.init: default), or share: false."
+                    )
+
+    def plan(self, total_steps: int) -> None:
+        super().plan(total_steps)
+        spec = self.spec
+        if spec.strategy == "stochastic":
+            self.start = in_steps(spec.start, total_steps)
+            # The last step has this number, counted from 0.
+            self.end = total_steps - 1 if spec.end is None else in_steps(spec.end, total_steps)
+            if spec.course != "constant" and not self.start < self.end < total_steps:
+                raise ConfigError(
+                    f"controllers.lora_drop: the probability goes from step {self.start} to step {self.end} "
+                    f"of a run of {total_steps}; start must lie before end, and end before the run's."
+                )
+            return
+        self.warmup = max(1, in_steps(spec.warmup, total_steps))
+        if self.warmup >= total_steps:
+            raise ConfigError(
+                f"controllers.lora_drop.warmup: {self.warmup} steps of a run of {total_steps} leave none to "
+                "train what is kept; lower it, or train longer."
+            )
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Plans, and looks for the data to sample from."""
+        super().on_fit_start(trainer, pl_module)
+        data = getattr(trainer, "datamodule", None)
+        if self.spec.strategy == "output_evaluation" and not isinstance(data, TaskData):
+            raise ConfigError(
+                "controllers.lora_drop: output_evaluation samples the training data, and finds none. Fit "
+                "with the data module that lora_lab.data.build_data returns."
+            )
+
+    @property
+    def settled(self) -> bool:
+        return self.spec.strategy == "stochastic" or bool(self.importance)
+
+    # Stochastic -----------------------------------------------------------------------------------------
+
+    def probability(self, step: int) -> float:
+        """Returns p for a step, counted from 0."""
+        if self.spec.course == "constant":
+            return self.first_prob
+        share = min(1.0, max(0.0, (step - self.start) / (self.end - self.start)))
+        if self.spec.course == "cosine":
+            share = (1 - math.cos(math.pi * share)) / 2
+        return (1 - share) * self.first_prob + share * self.spec.end_prob
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.spec.strategy == "stochastic" and self.step_begins(trainer, batch_idx):
+            for adapter in self.controlled.values():
+                adapter.drop_prob = self.probability(trainer.global_step)
+
+    # Output evaluation ----------------------------------------------------------------------------------
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.step_ended(trainer) and not self.settled and trainer.global_step >= self.warmup:
+            assert isinstance(pl_module, FineTuner)
+            self.decide(from_first_process(self._energy(trainer, pl_module)))
+            if self.spec.reinit:
+                self.adapters.restart(self.seed)
+                for optimizer in trainer.optimizers:
+                    for adapter in self.adapters:
+                        for parameter in adapter.parameters():
+                            optimizer.state.pop(parameter, None)
+            structure_changed(trainer, self.adapters)
+
+    def _energy(self, trainer: Any, module: FineTuner) -> Tensor:
+        data: TaskData = trainer.datamodule
+        sample = data.training_sample(self.spec.sample_ratio)
+        with trainer.precision_plugin.val_step_context():
+            return output_energy(module, self.controlled, map(trainer.strategy.batch_to_device, sample))
+
+    def decide(self, energy: Tensor) -> None:
+        """Lets adapters share or drops them.
+
+        Args:
+            energy: (adapters,), g of each.
+
+        Raises:
+            ConfigError: if the adapters of a group have not learned anything yet.
+        """
+        of_path = dict(zip(self.controlled, energy.cpu(), strict=True))
+        for group in self.groups():
+            values = torch.stack([of_path[path] for path in group])
+            total = float(values.sum())
+            if not (total > 0 and math.isfinite(total)):
+                raise ConfigError(
+                    f"controllers.lora_drop: the outputs of {group[0]} and its group have a sum of squares "
+                    f"of {total} after {self.warmup} steps: there is nothing to compare. "
+                    + ("Raise warmup." if total == 0 else "Training has diverged; lower the learning rate.")
+                )
+            self.importance |= {path: float(of_path[path]) / total for path in group}
+            kept = largest_share(values, self.spec.threshold).tolist()
+            self._leave([path for path, stays in zip(group, kept, strict=True) if not stays])
+
+    def groups(self) -> list[list[str]]:
+        """Returns the paths of the adapters that are compared with each other."""
+        roles = {site.path: site.role for site in find_roles(self.adapters.model)}
+        groups: dict[Hashable, list[str]] = {}
+        for path, adapter in self.controlled.items():
+            key: Hashable = None
+            if self.spec.group_by == "role":
+                key = roles.get(path, path.rpartition(".")[2])
+            elif self.spec.group_by == "shape":
+                key = tuple(tensor.shape for tensor in adapter.adapter_tensors().values())
+            groups.setdefault(key, []).append(path)
+        return list(groups.values())
+
+    def _leave(self, paths: list[str]) -> None:
+        """Makes adapters give up their tensors, all but the most important of those that fit together."""
+        if not self.spec.share:
+            for path in paths:
+                self.controlled[path].drop()
+            return
+        owners: dict[Hashable, str] = {}
+        for path in sorted(paths, key=self.importance.__getitem__, reverse=True):
+            owner = owners.setdefault(self.controlled[path].share_key(), path)
+            if owner != path:
+                self.adapters.share(path, owner)
+
+    def statistics(self) -> dict[str, float]:
+        if self.spec.strategy == "stochastic":
+            return {"budget/drop_prob": next(iter(self.controlled.values())).drop_prob}
+        dropped = sum(adapter.dropped for adapter in self.controlled.values())
+        kept = len(self.controlled) - dropped - len(self.adapters.owners)
+        importance = {f"importance/{path}": value for path, value in self.importance.items()}
+        return {"budget/kept": kept, "budget/threshold": self.spec.threshold, **importance}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"importance": self.importance}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.importance = state_dict["importance"]
