@@ -276,6 +276,7 @@ def _end_record(trainer: L.Trainer, statistics: _Callbacks, metrics: dict[str, A
         "tokens_per_second": statistics.speed.tokens_per_second,
         "peak_memory_megabytes": statistics.memory.peak_megabytes,
         "peak_memory_kind": statistics.memory.peak_kind,
+        "final_method_parameters": statistics.adapters.adapters.trainable_count(saved=False),
         **final_statistics(statistics.adapters.rows),
         "best_value": statistics.best.best_value,
         "best_step": statistics.best.best_step,

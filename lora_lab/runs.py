@@ -27,7 +27,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lora_lab.errors import CheckpointError
 from lora_lab.files import write_text
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PACKAGES = (
     "lora_lab",
     "torch",

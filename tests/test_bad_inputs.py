@@ -83,6 +83,41 @@ OVERRIDES = {
     "missing column": ("data.label=lable", "lable"),
     "negative batch size": ("data.batch_size=-1", "batch_size: must be at least 1; got -1"),
     "run name that is a path": ("run=a/b", "run: must be a plain folder name"),
+    "unknown controller": (
+        "controllers.rank_prunning={}",
+        "no such controller; did you mean 'rank_pruning'?",
+    ),
+    "controllers that are no mapping": (
+        "controllers=[rank_pruning]",
+        "must hold controllers and their options",
+    ),
+    "controller switched on by a word": ("controllers.rank_pruning=true", "must hold options, {} for the"),
+    "typo in a controller's key": (
+        "controllers.rank_pruning.treshold=0.1",
+        "controllers.rank_pruning.treshold: no such key; did you mean 'threshold'?",
+    ),
+    "controller's option out of range": (
+        "controllers.rank_pruning.threshold=1.0",
+        "controllers.rank_pruning.threshold: must lie in [0, 1); got 1.0",
+    ),
+    "controller that the method does not fit": (
+        "controllers.rank_switching={}",
+        "controllers.rank_switching: needs adapters that are NestedRank; those of method 'lora' are not. "
+        "Methods that are: dylora",
+    ),
+    "controllers that decide the same": (
+        "controllers={rank_pruning: {}, importance_pruning: {target_rank: 1}}",
+        "decides which components are kept, as rank_pruning does; take one out",
+    ),
+    "controller with nothing to do": ("controllers.compaction={}", "has nothing to compact without"),
+    "run too short for a controller": (
+        "controllers.importance_pruning.target_rank=1",
+        "of a run of 1; the budget needs steps between them to fall",
+    ),
+    "budget above what there is": (
+        "controllers.importance_pruning.target_rank=3",
+        "3 for each of 4 adapters are 12 components; they start with 8",
+    ),
     "steps 0": ("trainer.max_steps=0", "max_steps: must be at least 1"),
 }
 

@@ -28,6 +28,7 @@ RECORD = {
     "resumptions",
     "controllers",
     "method_parameters",
+    "final_method_parameters",
     "trainable_parameters",
     "total_parameters",
     "data_fingerprint",

@@ -24,7 +24,8 @@ def record_table(record: Mapping[str, Any]) -> Table:
     table = _facts(f"{record['experiment']} / {record['run']}")
     trained, total = record["trainable_parameters"], record["total_parameters"]
     table.add_row("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})")
-    table.add_row("of these the method's", f"{record['method_parameters']:,}")
+    start, end = record["method_parameters"], record["final_method_parameters"]
+    table.add_row("of these the method's", f"{start:,}" if end == start else f"{start:,} → {end:,}")
     table.add_row("adapter file", decimal(record["adapter_file_bytes"]))
     for label, name, form in (
         ("rank (mean)", "final_rank_mean", "{:.2f}"),

@@ -30,6 +30,12 @@ class ControlledRun:
     checkpoint: AdapterCheckpoint
 
 
+def fresh_model() -> MultiLayerPerceptron:
+    """Returns the perceptron 6 → 8 → 8 → 8 → 1 of every run, as it is before."""
+    torch.manual_seed(0)
+    return MultiLayerPerceptron(MultiLayerPerceptronConfig(sizes=[6, 8, 8, 8], num_labels=1))
+
+
 def train(
     spec,
     controllers,
@@ -52,8 +58,7 @@ def train(
         stop_after: writes a checkpoint after so many steps, and stops one step later.
         resume: goes on from the folder's checkpoint.
     """
-    torch.manual_seed(0)
-    model = MultiLayerPerceptron(MultiLayerPerceptronConfig(sizes=[6, 8, 8, 8], num_labels=1))
+    model = fresh_model()
     spec.targets, spec.modules_to_save = LAYERS, ["layer4"]
     adapters = inject(model, spec)
     options = OptimizationConfig(**{"learning_rate": 0.01} | optimization)
@@ -85,9 +90,10 @@ def train(
         val_check_interval=0.25,
     )
     batch = 8 // devices // accumulate
-    data = build_data(
-        ToyConfig(target="product", size=8 * steps, features=6, batch_size=batch), None, "regression", seed=0
-    )
+    toy = ToyConfig(
+        target="product", size=8 * steps, features=6, batch_size=batch, bucket_by_length=False
+    )  # in buckets, batches of another size would hold other rows
+    data = build_data(toy, None, "regression", seed=0)
     trainer.fit(module, data, ckpt_path=folder / "last.ckpt" if resume else None, weights_only=True)
     return ControlledRun(adapters, {own.name: own for own in built}, trainer, best)
 
