@@ -5,8 +5,15 @@ from collections.abc import Mapping
 from lora_lab.adapters import Adapter, AdapterSet
 from lora_lab.callbacks.controller import Controller, ControllerSpec, misfit
 from lora_lab.callbacks.controllers.rank_pruning import RankPruning
+from lora_lab.callbacks.controllers.rank_switching import RankSwitching
 
-CONTROLLERS: dict[str, type[Controller]] = {controller.name: controller for controller in (RankPruning,)}
+CONTROLLERS: dict[str, type[Controller]] = {
+    controller.name: controller
+    for controller in (
+        RankPruning,
+        RankSwitching,
+    )
+}
 """Every controller by its id, in the order in which those of one run act. A new one is one file, one entry
 here and one YAML in configs/controllers."""
 
