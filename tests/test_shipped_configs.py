@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from lora_lab.adapters import METHODS
+from lora_lab.callbacks import CONTROLLERS
 from lora_lab.config import compose
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +26,11 @@ def test_a_fragment_composes_into_an_experiment(path, tmp_path):
     rest = rest.replace("{source: toy}", "{source: embedded, name: movie_reviews}")
     whole = tmp_path / "experiment.yaml"
     whole.write_text(f"extends: [{path}]\n{rest}")
-    config = compose(whole, [f"model.task={task}"])
+    settings = [f"model.task={task}"]
+    if group == "controllers":
+        needs = CONTROLLERS[path.stem].Spec().needs()
+        settings.append(f"adapter.method={next(m for m, kind in METHODS.items() if issubclass(kind, needs))}")
+    config = compose(whole, settings)
     assert path.stem in (config.adapter.method, config.model.name) or group != "adapters"
 
 

@@ -6,7 +6,7 @@ DyLoRA's components can be silenced like LoRA's, but its ranks would then not be
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -83,7 +83,13 @@ class RankAllocatable(Prunable):
 
 
 class NestedRank:
-    """Every prefix of the components is a valid adapter."""
+    """Every prefix of the components is a valid adapter.
+
+    Attributes:
+        ranks: the ranks that can be active, rising up to `max_rank`.
+    """
+
+    ranks: Sequence[int]
 
     @property
     def max_rank(self) -> int:

@@ -8,10 +8,11 @@ from lora_lab.callbacks.controllers.compaction import Compaction
 from lora_lab.callbacks.controllers.importance_pruning import ImportancePruning
 from lora_lab.callbacks.controllers.lora_drop import AdapterDropping
 from lora_lab.callbacks.controllers.rank_pruning import RankPruning
+from lora_lab.callbacks.controllers.rank_switching import RankSwitching
 
 CONTROLLERS: dict[str, type[Controller]] = {
     controller.name: controller
-    for controller in (AdapterDropping, ImportancePruning, RankPruning, Compaction)
+    for controller in (AdapterDropping, ImportancePruning, RankPruning, RankSwitching, Compaction)
 }
 """Every controller by its id, in the order in which those of one run act. A new one is one file, one entry
 here and one YAML in configs/controllers."""

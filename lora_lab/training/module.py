@@ -51,12 +51,8 @@ class FineTuner(L.LightningModule):
         self.adapters = adapters
         self.task = TASKS[task]
         self.optimization = optimization or OptimizationConfig()
-        self.evaluation = nn.ModuleDict(
-            {
-                stage: nn.ModuleDict({"loss": MeanMetric(), "metrics": self.task.metrics(num_labels)})
-                for stage in ("validation", "test")
-            }
-        )
+        self.num_labels = num_labels
+        self.evaluation = nn.ModuleDict({stage: self.new_metrics() for stage in ("validation", "test")})
         prompts = any(adapter.reads_prompt_lengths for adapter in adapters)
         self._hidden = {"labels"} if prompts else {"labels", "prompt_lengths"}
         # Grouped here too, so that what does not fit is told before anything is trained or written.
@@ -86,36 +82,47 @@ class FineTuner(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the means over the batches of this step."""
         if self.logging_due():
-            self.log("train/loss", torch.stack(self._losses).mean(), prog_bar=True, sync_dist=True)
+            self.log("train/loss", self.step_loss(), prog_bar=True, sync_dist=True)
             self.log("train/penalty", torch.stack(self._penalties).mean(), sync_dist=True)
             self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
         self._losses.clear()
         self._penalties.clear()
+
+    def step_loss(self) -> Tensor:
+        """Returns the task's mean loss over this process's batches of the step now under way."""
+        return torch.stack(self._losses).mean()
 
     def logging_due(self) -> bool:
         """Whether the optimizer step now under way is one whose numbers are logged."""
         trainer: Any = self.trainer
         return (trainer.global_step + 1) % trainer.log_every_n_steps == 0
 
-    def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> None:
+    def new_metrics(self) -> nn.ModuleDict:
+        """Returns the task's loss and metrics, for `evaluate` to fill."""
+        return nn.ModuleDict({"loss": MeanMetric(), "metrics": self.task.metrics(self.num_labels)})
+
+    def evaluate(self, batch: Mapping[str, Tensor], metrics: Any) -> None:
+        """Adds a batch to metrics that `new_metrics` returned."""
         predictions, labels = self.task.align(self(batch), batch["labels"])
-        parts: Any = self.evaluation[stage]
         count = labels.numel() if labels.is_floating_point() else (labels != IGNORED).sum()
-        parts["loss"].update(self.task.loss(predictions, labels), weight=count)
-        parts["metrics"].update(predictions, labels)
+        metrics["loss"].update(self.task.loss(predictions, labels), weight=count)
+        metrics["metrics"].update(predictions, labels)
+
+    def results(self, metrics: Any) -> dict[str, Tensor]:
+        """Returns what filled metrics have come to by name, over the batches of all processes."""
+        return {"loss": metrics["loss"].compute(), **metrics["metrics"].compute()}
 
     def _log_evaluation(self, stage: str) -> None:
         parts: Any = self.evaluation[stage]
-        found = {"loss": parts["loss"].compute(), **parts["metrics"].compute()}
         # torchmetrics has joined the processes' counts already; sync_dist only spares Lightning's warning.
-        told = {f"{stage}/{name}": value for name, value in found.items()}
+        told = {f"{stage}/{name}": value for name, value in self.results(parts).items()}
         self.log_dict(told, prog_bar=stage == "validation", sync_dist=True)
         parts["loss"].reset()
         parts["metrics"].reset()
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Adds a batch to the validation metrics."""
-        self._evaluate(batch, "validation")
+        self.evaluate(batch, self.evaluation["validation"])
 
     def on_validation_epoch_end(self) -> None:
         """Logs the validation metrics."""
@@ -123,7 +130,7 @@ class FineTuner(L.LightningModule):
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Adds a batch to the test metrics."""
-        self._evaluate(batch, "test")
+        self.evaluate(batch, self.evaluation["test"])
 
     def on_test_epoch_end(self) -> None:
         """Logs the test metrics."""

@@ -45,7 +45,7 @@ CASES = {
         "compaction": {},
     },
 }
-CASES = {k: v for k, v in CASES.items() if v.keys() <= CONTROLLERS.keys()}
+"""What the controllers of a run are told."""
 
 # Masks of tokens and samples are drawn anew for every batch, which no two ways to split a step share.
 OPTIONS = {"lora_drop": {"drop_prob": 0.0}}
