@@ -17,8 +17,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +31,9 @@ from lora_lab.adapters.base import Adapter
 from lora_lab.adapters.storage import PREFIX, TENSORS, save_adapter
 from lora_lab.bench.adapter_cases import CASES, SHAPES, Case, Shapes
 from lora_lab.bench.adapter_report import read_rows, show_markdown, show_tables
+from lora_lab.bench.results import about
 from lora_lab.bench.step_cost import peak_bytes, saved_bytes, seconds
 from lora_lab.errors import LabError
-from lora_lab.runs import environment
 
 TOLERANCE = 1e-5
 """How far the two sides may be apart, relative to the greatest number."""
@@ -217,7 +215,7 @@ def run(
     Returns:
         The cases that were not measured, with the reason.
     """
-    told = _told(device)
+    told = about(["torch", "transformers", "peft"], device)
     skipped: dict[str, str] = {}
     known = [name for name in methods if CASES[name].method in METHODS]
     skipped |= {name: "no method of ours yet" for name in methods if name not in known}
@@ -238,19 +236,6 @@ def run(
                 writer.writerows(keys | row | {"value": round(row["value"], 6)} for row in rows)
                 file.flush()
     return skipped
-
-
-def _told(device: torch.device) -> Row:
-    found = environment()
-    machine = found["hardware"]["processor"]
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    packages = {name: found["packages"][name] for name in ("torch", "transformers")}
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{found['hardware']['cores']}-core {machine}, {where}",
-        **packages,
-        "peft": version("peft"),
-    }
 
 
 def main() -> None:

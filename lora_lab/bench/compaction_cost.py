@@ -10,9 +10,7 @@ and sliced adapters take steps in turns, and each round gives one ratio.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
-from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,10 +21,10 @@ from transformers import BertConfig, BertForSequenceClassification
 from lora_lab.adapters import AdapterSet, inject
 from lora_lab.adapters.methods.lora_prune import LoRAPruneSpec
 from lora_lab.adapters.protocols import Prunable
+from lora_lab.bench.results import CPU, about, write_rows
 from lora_lab.bench.step_cost import seconds
 from lora_lab.callbacks.controllers.compaction import Compaction, CompactionSpec
 from lora_lab.callbacks.memory_statistics import optimizer_bytes, size
-from lora_lab.runs import environment
 from lora_lab.training.optimization import (
     OptimizationConfig,
     build_optimizer,
@@ -36,7 +34,6 @@ from lora_lab.training.optimization import (
 
 RANK, ROWS, LENGTH, ROUNDS = 64, 4, 64, 15
 LINEARS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
-CPU = torch.device("cpu")
 
 
 class Run:
@@ -103,18 +100,9 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="CSV file to write")
     output = parser.parse_args().output
     torch.set_num_threads(1)
-    told = environment()
-    machine = f"{told['hardware']['cores']}-core {told['hardware']['processor']}, CPU"
-    about = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine,
-        "torch": told["packages"]["torch"],
-    }
-    rows = [about | row for keep in (RANK, RANK // 2, 0) for row in measure(keep)]
-    with output.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    told = about(["torch"])
+    rows = [told | row for keep in (RANK, RANK // 2, 0) for row in measure(keep)]
+    write_rows(output, rows)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ CPU's speed drifts by some per cent within a round, the time in the controller's
 from __future__ import annotations
 
 import argparse
-import csv
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from lora_lab.adapters import METHODS, inject
 from lora_lab.bench.hook_clock import HookClock
+from lora_lab.bench.results import about, write_rows
 from lora_lab.callbacks import CONTROLLERS, build_controllers
-from lora_lab.runs import environment
 from lora_lab.training.module import FineTuner
 
 BATCH, LENGTH, STEPS = 8, 64, 20
@@ -118,18 +116,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    found = environment()
-    told: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat()}
-    told["machine"] = f"{found['hardware']['cores']}-core {found['hardware']['processor']}, CPU"
-    told |= {name: found["packages"][name] for name in ("torch", "lightning")}
+    told = about(["torch", "lightning"])
     shape: dict[str, Any] = {"vocab_size": 1000, "num_labels": 2}
     model = BertForSequenceClassification(BertConfig(**shape))
     work = [(case, number) for case in CASES for number in range(1, options.rounds + 1)]
     rows = [told | measure(model, case, number) for case, number in track(work, "Measuring")]
-    with options.output.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(options.output, rows)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,9 @@ runs on a model with the same adapters but so narrow that the same drift is a fe
 from __future__ import annotations
 
 import argparse
-import csv
 import tempfile
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +30,10 @@ from transformers import BertConfig, BertForSequenceClassification
 from lora_lab.adapters import AdapterSet, inject
 from lora_lab.adapters.methods.lora import LoRASpec
 from lora_lab.bench.hook_clock import HookClock, children_time
+from lora_lab.bench.results import about, write_rows
 from lora_lab.callbacks.adapter_statistics import AdapterStatistics
 from lora_lab.callbacks.memory_statistics import MemoryStatistics
 from lora_lab.callbacks.speed_statistics import SpeedStatistics
-from lora_lab.runs import environment
 from lora_lab.tracking import TrackingConfig, build_loggers, close_loggers
 from lora_lab.training.module import FineTuner
 
@@ -136,10 +134,7 @@ def main() -> None:
     output = parser.parse_args().output
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    found = environment()
-    told: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat()}
-    told["machine"] = f"{found['hardware']['cores']}-core {found['hardware']['processor']}, CPU"
-    told |= {name: found["packages"][name] for name in ("torch", "lightning", "wandb")}
+    told = about(["torch", "lightning", "wandb"])
     rows = []
     for setting in SETTINGS:
         shape: dict[str, Any] = {"vocab_size": 1000, "num_labels": 2, **setting.widths}
@@ -147,10 +142,7 @@ def main() -> None:
         for number in range(1, setting.rounds + 1):
             rows.append(told | measure(model, setting, number))
             print(rows[-1])
-    with output.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(output, rows)
 
 
 if __name__ == "__main__":
