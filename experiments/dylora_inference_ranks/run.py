@@ -1,4 +1,4 @@
-"""Trains one DyLoRA and four LoRAs with three seeds each, and reads them at ranks 1 to 8.
+"""Trains one DyLoRA and eight LoRAs with three seeds each, and reads them at ranks 1 to 8.
 
     python experiments/dylora_inference_ranks/run.py
 
@@ -30,7 +30,6 @@ HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
 RANK = 8
 RANKS = range(1, RANK + 1)
-LORA_RANKS = (1, 2, 4, 8)
 ABOUT = ("run", "steps", "wall_seconds", "median_step_milliseconds", "git_commit")
 Factors = tuple[Tensor, Tensor]
 
@@ -105,7 +104,7 @@ def main() -> None:
     quiet_libraries()
     quiet = ["trainer.progress_bar=false", "tracking.wandb=disabled"]
     configs = [compose(HERE / "experiment.yaml", [f"seed={seed}", *quiet]) for seed in SEEDS]
-    for rank in sorted(LORA_RANKS, reverse=True):
+    for rank in reversed(RANKS):
         lora = [f"adapter.rank={rank}", *quiet]
         configs += [compose(HERE / "lora.yaml", [f"seed={seed}", *lora]) for seed in SEEDS]
     rows = []
