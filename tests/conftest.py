@@ -1,14 +1,20 @@
 """What all tests share: seeds, tiny random models with their batches, and no network."""
 
 import copy
+import os
 import socket
 
-import pytest
-import torch
-from torch import Tensor, nn
+# Of tiny tensors several threads only wait for each other, in the processes that tests start too.
+os.environ["OMP_NUM_THREADS"] = "1"
 
-from lora_lab.models.build import ModelConfig, build_model
-from lora_lab.models.quantization import QuantizationOptions, quantize
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from lora_lab.models.build import ModelConfig, build_model  # noqa: E402
+from lora_lab.models.quantization import QuantizationOptions, quantize  # noqa: E402
+
+torch.set_num_threads(1)
 
 LOCAL = ("localhost", "127.0.0.1", "::1", "0.0.0.0", "")
 
