@@ -700,6 +700,10 @@ def test_gradients_at_the_start(case):
     assert reached == REACH[case.option]
 
 
+REBUILD = {"oft", "boft", "goft"}
+"""Make their inputs again where no checkpoint does it for them, and round in another order then."""
+
+
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_gradient_checkpointing_gives_equal_gradients(name, make_model, make_batch):
@@ -717,7 +721,12 @@ def test_gradient_checkpointing_gives_equal_gradients(name, make_model, make_bat
                 model.gradient_checkpointing_enable({"use_reentrant": False})
             backward(case, model, adapters)
             gradients.append({path: p.grad for path, p in adapters.named_parameters().items()})
-        assert_same_tensors(*gradients)
+        if option in REBUILD:
+            plain, checkpointed = gradients
+            for path, gradient in plain.items():
+                assert_close(checkpointed[path], gradient)
+        else:
+            assert_same_tensors(*gradients)
 
 
 @on_bert(WITH_DROPOUT)
