@@ -72,11 +72,7 @@ class AdapterSpec:
             found.append("targets: is empty; name at least one role, module or pattern")
         if self.layers is not None and (not self.layers or min(self.layers) < 0):
             found.append(f"layers: needs indices >= 0, or null for all layers; got {self.layers}")
-        for name, hint in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if get_origin(hint) is Literal and value not in get_args(hint):
-                found.append(f"{name}: must be one of {', '.join(get_args(hint))}; got {value!r}")
-        return found
+        return found + choice_faults(self)
 
     def for_site(self, values: dict[str, Any]) -> Self:
         """Returns this spec with the values that the `…_pattern` fields give for one site.
@@ -122,6 +118,15 @@ class LowRankSpec(AdapterSpec):
     def alphas(self) -> dict[str, float]:
         """Returns every alpha that is asked for, by the field that says it."""
         return {"alpha": self.alpha, **_keyed("alpha_pattern", self.alpha_pattern)}
+
+
+def choice_faults(spec: Any) -> list[str]:
+    """Returns the fault of every field that has some values to choose from and another one."""
+    return [
+        f"{name}: must be one of {', '.join(get_args(hint))}; got {getattr(spec, name)!r}"
+        for name, hint in get_type_hints(type(spec)).items()
+        if get_origin(hint) is Literal and getattr(spec, name) not in get_args(hint)
+    ]
 
 
 def least_fault(name: str, value: float, least: float) -> list[str]:

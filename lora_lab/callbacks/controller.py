@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar
 
 import lightning as L
 import torch.distributed as distributed
 from torch import Tensor
 
 from lora_lab.adapters import METHODS, AdapterSet
+from lora_lab.adapters.spec import choice_faults
 from lora_lab.errors import ConfigError, IncompatibleError
 
 
@@ -31,11 +32,7 @@ class ControllerSpec:
 
     def faults(self) -> list[str]:
         """Returns every fault that shows without a model, as `field: what is wrong, what is allowed`."""
-        return [
-            f"{name}: must be one of {', '.join(get_args(hint))}; got {getattr(self, name)!r}"
-            for name, hint in get_type_hints(type(self)).items()
-            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint)
-        ]
+        return choice_faults(self)
 
     def needs(self) -> type:
         """Returns the class of `adapters.protocols` that every adapter has to offer."""

@@ -128,15 +128,16 @@ class TaskData(L.LightningDataModule):
             DataError: If there are several processes and not enough examples for one batch each.
         """
         split = self.splits["train"]
-        batches = BucketedBatches(
-            split.lengths, self.config.batch_size, self.seed, self.config.bucket_by_length, *self._place()
-        )
+        batches = self._training_batches(*self._place())
         return TrainingLoader(batches, split.examples, self.trainer, self.collate, self.config.workers)
 
     def batches_per_epoch(self, processes: int) -> int:
-        """Returns how many training batches each of so many processes has in an epoch."""
-        size = self.config.batch_size * processes
-        return max(1, self.sizes["train"] // size)
+        """Returns how many training batches each of so many processes has in an epoch.
+
+        Raises:
+            DataError: If there are several processes and not enough examples for one batch each.
+        """
+        return len(self._training_batches(0, processes))
 
     def training_sample(self, ratio: float) -> Iterator[dict[str, Tensor]]:
         """Yields this process's batches of a random part of the training split, always the same.
@@ -198,6 +199,12 @@ class TaskData(L.LightningDataModule):
             num_workers=self.config.workers,
             pin_memory=torch.cuda.is_available(),
             generator=seeded_generator(0),
+        )
+
+    def _training_batches(self, rank: int, processes: int) -> BucketedBatches:
+        lengths, config = self.splits["train"].lengths, self.config
+        return BucketedBatches(
+            lengths, config.batch_size, self.seed, config.bucket_by_length, rank, processes
         )
 
     def _place(self) -> tuple[int, int]:
