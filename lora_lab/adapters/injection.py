@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_lab.adapters.base import Adapter
+from lora_lab.adapters.methods import METHODS
 from lora_lab.adapters.protocols import Prunable, Shareable
 from lora_lab.adapters.sites import Site, find_sites, saved_modules, site_seed
 from lora_lab.adapters.spec import AdapterSpec
@@ -42,8 +43,6 @@ def inject(model: nn.Module, spec: AdapterSpec, seed: int = 0) -> AdapterSet:
         TargetError: if the targets do not fit the model.
         IncompatibleError: if the model holds adapters already.
     """
-    from lora_lab.adapters import METHODS
-
     if spec.method not in METHODS:
         raise ConfigError(f"adapter.method: no method '{spec.method}'{suggest(spec.method, METHODS)}")
     faults = spec.faults()
@@ -255,8 +254,6 @@ class AdapterSet:
 
     def penalty(self) -> Tensor | float:
         """Returns the adapters' term of the training loss."""
-        from lora_lab.adapters import METHODS
-
         return METHODS[self.spec.method].total_penalty(self)
 
     # Merging and removing -----------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from yaml import YAMLError
 
 from lora_lab.adapters.injection import AdapterSet, inject, load_tensors
+from lora_lab.adapters.methods import METHODS
 from lora_lab.adapters.protocols import Droppable
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import CheckpointError, IncompatibleError, suggest
@@ -162,8 +163,6 @@ def read_spec(folder: Path, tensors: Mapping[str, Tensor]) -> AdapterSpec:
         CheckpointError: if neither file is there and readable.
         IncompatibleError: if PEFT's config asks for what lora_lab does not have.
     """
-    from lora_lab.adapters import METHODS
-
     own, foreign = folder / OWN, folder / CONFIG
     if own.is_file():
         try:
@@ -201,8 +200,6 @@ def _read_structure(folder: Path, adapters: AdapterSet) -> tuple[dict[str, str],
 
 
 def _spec_from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterSpec:
-    from lora_lab.adapters import METHODS
-
     layouts = [(method, method.peft) for method in METHODS.values() if method.peft.peft_type]
     known = {str(layout.peft_type) for _, layout in layouts}
     peft_type = config["peft_type"]
@@ -238,8 +235,6 @@ def _spec_from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
 
 
 def _layout(adapters: AdapterSet) -> Any:
-    from lora_lab.adapters import METHODS
-
     return METHODS[adapters.spec.method].peft
 
 

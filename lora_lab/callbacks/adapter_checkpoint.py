@@ -10,7 +10,7 @@ import lightning as L
 import torch
 
 from lora_lab.adapters import AdapterSet
-from lora_lab.callbacks.controller import Controller
+from lora_lab.callbacks.controllers.base import Controller
 from lora_lab.training.module import FineTuner
 
 

@@ -27,7 +27,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from lora_lab.adapters import AdapterSet
 from lora_lab.callbacks.adapter_rows import AdapterRow, adapter_rows
-from lora_lab.callbacks.controller import Controller
+from lora_lab.callbacks.controllers.base import Controller
 from lora_lab.callbacks.heatmaps import history_heatmap, rank_heatmap
 
 

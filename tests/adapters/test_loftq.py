@@ -11,8 +11,8 @@ from torch import nn
 
 from lora_lab import experiment
 from lora_lab.adapters import inject
+from lora_lab.adapters.families.starts import start
 from lora_lab.adapters.methods.lora import LoRASpec
-from lora_lab.adapters.starts import start
 from lora_lab.adapters.storage import load_adapter, save_adapter
 from lora_lab.config import compose
 from lora_lab.config.schema import ExperimentConfig

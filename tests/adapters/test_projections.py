@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lora_lab.adapters import METHODS, inject
-from lora_lab.adapters.projections import scaled_linear
+from lora_lab.adapters.families.projections import scaled_linear
 from lora_lab.callbacks.saved_tensors import SavedTensors
 from lora_lab.errors import IncompatibleError
 from tests.adapters.tiny import linear, relative, shake

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_lab.adapters import inject
+from lora_lab.adapters.families.positions import prompt_slots
 from lora_lab.adapters.methods.reft import Edit, ReFTSpec
-from lora_lab.adapters.positions import prompt_slots
 from lora_lab.adapters.storage import load_adapter, save_adapter
 from lora_lab.errors import ConfigError, IncompatibleError
 

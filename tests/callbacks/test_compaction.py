@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora_lab.adapters import METHODS, inject
-from lora_lab.adapters.embedding import LowRankEmbedding
+from lora_lab.adapters.families.embedding import LowRankEmbedding
 from lora_lab.adapters.methods.adalora import AdaLoRASpec
 from lora_lab.adapters.methods.delora import DeLoRASpec
 from lora_lab.adapters.methods.lora import LoRA, LoRASpec
@@ -24,8 +24,8 @@ from lora_lab.callbacks import CONTROLLERS, Controller, ControllerSpec, check_co
 from lora_lab.callbacks.adapter_rows import adapter_rows
 from lora_lab.callbacks.controllers.compaction import Compaction, CompactionSpec
 from lora_lab.callbacks.controllers.rank_pruning import RankPruningSpec
+from lora_lab.callbacks.controllers.structure import structure_changed
 from lora_lab.callbacks.memory_statistics import optimizer_bytes, size
-from lora_lab.callbacks.structure import structure_changed
 from tests.adapters.tiny import logits, relative, shake, tiny_bert, tokens
 from tests.callbacks.controlled import LAYERS, assert_equal, from_two_processes, hand_back, train
 

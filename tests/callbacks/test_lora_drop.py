@@ -25,7 +25,7 @@ from lora_lab.adapters.methods.pissa import PiSSASpec
 from lora_lab.adapters.protocols import Droppable
 from lora_lab.adapters.storage import OWN, TENSORS, load_adapter, save_adapter
 from lora_lab.callbacks.controllers.lora_drop import AdapterDropping, AdapterDroppingSpec
-from lora_lab.callbacks.output_energy import output_energy
+from lora_lab.callbacks.controllers.output_energy import output_energy
 from lora_lab.callbacks.resume_checkpoint import ResumeCheckpoint
 from lora_lab.config.compose import Layer, compose, compose_layers
 from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError

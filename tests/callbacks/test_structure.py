@@ -11,8 +11,8 @@ import torch
 
 from lora_lab.adapters import inject
 from lora_lab.adapters.methods.lora import LoRASpec
+from lora_lab.callbacks.controllers.structure import structure_changed
 from lora_lab.callbacks.resume_checkpoint import ResumeCheckpoint
-from lora_lab.callbacks.structure import structure_changed
 from lora_lab.data import build_data
 from lora_lab.data.toy import ToyConfig
 from lora_lab.models.perceptron import MultiLayerPerceptron, MultiLayerPerceptronConfig

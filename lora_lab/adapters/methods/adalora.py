@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, PeftLayout
-from lora_lab.adapters.low_rank import LowRankAdapter
+from lora_lab.adapters.families.low_rank import LowRankAdapter
 from lora_lab.adapters.protocols import RankAllocatable, Shareable
 from lora_lab.adapters.sites import Site, site_spec
 from lora_lab.adapters.spec import LowRankSpec

@@ -26,9 +26,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import PeftLayout
+from lora_lab.adapters.families.subspace import SubspaceAdapter, SubspaceSpec, decomposable
 from lora_lab.adapters.protocols import Selectable, Steerable
 from lora_lab.adapters.spec import least_fault
-from lora_lab.adapters.subspace import SubspaceAdapter, SubspaceSpec, decomposable
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.orthogonal import cayley_change, skew
 from lora_lab.linalg.spectral import fixed_signs, principal_part

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, InputAdapter, PeftLayout
-from lora_lab.adapters.blocks import block_faults, check_blocks, warn_of_dropouts, with_identities
+from lora_lab.adapters.families.blocks import block_faults, check_blocks, warn_of_dropouts, with_identities
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import AdapterSpec, least_fault, probability_fault
 from lora_lab.errors import IncompatibleError

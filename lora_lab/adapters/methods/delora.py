@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, PeftLayout
-from lora_lab.adapters.low_rank import LowRankAdapter, filled
+from lora_lab.adapters.families.low_rank import LowRankAdapter, filled
 from lora_lab.adapters.maps import matrix
 from lora_lab.adapters.protocols import RankAllocatable
 from lora_lab.adapters.sites import Site

@@ -22,7 +22,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import LinearAdapter, PeftLayout
-from lora_lab.adapters.low_rank import ScaledSpec, in_pefts_shapes, read_lora_config, write_lora_config
+from lora_lab.adapters.families.low_rank import (
+    ScaledSpec,
+    in_pefts_shapes,
+    read_lora_config,
+    write_lora_config,
+)
 from lora_lab.adapters.maps import is_convolution, matrix, mix, pointwise, project
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.norms import squared_row_norms

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from lora_lab.adapters.low_rank import LowRankAdapter, ScaledSpec
+from lora_lab.adapters.families.low_rank import LowRankAdapter, ScaledSpec
 from lora_lab.adapters.protocols import NestedRank
 from lora_lab.errors import ConfigError
 

@@ -24,10 +24,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, PeftLayout
+from lora_lab.adapters.families.spectral import SpectralAdapter, SpectralSpec, check_rank
 from lora_lab.adapters.maps import matrix, mix, project
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import LowRankSpec
-from lora_lab.adapters.spectral import SpectralAdapter, SpectralSpec, check_rank
 from lora_lab.linalg.rank import widened
 from lora_lab.linalg.spectral import edited_row_norms
 

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, PeftLayout
-from lora_lab.adapters.lycoris import (
+from lora_lab.adapters.families.lycoris import (
     FIELDS,
     LycorisAdapter,
     LycorisSpec,

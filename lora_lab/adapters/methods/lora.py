@@ -20,12 +20,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, PeftLayout
-from lora_lab.adapters.embedding import LowRankEmbedding
-from lora_lab.adapters.low_rank import LowRankAdapter, read_lora_config, write_lora_config
+from lora_lab.adapters.families.embedding import LowRankEmbedding
+from lora_lab.adapters.families.low_rank import LowRankAdapter, read_lora_config, write_lora_config
+from lora_lab.adapters.families.starts import SUBTRACTED, StartedSpec, start
 from lora_lab.adapters.maps import pointwise
 from lora_lab.adapters.protocols import RankAllocatable, Shareable
 from lora_lab.adapters.sites import Site
-from lora_lab.adapters.starts import SUBTRACTED, StartedSpec, start
 from lora_lab.errors import IncompatibleError
 
 

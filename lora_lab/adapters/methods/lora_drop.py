@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lora_lab.adapters.low_rank import LowRankAdapter, ScaledSpec
+from lora_lab.adapters.families.low_rank import LowRankAdapter, ScaledSpec
 from lora_lab.adapters.maps import is_convolution, mix, pointwise, project
 from lora_lab.adapters.protocols import RandomlyDropped, RankAllocatable, Shareable
 from lora_lab.adapters.spec import probability_fault

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, InputAdapter, PeftLayout
-from lora_lab.adapters.blocks import (
+from lora_lab.adapters.families.blocks import (
     block_faults,
     check_blocks,
     nearest_divisor,

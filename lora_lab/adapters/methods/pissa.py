@@ -23,10 +23,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import PeftLayout
-from lora_lab.adapters.low_rank import LowRankAdapter, read_lora_config, write_lora_config
+from lora_lab.adapters.families.low_rank import LowRankAdapter, read_lora_config, write_lora_config
+from lora_lab.adapters.families.starts import StartedSpec, start
 from lora_lab.adapters.maps import matrix, mix, project
 from lora_lab.adapters.protocols import RankAllocatable
-from lora_lab.adapters.starts import StartedSpec, start
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.rank import widened
 

@@ -25,8 +25,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import PeftLayout
+from lora_lab.adapters.families.subspace import SubspaceAdapter, SubspaceSpec, decomposable
 from lora_lab.adapters.spec import least_fault, probability_fault
-from lora_lab.adapters.subspace import SubspaceAdapter, SubspaceSpec, decomposable
 from lora_lab.linalg.orthogonal import cayley_change, neumann_change, skew
 from lora_lab.linalg.spectral import principal_part
 

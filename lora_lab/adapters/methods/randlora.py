@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_lab.adapters.projections import (
+from lora_lab.adapters.families.projections import (
     ProjectedAdapter,
     ProjectedSpec,
     Projections,

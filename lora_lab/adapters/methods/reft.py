@@ -37,8 +37,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_lab.adapters.base import Adapter, HiddenStateAdapter, PeftLayout
+from lora_lab.adapters.families.positions import Positions, read_counts
 from lora_lab.adapters.maps import is_linear
-from lora_lab.adapters.positions import Positions, read_counts
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import AdapterSpec, least_fault, probability_fault
 from lora_lab.errors import IncompatibleError

@@ -26,8 +26,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import PeftLayout
+from lora_lab.adapters.families.spectral import SpectralSpec, SpectralUpdate, check_rank
 from lora_lab.adapters.spec import least_fault
-from lora_lab.adapters.spectral import SpectralSpec, SpectralUpdate, check_rank
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.norms import product_norm
 from lora_lab.linalg.spectral import rectified

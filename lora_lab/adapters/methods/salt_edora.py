@@ -27,9 +27,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, PeftLayout
+from lora_lab.adapters.families.spectral import SpectralSpec, SpectralUpdate, check_rank
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import least_fault
-from lora_lab.adapters.spectral import SpectralSpec, SpectralUpdate, check_rank
 from lora_lab.linalg.orthogonal import cayley, skew
 
 log = logging.getLogger(__name__)

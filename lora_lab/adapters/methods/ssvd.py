@@ -28,9 +28,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import PeftLayout
+from lora_lab.adapters.families.spectral import SpectralSpec, SpectralUpdate, check_rank
 from lora_lab.adapters.maps import mix, project
 from lora_lab.adapters.spec import least_fault
-from lora_lab.adapters.spectral import SpectralSpec, SpectralUpdate, check_rank
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.orthogonal import cayley, skew
 

@@ -17,8 +17,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lora_lab.adapters.protocols import Droppable, Prunable
-from lora_lab.callbacks.controller import Controller, ControllerSpec
-from lora_lab.callbacks.structure import structure_changed
+from lora_lab.callbacks.controllers.base import Controller, ControllerSpec
+from lora_lab.callbacks.controllers.structure import structure_changed
 
 
 @dataclass

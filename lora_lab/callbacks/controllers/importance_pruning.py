@@ -30,8 +30,8 @@ from torch.nn.utils import get_total_norm
 from lora_lab.adapters import AdapterSet
 from lora_lab.adapters.protocols import RankAllocatable
 from lora_lab.adapters.spec import least_fault
-from lora_lab.callbacks.component_stacks import ComponentStacks
-from lora_lab.callbacks.controller import Controller, ControllerSpec, from_first_process, in_steps
+from lora_lab.callbacks.controllers.base import Controller, ControllerSpec, from_first_process, in_steps
+from lora_lab.callbacks.controllers.component_stacks import ComponentStacks
 from lora_lab.errors import ConfigError, LabError
 from lora_lab.linalg.pruning import smoothed, strongest
 from lora_lab.linalg.rank import widened

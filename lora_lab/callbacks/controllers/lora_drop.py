@@ -29,9 +29,9 @@ from torch import Tensor
 from lora_lab.adapters import AdapterSet
 from lora_lab.adapters.protocols import Droppable, RandomlyDropped, Shareable
 from lora_lab.adapters.spec import least_fault, probability_fault
-from lora_lab.callbacks.controller import Controller, ControllerSpec, from_first_process, in_steps
-from lora_lab.callbacks.output_energy import output_energy
-from lora_lab.callbacks.structure import structure_changed
+from lora_lab.callbacks.controllers.base import Controller, ControllerSpec, from_first_process, in_steps
+from lora_lab.callbacks.controllers.output_energy import output_energy
+from lora_lab.callbacks.controllers.structure import structure_changed
 from lora_lab.data import TaskData
 from lora_lab.errors import ConfigError, IncompatibleError
 from lora_lab.linalg.pruning import largest_share

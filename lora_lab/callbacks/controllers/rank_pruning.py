@@ -22,7 +22,7 @@ import torch
 from lora_lab.adapters import AdapterSet
 from lora_lab.adapters.protocols import Prunable
 from lora_lab.adapters.spec import least_fault, probability_fault
-from lora_lab.callbacks.controller import Controller, ControllerSpec, from_first_process, in_steps
+from lora_lab.callbacks.controllers.base import Controller, ControllerSpec, from_first_process, in_steps
 from lora_lab.errors import ConfigError
 from lora_lab.linalg.pruning import alive, l1_importance
 

@@ -28,7 +28,7 @@ from torch import nn
 from lora_lab.adapters import AdapterSet
 from lora_lab.adapters.protocols import NestedRank
 from lora_lab.adapters.spec import least_fault
-from lora_lab.callbacks.controller import Controller, ControllerSpec, from_first_process, in_steps
+from lora_lab.callbacks.controllers.base import Controller, ControllerSpec, from_first_process, in_steps
 from lora_lab.data.batches import seeded_generator
 from lora_lab.errors import ConfigError
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import BorrowingAdapter, PeftLayout
-from lora_lab.adapters.low_rank import ScaledSpec, filled, resized
+from lora_lab.adapters.families.low_rank import ScaledSpec, filled, resized
 from lora_lab.adapters.protocols import RankAllocatable
 from lora_lab.linalg.rank import product_singular_values, widened
 

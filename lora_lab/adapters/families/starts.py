@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lab.adapters.low_rank import ScaledSpec
+from lora_lab.adapters.families.low_rank import ScaledSpec
 from lora_lab.adapters.maps import finite_matrix, matrix
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.spectral import principal_part
