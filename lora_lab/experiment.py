@@ -153,7 +153,7 @@ def evaluate(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
     if record is None or record["status"] != "finished":
         state = "no run" if record is None else f"a run whose status is '{record['status']}'"
         raise CheckpointError(f"{path}: holds {state}; name the folder of a finished run.")
-    config = compose(folder.config, overrides)
+    config = compose(folder.config, overrides, stored=True)
     L.seed_everything(config.seed, workers=True, verbose=False)
     model, data = build_parts(config)
     adapters = load_adapter(model, folder.adapter)

@@ -30,12 +30,12 @@ PREFIX = "importance/"
 def choices() -> dict[str, tuple[str, list[str]]]:
     """Returns what is compared: a name → its file and settings."""
     found = {"head": ("head", list[str]()), "lora": ("lora", []), "restart": ("experiment", [])}
-    found["restart"][1].append("controllers.lora_drop.threshold=1.0")
+    found["restart"][1].append("controllers.output_evaluation.threshold=1.0")
     for threshold in (0.5, 0.7, 0.9):
         for name, share in (("shared", "true"), ("dropped", "false")):
             settings = [
-                f"controllers.lora_drop.threshold={threshold}",
-                f"controllers.lora_drop.share={share}",
+                f"controllers.output_evaluation.threshold={threshold}",
+                f"controllers.output_evaluation.share={share}",
             ]
             found[f"{name} {threshold}"] = ("experiment", settings)
     return found

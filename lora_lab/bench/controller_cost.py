@@ -51,12 +51,7 @@ CASES = (
     ),
     Case("rank_pruning", ("rank_pruning",), {"method": "lora_prune", **ALL}),
     Case("rank_switching", ("rank_switching",), {"method": "dylora", **ALL}),
-    Case(
-        "lora_drop, stochastic",
-        ("lora_drop",),
-        {"method": "lora_drop", **ALL},
-        {"lora_drop": {"strategy": "stochastic"}},
-    ),
+    Case("dropout_schedule", ("dropout_schedule",), {"method": "lora_drop", **ALL}),
 )
 
 

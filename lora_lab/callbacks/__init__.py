@@ -6,6 +6,16 @@ from lora_lab.callbacks.controllers import (
     ControllerSpec,
     build_controllers,
     check_controllers,
+    renamed,
+    unknown,
 )
 
-__all__ = ["CONTROLLERS", "Controller", "ControllerSpec", "build_controllers", "check_controllers"]
+__all__ = [
+    "CONTROLLERS",
+    "Controller",
+    "ControllerSpec",
+    "build_controllers",
+    "check_controllers",
+    "renamed",
+    "unknown",
+]

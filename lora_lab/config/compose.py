@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_lab.adapters import METHODS
 from lora_lab.adapters.spec import FOREIGN_NAMES
-from lora_lab.callbacks import CONTROLLERS, check_controllers
+from lora_lab.callbacks import CONTROLLERS, check_controllers, renamed, unknown
 from lora_lab.config.schema import ExperimentConfig
 from lora_lab.data import DATA_SOURCES, check_data
 from lora_lab.errors import ConfigError, suggest
@@ -47,17 +47,21 @@ class Layer:
     settings: dict[str, Any]
 
 
-def compose(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+def compose(path: str | Path, overrides: Sequence[str] = (), stored: bool = False) -> ExperimentConfig:
     """Composes an experiment's config and checks all that can be checked before anything is loaded.
 
     Args:
         path: the experiment's YAML file.
         overrides: settings such as `adapter.rank=4`, which win over every file.
+        stored: whether the file was written by a run, perhaps under names of before.
 
     Raises:
         ConfigError: with one line per fault: file, key, what is wrong, what is allowed.
     """
-    layers = [*_read(Path(path), ()), *_parse_overrides(overrides)]
+    layers = _read(Path(path), ())
+    for layer in layers if stored else ():
+        layer.settings["controllers"] = renamed(layer.settings.get("controllers") or {})
+    layers += _parse_overrides(overrides)
     return compose_layers(layers)
 
 
@@ -181,7 +185,7 @@ def _merge_controllers(schema: DictConfig, layer: Layer, faults: list[str]) -> N
     for name, options in told.items():
         key = f"controllers.{name}"
         if name not in CONTROLLERS:
-            faults.append(f"{layer.source}: {key}: no such controller{suggest(str(name), CONTROLLERS)}")
+            faults.append(f"{layer.source}: {key}: no such controller{unknown(str(name))}")
         elif options is None:
             schema.pop(name, None)
         elif not isinstance(options, dict):

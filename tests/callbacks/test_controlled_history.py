@@ -41,18 +41,18 @@ RUNS = {
         "{rank_switching: {}}",
         "rank/active validation/mse_rank_1 validation/mse_rank_4 validation/loss_rank_2",
     ),
-    "lora_drop": (
+    "output_evaluation": (
         "lora",
-        "{lora_drop: {threshold: 0.5, group_by: global, share: false}, compaction: {}}",
+        "{output_evaluation: {threshold: 0.5, group_by: global, share: false}, compaction: {}}",
         "budget/kept budget/threshold importance/layer1 importance/layer2",
     ),
-    "stochastic lora_drop": (
+    "dropout_schedule": (
         "lora_drop",
-        "{lora_drop: {strategy: stochastic}}",
+        "{dropout_schedule: {}}",
         "budget/drop_prob",
     ),
 }
-CHANGES = {"importance_pruning", "rank_pruning", "lora_drop"}
+CHANGES = {"importance_pruning", "rank_pruning", "output_evaluation"}
 """Runs in which adapters end with another rank than they began with."""
 
 

@@ -35,13 +35,15 @@ CASES = {
     "geometric_ranks": {"rank_switching": {"policy": "geometric"}},
     "ranks_by_gradient": {"rank_switching": {"policy": "gradient_norm"}},
     "ranks_by_loss": {"rank_switching": {"policy": "recent_loss", "window": 1, "period": 2}},
-    "shared": {"lora_drop": {"threshold": 0.4, "warmup": 3, "sample_ratio": 1.0, "group_by": "shape"}},
-    "dropped": {"lora_drop": {"threshold": 0.4, "warmup": 3, "sample_ratio": 1.0, "share": False}},
-    "drop_schedule": {"lora_drop": {"strategy": "stochastic", "start_prob": 0.0, "end_prob": 0.0}},
+    "shared": {
+        "output_evaluation": {"threshold": 0.4, "warmup": 3, "sample_ratio": 1.0, "group_by": "shape"}
+    },
+    "dropped": {"output_evaluation": {"threshold": 0.4, "warmup": 3, "sample_ratio": 1.0, "share": False}},
+    "drop_schedule": {"dropout_schedule": {"start_prob": 0.0, "end_prob": 0.0}},
     "compacted_importance_pruning": {"importance_pruning": {"target_rank": 2}, "compaction": {}},
     "compacted_rank_pruning": {"rank_pruning": {"threshold": 0.7}, "compaction": {}},
     "compacted_dropping": {
-        "lora_drop": {"threshold": 0.4, "warmup": 3, "sample_ratio": 1.0, "share": False},
+        "output_evaluation": {"threshold": 0.4, "warmup": 3, "sample_ratio": 1.0, "share": False},
         "compaction": {},
     },
 }

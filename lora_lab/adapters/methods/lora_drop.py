@@ -1,4 +1,4 @@
-"""LoRA-Drop: dropout on the rank units between A and B (Zhang 2025, DropLoRA, arXiv:2508.17337).
+"""DropLoRA: dropout on the rank units between A and B (Zhang 2025, arXiv:2508.17337).
 
     z = drop(x) Aᵀ
     y = base(x) + s (z ⊙ M / (1 − p)) Bᵀ       training; M is 0 with probability p = drop_prob, else 1
@@ -33,7 +33,7 @@ from lora_lab.errors import ConfigError
 
 @dataclass
 class LoRADropSpec(ScaledSpec):
-    """LoRA-Drop's options; DropLoRA has p = 0.5 and a mask for every token."""
+    """DropLoRA's options; the paper has p = 0.5 and a mask for every token."""
 
     method: str = "lora_drop"
 

@@ -1,21 +1,58 @@
 """CONTROLLERS: every controller, one file each. This is the one place where a controller is added."""
 
 from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
 
 from lora_lab.adapters import Adapter, AdapterSet
 from lora_lab.callbacks.controllers.base import Controller, ControllerSpec, misfit
 from lora_lab.callbacks.controllers.compaction import Compaction
+from lora_lab.callbacks.controllers.dropout_schedule import DropoutSchedule
 from lora_lab.callbacks.controllers.importance_pruning import ImportancePruning
-from lora_lab.callbacks.controllers.lora_drop import AdapterDropping
+from lora_lab.callbacks.controllers.output_evaluation import OutputEvaluation
 from lora_lab.callbacks.controllers.rank_pruning import RankPruning
 from lora_lab.callbacks.controllers.rank_switching import RankSwitching
+from lora_lab.errors import suggest
 
 CONTROLLERS: dict[str, type[Controller]] = {
     controller.name: controller
-    for controller in (AdapterDropping, ImportancePruning, RankPruning, RankSwitching, Compaction)
+    for controller in (
+        OutputEvaluation,
+        DropoutSchedule,
+        ImportancePruning,
+        RankPruning,
+        RankSwitching,
+        Compaction,
+    )
 }
 """Every controller by its id, in the order in which those of one run act. A new one is one file, one entry
 here and one YAML in configs/controllers."""
+
+FORMER_NAMES: dict[str, dict[str, str]] = {
+    "lora_drop": {"output_evaluation": "output_evaluation", "stochastic": "dropout_schedule"}
+}
+"""Id that stored runs may have, of a controller that was several → its strategy → the id of today."""
+
+
+def renamed(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the `controllers` of a stored config under the ids and with the options of today."""
+    found = {}
+    for name, options in stored.items():
+        if name in FORMER_NAMES and isinstance(options, dict):
+            strategies = FORMER_NAMES[name]
+            name = strategies[options.get("strategy", next(iter(strategies)))]
+            known = [field.name for field in fields(CONTROLLERS[name].Spec)]
+            options = {key: value for key, value in options.items() if key in known}
+        found[name] = options
+    return found
+
+
+def unknown(name: str) -> str:
+    """Returns the end of a message that there is no such controller: what it may be instead."""
+    if name not in FORMER_NAMES:
+        return suggest(name, CONTROLLERS)
+    found = ", ".join(f"'{new}' (was strategy: {old})" for old, new in FORMER_NAMES[name].items())
+    return f"; it is {found} now"
 
 
 def build_controllers(
@@ -43,4 +80,12 @@ def check_controllers(specs: Mapping[str, ControllerSpec], method: type[Adapter]
     return found
 
 
-__all__ = ["CONTROLLERS", "Controller", "ControllerSpec", "build_controllers", "check_controllers"]
+__all__ = [
+    "CONTROLLERS",
+    "Controller",
+    "ControllerSpec",
+    "build_controllers",
+    "check_controllers",
+    "renamed",
+    "unknown",
+]

@@ -1,6 +1,6 @@
-"""LoRA-Drop: which adapters a run needs (Zhou et al. 2024, arXiv:2402.07721), or how often they are dropped.
+"""Output evaluation: which adapters a run needs (LoRA-drop, Zhou et al. 2024, arXiv:2402.07721).
 
-output_evaluation, once, after `warmup` steps of ordinary training:
+Once, after `warmup` steps of ordinary training:
 
     g_i = Σ_x ‖ΔW_i x‖²      x: real tokens of a sample of the training data
     I_i = g_i / Σ_j g_j      j: adapters of one group
@@ -8,18 +8,13 @@ output_evaluation, once, after `warmup` steps of ordinary training:
 
 The others of a group use one adapter together, that of the largest I among them, or are dropped. What is left
 then starts afresh and trains for the rest of the run; the learning rate's schedule goes on.
-
-stochastic: the probability p at which RandomlyDropped adapters lose their parts, from step to step,
-
-    linear   p = p₀ + (p₁ − p₀) s      s: from 0 at `start` to 1 at `end`
-    cosine   p = p₁ + (p₀ − p₁) (1 + cos πs) / 2
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning as L
@@ -27,8 +22,7 @@ import torch
 from torch import Tensor
 
 from lora_lab.adapters import AdapterSet
-from lora_lab.adapters.protocols import Droppable, RandomlyDropped, Shareable
-from lora_lab.adapters.spec import least_fault, probability_fault
+from lora_lab.adapters.protocols import Droppable, Shareable
 from lora_lab.callbacks.controllers.base import Controller, ControllerSpec, from_first_process, in_steps
 from lora_lab.callbacks.controllers.output_energy import output_energy
 from lora_lab.callbacks.controllers.structure import structure_changed
@@ -38,19 +32,10 @@ from lora_lab.linalg.pruning import largest_share
 from lora_lab.models.architectures import find_roles
 from lora_lab.training.module import FineTuner
 
-OPTIONS = {
-    "output_evaluation": ("threshold", "warmup", "sample_ratio", "group_by", "share", "reinit"),
-    "stochastic": ("start_prob", "end_prob", "course", "start", "end"),
-}
-"""The options of each strategy."""
-
 
 @dataclass
-class AdapterDroppingSpec(ControllerSpec):
-    """The options of LoRA-Drop; those of the strategy that is not chosen stay at their defaults."""
-
-    strategy: Literal["output_evaluation", "stochastic"] = "output_evaluation"
-    """`output_evaluation`: keep the adapters that add most; `stochastic`: schedule random dropping."""
+class OutputEvaluationSpec(ControllerSpec):
+    """The options of output evaluation."""
 
     threshold: float = 0.9
     """Share T of a group's importance that is kept, in (0, 1]; 0.9 in the paper, 1 keeps every adapter."""
@@ -71,136 +56,73 @@ class AdapterDroppingSpec(ControllerSpec):
     reinit: bool = True
     """Put adapters back to where the run began and clear their optimizer state; task heads train on."""
 
-    start_prob: float | None = None
-    """Probability p₀ until `start`, in [0, 1); null means the adapter's own `drop_prob`."""
-
-    end_prob: float = 0.0
-    """Probability p₁ from `end` on, in [0, 1)."""
-
-    course: Literal["constant", "linear", "cosine"] = "linear"
-    """How the probability gets from p₀ to p₁; `constant` stays at p₀."""
-
-    start: float = 0.0
-    """Optimizer steps before the probability changes; below 1 a share of all steps."""
-
-    end: float | None = None
-    """Optimizer steps until the probability is p₁; below 1 a share of all steps, null means the last step."""
-
     def faults(self) -> list[str]:
         found = super().faults()
-        if found:
-            return found
-        defaults = {field.name: field.default for field in fields(self)}
-        for strategy, names in OPTIONS.items():
-            for name in names:
-                if strategy != self.strategy and getattr(self, name) != defaults[name]:
-                    found.append(f"{name}: belongs to strategy: {strategy}; take it out")
-        if self.course == "constant" and (self.end_prob, self.start, self.end) != (0.0, 0.0, None):
-            found.append("course: constant has no end_prob, start and end; take them out")
         for name in ("threshold", "sample_ratio"):
             if not 0 < getattr(self, name) <= 1:
                 found.append(f"{name}: must lie in (0, 1]; got {getattr(self, name)}")
-        for name in ("start_prob", "end_prob"):
-            if getattr(self, name) is not None:
-                found += probability_fault(name, getattr(self, name))
         if self.warmup <= 0:
             found.append(f"warmup: must be above 0; got {self.warmup}")
-        return found + least_fault("start", self.start, 0)
+        return found
 
     def needs(self) -> type:
-        if self.strategy == "stochastic":
-            return RandomlyDropped
         return Shareable if self.share else Droppable
 
     def decides(self) -> str:
-        return "the drop probability" if self.strategy == "stochastic" else "which components are kept"
+        return "which components are kept"
 
 
-class AdapterDropping(Controller):
-    """Decides which adapters of a run are needed, or schedules how often their parts are dropped.
+class OutputEvaluation(Controller):
+    """Decides once which adapters of a run are needed.
 
     Logs `budget/kept`, the number of adapters with tensors of their own, `budget/threshold`, and from the
-    decision on `importance/<path>`; or else `budget/drop_prob`, the probability of the last step.
+    decision on `importance/<path>`.
     """
 
-    Spec = AdapterDroppingSpec
-    name = "lora_drop"
+    Spec = OutputEvaluationSpec
+    name = "output_evaluation"
     paper = "Zhou et al. 2024, arXiv:2402.07721"
-    spec: AdapterDroppingSpec
+    spec: OutputEvaluationSpec
 
-    def __init__(self, spec: AdapterDroppingSpec, adapters: AdapterSet, seed: int = 0):
+    def __init__(self, spec: OutputEvaluationSpec, adapters: AdapterSet, seed: int = 0):
         super().__init__(spec, adapters, seed)
         self.importance: dict[str, float] = {}
         """I of each adapter by path, once it is decided."""
-        if spec.strategy == "stochastic":
-            first = next(iter(self.controlled.values()))
-            self.first_prob: float = first.drop_prob if spec.start_prob is None else spec.start_prob
-        elif spec.reinit and adapters.spec.reads_full_weights:
+        if spec.reinit and adapters.spec.reads_full_weights:
             raise IncompatibleError(
-                f"controllers.lora_drop.reinit: {adapters.spec.method} starts from weights that are gone "
-                "once training begins. Set reinit: false, or choose another adapter.init."
+                f"controllers.output_evaluation.reinit: {adapters.spec.method} starts from weights that are "
+                "gone once training begins. Set reinit: false, or choose another adapter.init."
             )
-        elif spec.share:
+        if spec.share:
             for path, adapter in self.controlled.items():
                 if adapter.share_key() is None:
                     raise IncompatibleError(
-                        f"controllers.lora_drop.share: {path} subtracts a start of its own base's and "
-                        "cannot share. Choose a start of zero (adapter.init: default), or share: false."
+                        f"controllers.output_evaluation.share: {path} subtracts a start of its own base's "
+                        "and cannot share. Choose a start of zero (adapter.init: default), or share: false."
                     )
 
     def plan(self, total_steps: int) -> None:
         super().plan(total_steps)
-        spec = self.spec
-        if spec.strategy == "stochastic":
-            self.start = in_steps(spec.start, total_steps)
-            # The last step has this number, counted from 0.
-            self.end = total_steps - 1 if spec.end is None else in_steps(spec.end, total_steps)
-            if spec.course != "constant" and not self.start < self.end < total_steps:
-                raise ConfigError(
-                    f"controllers.lora_drop: the probability goes from step {self.start} to step {self.end} "
-                    f"of a run of {total_steps}; start must lie before end, and end before the run's."
-                )
-            return
-        self.warmup = max(1, in_steps(spec.warmup, total_steps))
+        self.warmup = max(1, in_steps(self.spec.warmup, total_steps))
         if self.warmup >= total_steps:
             raise ConfigError(
-                f"controllers.lora_drop.warmup: {self.warmup} steps of a run of {total_steps} leave none to "
-                "train what is kept; lower it, or train longer."
+                f"controllers.output_evaluation.warmup: {self.warmup} steps of a run of {total_steps} leave "
+                "none to train what is kept; lower it, or train longer."
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Plans, and looks for the data to sample from."""
         super().on_fit_start(trainer, pl_module)
         data = getattr(trainer, "datamodule", None)
-        if self.spec.strategy == "output_evaluation" and not isinstance(data, TaskData):
+        if not isinstance(data, TaskData):
             raise ConfigError(
-                "controllers.lora_drop: output_evaluation samples the training data, and finds none. Fit "
-                "with the data module that lora_lab.data.build_data returns."
+                "controllers.output_evaluation: samples the training data, and finds none. Fit with the data "
+                " module that lora_lab.data.build_data returns."
             )
 
     @property
     def settled(self) -> bool:
-        return self.spec.strategy == "stochastic" or bool(self.importance)
-
-    # Stochastic -----------------------------------------------------------------------------------------
-
-    def probability(self, step: int) -> float:
-        """Returns p for a step, counted from 0."""
-        if self.spec.course == "constant":
-            return self.first_prob
-        share = min(1.0, max(0.0, (step - self.start) / (self.end - self.start)))
-        if self.spec.course == "cosine":
-            share = (1 - math.cos(math.pi * share)) / 2
-        return (1 - share) * self.first_prob + share * self.spec.end_prob
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if self.spec.strategy == "stochastic" and self.step_begins(trainer, batch_idx):
-            for adapter in self.controlled.values():
-                adapter.drop_prob = self.probability(trainer.global_step)
-
-    # Output evaluation ----------------------------------------------------------------------------------
+        return bool(self.importance)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -237,8 +159,8 @@ class AdapterDropping(Controller):
             total = float(values.sum())
             if not (total > 0 and math.isfinite(total)):
                 raise ConfigError(
-                    f"controllers.lora_drop: the outputs of {group[0]} and its group have a sum of squares "
-                    f"of {total} after {self.warmup} steps: there is nothing to compare. "
+                    f"controllers.output_evaluation: the outputs of {group[0]} and its group have a sum of "
+                    f"squares of {total} after {self.warmup} steps: there is nothing to compare. "
                     + ("Raise warmup." if total == 0 else "Training has diverged; lower the learning rate.")
                 )
             self.importance |= {path: float(of_path[path]) / total for path in group}
@@ -271,8 +193,6 @@ class AdapterDropping(Controller):
                 self.adapters.share(path, owner)
 
     def statistics(self) -> dict[str, float]:
-        if self.spec.strategy == "stochastic":
-            return {"budget/drop_prob": next(iter(self.controlled.values())).drop_prob}
         dropped = sum(adapter.dropped for adapter in self.controlled.values())
         kept = len(self.controlled) - dropped - len(self.adapters.owners)
         importance = {f"importance/{path}": value for path, value in self.importance.items()}

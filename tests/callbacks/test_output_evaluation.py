@@ -1,7 +1,5 @@
-"""LoRA-Drop: schedules of the probability; adapters kept, shared and dropped by what they add to outputs."""
+"""Output evaluation: adapters kept, shared and dropped by what they add to outputs."""
 
-import itertools
-import math
 import os
 import subprocess
 import sys
@@ -24,8 +22,8 @@ from lora_lab.adapters.methods.lora_drop import LoRADropSpec
 from lora_lab.adapters.methods.pissa import PiSSASpec
 from lora_lab.adapters.protocols import Droppable
 from lora_lab.adapters.storage import OWN, TENSORS, load_adapter, save_adapter
-from lora_lab.callbacks.controllers.lora_drop import AdapterDropping, AdapterDroppingSpec
 from lora_lab.callbacks.controllers.output_energy import output_energy
+from lora_lab.callbacks.controllers.output_evaluation import OutputEvaluation, OutputEvaluationSpec
 from lora_lab.callbacks.resume_checkpoint import ResumeCheckpoint
 from lora_lab.config.compose import Layer, compose, compose_layers
 from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError
@@ -75,7 +73,7 @@ def settings(rows, **changes):
             "max_length": 16,
         },
         "adapter": {"method": "lora", "rank": 4, "alpha": 16.0},
-        "controllers": {"lora_drop": {"threshold": 0.6, "warmup": WARMUP, "sample_ratio": 0.5}},
+        "controllers": {"output_evaluation": {"threshold": 0.6, "warmup": WARMUP, "sample_ratio": 0.5}},
         "optimization": {"learning_rate": 0.01, "weight_decay": 0.1},
         "trainer": {"max_epochs": 1, "log_every": 1, "progress_bar": False, "accelerator": "cpu"},
         "tracking": {"wandb": "disabled"},
@@ -92,14 +90,12 @@ class Interruption(Exception):
 class Watcher(L.Callback):
     """Ends a run before a step, and keeps what the steps had."""
 
-    def __init__(self, stop=None, probability=None):
-        self.stop, self.probability, self.seen, self.trained = stop, probability, [], []
+    def __init__(self, stop=None):
+        self.stop, self.trained = stop, []
 
     def on_train_batch_start(self, trainer, module, batch, number):
         if trainer.global_step == self.stop:
             raise Interruption
-        if self.probability is not None:
-            self.seen.append(next(iter(module.adapters)).drop_prob)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, number):
         self.trained.append(module.adapters.trainable_count())
@@ -108,7 +104,7 @@ class Watcher(L.Callback):
 @dataclass
 class Run:
     adapters: object
-    controller: AdapterDropping
+    controller: OutputEvaluation
     trainer: L.Trainer
     watcher: Watcher
 
@@ -120,7 +116,7 @@ class Run:
         return {name: tensor.clone() for name, tensor in self.adapters.state_dict().items()}
 
 
-def fit(config, folder=None, stop=None, resume=False, seed=0, change=None, probability=None) -> Run:
+def fit(config, folder=None, stop=None, resume=False, seed=0, change=None) -> Run:
     """Trains as `experiment.run` does, with a checkpoint before every step where there is a folder."""
     composed = compose_layers([Layer("test", config)])
     L.seed_everything(seed, verbose=False)
@@ -129,9 +125,9 @@ def fit(config, folder=None, stop=None, resume=False, seed=0, change=None, proba
     if change is not None:
         change(model, adapters)
     module = FineTuner(model.train(), adapters, "sequence_classification", 2, composed.optimization)
-    spec = composed.controllers.get("lora_drop")
-    controllers = [AdapterDropping(spec, adapters, seed)] if spec else []
-    watcher = Watcher(stop, probability)
+    spec = composed.controllers.get("output_evaluation")
+    controllers = [OutputEvaluation(spec, adapters, seed)] if spec else []
+    watcher = Watcher(stop)
     checkpoints = [ResumeCheckpoint(folder / "last.ckpt", 1)] if folder else []
     arguments = trainer_arguments(composed.trainer, composed.optimization.gradient_clip)
     trainer = L.Trainer(
@@ -150,91 +146,9 @@ def fit(config, folder=None, stop=None, resume=False, seed=0, change=None, proba
     return Run(adapters, controllers[0] if controllers else None, trainer, watcher)
 
 
-def stochastic(**options):
-    return {"lora_drop": {"strategy": "stochastic", **options}}
-
-
-# Stochastic -------------------------------------------------------------------------------------------------
-
-
-def scheduled(total=11, **options):
-    adapters = inject(linear(), LoRADropSpec(targets=["0"], drop_prob=0.5))
-    controller = AdapterDropping(AdapterDroppingSpec(strategy="stochastic", **options), adapters)
-    controller.plan(total)
-    return [controller.probability(step) for step in range(total)]
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"course": "constant"}, [0.5] * 11),
-        ({"course": "constant", "start_prob": 0.2}, [0.2] * 11),
-        ({}, [0.5 - 0.05 * step for step in range(11)]),
-        ({"start_prob": 0.1, "end_prob": 0.6}, [0.1 + 0.05 * step for step in range(11)]),
-        ({"start": 2, "end": 4}, [0.5, 0.5, 0.5, 0.25, 0, 0, 0, 0, 0, 0, 0]),
-        ({"start": 0.1, "end": 0.3}, [0.5, 0.5, 0.5, 0.25, 0, 0, 0, 0, 0, 0, 0]),
-        (
-            {"course": "cosine", "end_prob": 0.1},
-            [0.1 + 0.4 * (1 + math.cos(math.pi * step / 10)) / 2 for step in range(11)],
-        ),
-    ],
-)
-def test_probability_follows_its_course(options, expected):
-    assert scheduled(**options) == pytest.approx(expected, abs=1e-12)
-
-
-def test_every_batch_of_a_step_has_the_steps_probability_and_a_resumed_run_goes_on_with_it(rows, tmp_path):
-    config = settings(
-        rows,
-        adapter={"method": "lora_drop", "drop_prob": 0.6, "drop_granularity": "batch"},
-        controllers=stochastic(end=4),
-        trainer={"accumulate": 2},
-    )
-    whole = fit(config, probability=True)
-    expected = [0.6, 0.45, 0.3, 0.15, 0.0]
-    assert whole.watcher.seen == pytest.approx([p for p in expected for _ in range(2)])
-    assert whole.controller.settled
-    assert whole.controller.statistics() == {"budget/drop_prob": 0.0}
-    fit(config, tmp_path, stop=2)
-    resumed = fit(config, tmp_path, resume=True, probability=True)
-    assert resumed.watcher.seen == pytest.approx([p for p in expected[2:] for _ in range(2)])
-    same(resumed.tensors(), whole.tensors())
-
-
 def same(ours, theirs):
     assert ours.keys() == theirs.keys()
     assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
-
-
-def test_a_probability_of_zero_is_bitwise_lora_through_a_fit(rows):
-    options = stochastic(start_prob=0.0)
-    dropping = fit(settings(rows, adapter={"method": "lora_drop", "drop_prob": 0.5}, controllers=options))
-    plain = fit(settings(rows, controllers={}))
-    same(dropping.tensors(), plain.tensors())
-    other = fit(settings(rows, adapter={"method": "lora_drop", "drop_prob": 0.5}, controllers=stochastic()))
-    assert not torch.equal(next(iter(other.adapters)).A, next(iter(plain.adapters)).A)
-
-
-@pytest.mark.parametrize("rescale", [True, False])
-def test_mean_over_all_masks_is_evaluation_at_any_probability(rescale, monkeypatch):
-    model, x = linear(dtype=torch.float64), torch.randn(2, 24, dtype=torch.float64)
-    adapters = inject(model, LoRADropSpec(targets=["0"], rank=4, drop_prob=0.5, drop_rescale=rescale))
-    shake(adapters)
-    (adapter,) = adapters
-    expected = model.eval()(x)
-    controller = AdapterDropping(AdapterDroppingSpec(strategy="stochastic"), adapters)
-    controller.plan(11)
-    model.train()
-    for step in (0, 3, 9):
-        adapter.drop_prob = p = controller.probability(step)
-        mean = torch.zeros_like(expected)
-        for bits in itertools.product([0.0, 1.0], repeat=4):
-            mask = torch.tensor(bits, dtype=torch.float64)
-            monkeypatch.setattr(adapter, "mask_of", lambda hidden, mask=mask: mask)
-            mean += p ** (4 - sum(bits)) * (1 - p) ** sum(bits) * model(x)
-        # Unscaled, the mean keeps 1 − p of the update.
-        base = adapter.base(x)
-        assert relative(mean, expected if rescale else base + (1 - p) * (expected - base)) < 1e-12
 
 
 # The decision -----------------------------------------------------------------------------------------------
@@ -257,7 +171,7 @@ def bert(rows):
 
 def decided(model, energy, adapter=None, **options):
     adapters = inject(model, adapter or LoRASpec(rank=4))
-    controller = AdapterDropping(AdapterDroppingSpec(**options), adapters)
+    controller = OutputEvaluation(OutputEvaluationSpec(**options), adapters)
     controller.plan(100)
     controller.decide(torch.tensor(energy, dtype=torch.float64))
     return adapters, controller
@@ -333,7 +247,7 @@ def test_roles_of_a_model_without_a_table_are_module_names():
                 self.add_module(name, nn.ModuleDict({"left": nn.Linear(5, 5), "right": nn.Linear(5, 5)}))
 
     adapters = inject(Twins(), LoRASpec(rank=2, targets=["left", "right"]))
-    controller = AdapterDropping(AdapterDroppingSpec(), adapters)
+    controller = OutputEvaluation(OutputEvaluationSpec(), adapters)
     assert controller.groups() == [["one.left", "two.left"], ["one.right", "two.right"]]
 
 
@@ -456,7 +370,7 @@ def check_forgotten(run, own):
 @pytest.mark.parametrize("reinit", [True, False])
 def test_counts_fall_to_the_formula_and_the_optimizer_forgets_the_rest(rows, share, reinit):
     options = {"threshold": 0.6, "warmup": WARMUP, "share": share, "reinit": reinit}
-    done = fit(settings(rows, controllers={"lora_drop": options}))
+    done = fit(settings(rows, controllers={"output_evaluation": options}))
     roles = [[done.controller.importance[path] for path in group] for group in done.controller.groups()]
     own = 0
     for values in roles:
@@ -471,7 +385,9 @@ def test_counts_fall_to_the_formula_and_the_optimizer_forgets_the_rest(rows, sha
 
 
 def test_dropped_adapters_are_left_alone_by_decay_and_steps(rows, tmp_path):
-    config = settings(rows, controllers={"lora_drop": {"threshold": 0.5, "warmup": WARMUP, "share": False}})
+    config = settings(
+        rows, controllers={"output_evaluation": {"threshold": 0.5, "warmup": WARMUP, "share": False}}
+    )
     early, late = fit(config, tmp_path, stop=WARMUP), fit(config)
     dropped = [path for path, adapter in late.adapters.items() if adapter.dropped]
     assert dropped
@@ -488,7 +404,9 @@ def test_a_restart_is_the_runs_own_start_and_clears_the_moments(rows, tmp_path):
     start = fit(settings(rows), tmp_path / "start", stop=0)
     restarted = fit(settings(rows), tmp_path / "restarted", stop=WARMUP)
     options = {"threshold": 0.6, "warmup": WARMUP, "reinit": False}
-    trained = fit(settings(rows, controllers={"lora_drop": options}), tmp_path / "trained", stop=WARMUP)
+    trained = fit(
+        settings(rows, controllers={"output_evaluation": options}), tmp_path / "trained", stop=WARMUP
+    )
     for path, adapter in restarted.adapters.items():
         owner = restarted.adapters.owners.get(path, path)
         assert torch.equal(adapter.A, start.adapters.adapters[owner].A)
@@ -526,7 +444,7 @@ def test_every_method_that_can_be_dropped_starts_again_as_it_did(bert, method):
 @pytest.mark.parametrize("stop", [WARMUP - 1, WARMUP, WARMUP + 2])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(rows, tmp_path, share, stop):
     options = {"threshold": 0.5, "warmup": WARMUP, "share": share, "reinit": stop != WARMUP + 2}
-    config = settings(rows, controllers={"lora_drop": options})
+    config = settings(rows, controllers={"output_evaluation": options})
     whole = fit(config)
     fit(config, tmp_path, stop=stop)
     resumed = fit(config, tmp_path, resume=True)
@@ -580,7 +498,7 @@ def test_two_processes_equal_one_with_the_doubled_batch_before_and_after_the_dec
     path.write_text(yaml.safe_dump({"name": "drop", "output": str(tmp_path), **settings(rows)}))
     found = []
     for overrides in (["data.batch_size=6"], ["data.batch_size=3", "trainer.devices=2"]):
-        options = [*overrides, f"run={len(found)}", f"controllers.lora_drop.share={share}"]
+        options = [*overrides, f"run={len(found)}", f"controllers.output_evaluation.share={share}"]
         if len(found) == 0:
             experiment.run(compose(path, options))
         else:
@@ -667,28 +585,18 @@ def test_a_folder_that_names_other_adapters_is_refused(bert, entry, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"threshold": 0.0}, r"controllers.lora_drop.threshold: must lie in \(0, 1\]; got 0.0"),
-        ({"threshold": 1.1}, r"controllers.lora_drop.threshold: must lie in \(0, 1\]; got 1.1"),
-        ({"sample_ratio": 0.0}, r"controllers.lora_drop.sample_ratio: must lie in \(0, 1\]"),
-        ({"sample_ratio": 2.0}, r"controllers.lora_drop.sample_ratio: must lie in \(0, 1\]"),
-        ({"warmup": 0}, "controllers.lora_drop.warmup: must be above 0"),
-        ({"strategy": "random"}, "strategy: must be one of output_evaluation, stochastic"),
+        ({"threshold": 0.0}, r"controllers.output_evaluation.threshold: must lie in \(0, 1\]; got 0.0"),
+        ({"threshold": 1.1}, r"controllers.output_evaluation.threshold: must lie in \(0, 1\]; got 1.1"),
+        ({"sample_ratio": 0.0}, r"controllers.output_evaluation.sample_ratio: must lie in \(0, 1\]"),
+        ({"sample_ratio": 2.0}, r"controllers.output_evaluation.sample_ratio: must lie in \(0, 1\]"),
+        ({"warmup": 0}, "controllers.output_evaluation.warmup: must be above 0"),
         ({"group_by": "layer"}, "group_by: must be one of role, shape, global"),
-        ({"end_prob": 0.5}, "end_prob: belongs to strategy: stochastic; take it out"),
-        ({"strategy": "stochastic", "share": False}, "share: belongs to strategy: output_evaluation"),
-        ({"strategy": "stochastic", "end_prob": 1.0}, r"end_prob: must lie in \[0, 1\); got 1.0"),
-        ({"strategy": "stochastic", "start_prob": -0.1}, r"start_prob: must lie in \[0, 1\); got -0.1"),
-        ({"strategy": "stochastic", "start": -1}, "start: must be at least 0"),
-        (
-            {"strategy": "stochastic", "course": "constant", "end_prob": 0.5},
-            "course: constant has no end_prob, start and end; take them out",
-        ),
     ],
 )
 def test_faulty_options_are_refused(options, message):
     adapters = inject(linear(), LoRADropSpec(targets=["0"]))
     with pytest.raises(ConfigError, match=message):
-        AdapterDropping(AdapterDroppingSpec(**options), adapters)
+        OutputEvaluation(OutputEvaluationSpec(**options), adapters)
 
 
 @pytest.mark.parametrize(
@@ -696,16 +604,14 @@ def test_faulty_options_are_refused(options, message):
     [
         ({"warmup": 10}, 10, "10 steps of a run of 10 leave none to train what is kept"),
         ({"warmup": 0.5}, 1, "1 steps of a run of 1 leave none"),
-        ({"strategy": "stochastic", "start": 0.5, "end": 5}, 10, "from step 5 to step 5 of a run of 10"),
-        ({"strategy": "stochastic", "end": 10}, 10, "from step 0 to step 10 of a run of 10"),
     ],
 )
 def test_a_schedule_that_does_not_fit_the_run_is_refused(options, total, message):
     adapters = inject(linear(), LoRADropSpec(targets=["0"]))
-    controller = AdapterDropping(AdapterDroppingSpec(**options), adapters)
+    controller = OutputEvaluation(OutputEvaluationSpec(**options), adapters)
     with pytest.raises(ConfigError, match=message):
         controller.plan(total)
-    controller.plan(total - 2 if "start" in options else total + 10)
+    controller.plan(total + 10)
 
 
 @pytest.mark.parametrize(
@@ -717,11 +623,10 @@ def test_a_schedule_that_does_not_fit_the_run_is_refused(options, total, message
             "needs adapters that are Shareable; those of method 'pissa' are not. .*adalora, lora, ",
         ),
         ("oft", {"share": False}, "needs adapters that are Droppable; those of method 'oft' are not"),
-        ("lora", {"strategy": "stochastic"}, "RandomlyDropped; .* Methods that are: lora_drop"),
     ],
 )
 def test_methods_that_do_not_fit_are_refused_with_those_that_do(rows, method, options, message):
-    config = {**settings(rows, controllers={"lora_drop": options}), "adapter": {"method": method}}
+    config = {**settings(rows, controllers={"output_evaluation": options}), "adapter": {"method": method}}
     with pytest.raises(ConfigError, match=message):
         compose_layers([Layer("test", config)])
 
@@ -729,12 +634,12 @@ def test_methods_that_do_not_fit_are_refused_with_those_that_do(rows, method, op
 def test_subtracted_starts_cannot_share_and_quantised_ones_not_restart(bert, monkeypatch):
     adapters = inject(bert(), LoRASpec(rank=4, init="olora"))
     with pytest.raises(IncompatibleError, match="query subtracts a start .* or share: false"):
-        AdapterDropping(AdapterDroppingSpec(), adapters)
-    AdapterDropping(AdapterDroppingSpec(share=False), adapters).decide(torch.ones(8))
+        OutputEvaluation(OutputEvaluationSpec(), adapters)
+    OutputEvaluation(OutputEvaluationSpec(share=False), adapters).decide(torch.ones(8))
     adapters.spec = LoRASpec(init="loftq")
     with pytest.raises(IncompatibleError, match="reinit: lora starts from weights that are gone"):
-        AdapterDropping(AdapterDroppingSpec(share=False), adapters)
-    AdapterDropping(AdapterDroppingSpec(share=False, reinit=False), adapters)
+        OutputEvaluation(OutputEvaluationSpec(share=False), adapters)
+    OutputEvaluation(OutputEvaluationSpec(share=False, reinit=False), adapters)
 
 
 @pytest.mark.parametrize(("energy", "why"), [(0.0, "Raise warmup"), (float("nan"), "Training has diverged")])
@@ -746,7 +651,7 @@ def test_outputs_of_zero_or_not_finite_are_told(bert, energy, why):
 def test_a_fit_without_data_to_sample_is_refused(bert):
     adapters = inject(bert(), LoRASpec())
     module = FineTuner(adapters.model.train(), adapters, "sequence_classification", 2)
-    controller = AdapterDropping(AdapterDroppingSpec(warmup=1), adapters)
+    controller = OutputEvaluation(OutputEvaluationSpec(warmup=1), adapters)
     loader = torch.utils.data.DataLoader([{"labels": torch.tensor(0)}] * 8)
     trainer = L.Trainer(
         callbacks=[controller], logger=False, max_epochs=1, enable_checkpointing=False, accelerator="cpu"
