@@ -4,7 +4,7 @@
     R_v   = (I − c/2 A_v)⁻¹ (I + c/2 A_v)                                  R_u likewise of θ_u, or I
     W'(c) = W + U (R_u diag(S + c Δ) R_vᵀ − diag(S)) Vᵀ                    c is the coefficient
 
-    U, S, V   (out, rank), (rank,), (in, rank)   frozen, see `subspace`
+    U, S, V   (out, rank), (rank,), (in, rank)   frozen, see `singular_basis`
     indices   (rank,)                            frozen; which singular directions of W they are
     θ_v       (rank · (rank − 1) / 2,)           learned; N(0, (0.006·√2)²), or zeros with init: identity
     θ_u       like θ_v                           learned, with rotate_u and without share_rotation
@@ -26,16 +26,21 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import PeftLayout
-from lora_lab.adapters.families.subspace import SubspaceAdapter, SubspaceSpec, decomposable
+from lora_lab.adapters.families.singular_basis import (
+    Basis,
+    BasisSpec,
+    CoreUpdate,
+    checked_rank,
+    singular_basis,
+)
 from lora_lab.adapters.protocols import Selectable, Steerable
 from lora_lab.adapters.spec import least_fault
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.orthogonal import cayley_change, skew
-from lora_lab.linalg.spectral import fixed_signs, principal_part
 
 
 @dataclass
-class AntiPaSTOSpec(SubspaceSpec):
+class AntiPaSTOSpec(BasisSpec):
     """AntiPaSTO's options; the paper edits the maps that write to the residual stream."""
 
     method: str = "antipasto"
@@ -85,7 +90,7 @@ class AntiPaSTOSpec(SubspaceSpec):
         return replace(self, dim_select="top_s")
 
     def faults(self) -> list[str]:
-        found = super().faults()
+        found = super().faults() + least_fault("rank", self.rank, 1)
         if not math.isfinite(self.coefficient):
             found.append(f"coefficient: must be finite; got {self.coefficient}")
         if not self.max_rotation_angle > 0:
@@ -109,13 +114,14 @@ class AntiPaSTOSpec(SubspaceSpec):
         return found
 
 
-class AntiPaSTO(SubspaceAdapter, Steerable, Selectable):
+class AntiPaSTO(CoreUpdate, Steerable, Selectable):
     """The adapter of one linear map."""
 
     identity_at_start = False
     indices: Tensor
 
     Spec = AntiPaSTOSpec
+    family = "orthogonal"
     paper = "Clark 2026, arXiv:2601.07473"
     peft = PeftLayout(
         None,
@@ -191,7 +197,7 @@ class AntiPaSTO(SubspaceAdapter, Steerable, Selectable):
 
     # Which directions -------------------------------------------------------------------------------------
 
-    def directions(self) -> tuple[Float[Tensor, "out k"], Float[Tensor, " k"], Float[Tensor, "k in"]]:
+    def directions(self) -> Basis:
         return _directions(self.base, self.spec)
 
     @torch.no_grad()
@@ -219,9 +225,6 @@ class AntiPaSTO(SubspaceAdapter, Steerable, Selectable):
         super().load_peft_tensors(tensors)
 
 
-def _directions(base: Any, spec: AntiPaSTOSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns all singular directions of W, with fixed signs."""
-    weight = decomposable(base, spec)
-    U, S, Vh = principal_part(weight, min(weight.shape))
-    U, Vh = fixed_signs(U, Vh)
-    return U, S, Vh
+def _directions(base: Any, spec: AntiPaSTOSpec) -> Basis:
+    """Returns all singular directions of W, from the greatest singular value down."""
+    return singular_basis(base, spec, torch.arange(checked_rank(base, spec.rank)))

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, PeftLayout
-from lora_lab.adapters.families.spectral import SpectralAdapter, SpectralSpec, check_rank
+from lora_lab.adapters.families.singular_basis import BasisAdapter, BasisSpec, checked_rank, singular_basis
 from lora_lab.adapters.maps import matrix, mix, project
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import LowRankSpec
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class EDoRASpec(SpectralSpec, LowRankSpec):
+class EDoRASpec(BasisSpec, LowRankSpec):
     """EDoRA's options; its authors use alpha 16 with ranks from 4 to 32."""
 
     method: str = "edora"
@@ -76,7 +76,7 @@ class EDoRASpec(SpectralSpec, LowRankSpec):
         return found
 
 
-class EDoRA(SpectralAdapter):
+class EDoRA(BasisAdapter):
     """The adapter of one linear map."""
 
     Spec = EDoRASpec
@@ -90,9 +90,9 @@ class EDoRA(SpectralAdapter):
     on_basis: Tensor
 
     def __init__(self, base: Any, spec: EDoRASpec):
-        values = check_rank(base, spec.rank)
+        values = checked_rank(base, spec.rank)
         first = 0 if spec.subspace == "top" else values - spec.rank
-        super().__init__(base, spec, torch.arange(first, first + spec.rank))
+        super().__init__(base, spec, singular_basis(base, spec, torch.arange(first, first + spec.rank)))
         self.R = nn.Parameter(spec.init_sigma * torch.randn(spec.rank, spec.rank, dtype=self.dtype))
         # Both are of the base, and make a norm cost rank products per row.
         square = widened(matrix(base).detach()).square().sum(1)

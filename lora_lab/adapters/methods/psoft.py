@@ -5,7 +5,7 @@
     W' = W + U diag(√S) (diag(b) R diag(a) − I) diag(√S) Vᵀ                  ab_svd_init: pissa_init
     W' = W + U (R − I) diag(S) Vᵀ                                            rotation_side: output
 
-    U, S, V   (out, rank), (rank,), (in, rank)   frozen, see `subspace`
+    U, S, V   (out, rank), (rank,), (in, rank)   frozen, see `singular_basis`
     q         (rank · (rank − 1) / 2,)           learned; strict upper triangle of Q by rows, from zeros
     q         (rank, rank)                       instead, with psoft_orth: false; R itself, from I
     a, b      (rank,)                            learned; ones at the start, hence W' = W
@@ -25,17 +25,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import PeftLayout
-from lora_lab.adapters.families.subspace import SubspaceAdapter, SubspaceSpec, decomposable
+from lora_lab.adapters.families.singular_basis import Basis, BasisSpec, CoreUpdate, checked_rank
+from lora_lab.adapters.maps import finite_matrix
 from lora_lab.adapters.spec import least_fault, probability_fault
 from lora_lab.linalg.orthogonal import cayley_change, neumann_change, skew
 from lora_lab.linalg.spectral import principal_part
 
 
 @dataclass
-class PSOFTSpec(SubspaceSpec):
+class PSOFTSpec(BasisSpec):
     """PSOFT's options; the paper uses rank 32 to 128, up to 256 for hard tasks."""
 
     method: str = "psoft"
+
+    rank: int = 32
+    """Number of singular directions that are turned, from 1 to min(in, out) of the smallest map."""
 
     dropout: float = 0.0
     """Probability of zeroing an input of the adapter's branch while training, in [0, 1)."""
@@ -76,7 +80,8 @@ class PSOFTSpec(SubspaceSpec):
     """Seed of the randomised SVD."""
 
     def faults(self) -> list[str]:
-        found = super().faults() + probability_fault("dropout", self.dropout)
+        found = super().faults() + least_fault("rank", self.rank, 1)
+        found += probability_fault("dropout", self.dropout)
         eps, terms = self.cayley_neumann_eps, self.num_cayley_neumann_terms
         if self.use_cayley_neumann:
             found += least_fault("num_cayley_neumann_terms", terms, 1)
@@ -123,9 +128,10 @@ def _read_config(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _basis(base: Any, spec: PSOFTSpec) -> tuple[Tensor, Tensor, Tensor]:
+def _basis(base: Any, spec: PSOFTSpec) -> Basis:
     """Returns U, S and Vᵀ with the signs that PEFT finds: its files hold neither."""
-    weight = decomposable(base, spec)
+    checked_rank(base, spec.rank)
+    weight = finite_matrix(base, spec.method)
     if spec.niter is None:
         return principal_part(weight, spec.rank)
     device = weight.device
@@ -135,10 +141,11 @@ def _basis(base: Any, spec: PSOFTSpec) -> tuple[Tensor, Tensor, Tensor]:
     return U, S, V.T
 
 
-class PSOFT(SubspaceAdapter):
+class PSOFT(CoreUpdate):
     """The adapter of one linear map."""
 
     Spec = PSOFTSpec
+    family = "orthogonal"
     paper = "Wu et al. 2025, arXiv:2505.11235"
     peft = PeftLayout(
         "PSOFT",
@@ -150,6 +157,7 @@ class PSOFT(SubspaceAdapter):
 
     def __init__(self, base: Any, spec: PSOFTSpec):
         super().__init__(base, spec, _basis(base, spec))
+        self.dropout = nn.Dropout(spec.dropout) if spec.dropout else nn.Identity()
         rank = spec.rank
         q = torch.zeros(rank * (rank - 1) // 2) if spec.psoft_orth else torch.eye(rank)
         if spec.init == "random":
@@ -159,6 +167,9 @@ class PSOFT(SubspaceAdapter):
             nn.Parameter(torch.ones(rank, dtype=self.dtype)) if learned else None
             for learned in (spec.psoft_mag_a, spec.psoft_mag_b)
         )
+
+    def turned(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... rank"]:
+        return super().turned(self.dropout(x))
 
     def _rotation_change(self) -> Float[Tensor, "rank rank"]:
         """Returns R − I."""
@@ -193,6 +204,6 @@ class PSOFT(SubspaceAdapter):
 
     def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `Adapter.complete_peft_tensors`: PEFT's file has no basis, which follows from W."""
-        if any("_basis_" in name for name in tensors):
-            return tensors
-        return self._stored_basis() | tensors
+        tensors = super().complete_peft_tensors(tensors)
+        whole = any("_basis_" in name for name in tensors)
+        return tensors if whole else self.stored_basis() | tensors

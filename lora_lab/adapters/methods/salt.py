@@ -26,7 +26,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import PeftLayout
-from lora_lab.adapters.families.spectral import SpectralSpec, SpectralUpdate, check_rank
+from lora_lab.adapters.families.singular_basis import (
+    BasisSpec,
+    BasisUpdate,
+    checked_rank,
+    singular_basis,
+)
 from lora_lab.adapters.spec import least_fault
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.norms import product_norm
@@ -35,7 +40,7 @@ from lora_lab.linalg.start import kaiming_uniform
 
 
 @dataclass
-class SALTSpec(SpectralSpec):
+class SALTSpec(BasisSpec):
     """SALT's options."""
 
     method: str = "salt"
@@ -70,7 +75,7 @@ class SALTSpec(SpectralSpec):
         return found
 
 
-class SALT(SpectralUpdate):
+class SALT(BasisUpdate):
     """The adapter of one linear map."""
 
     Spec = SALTSpec
@@ -78,7 +83,7 @@ class SALT(SpectralUpdate):
     peft = PeftLayout(None, {"salt_alpha": "alpha", "salt_beta": "beta", "salt_X": "X", "salt_Y": "Y"})
 
     def __init__(self, base: Any, spec: SALTSpec):
-        values = check_rank(base, spec.rank or 1)
+        values = checked_rank(base, spec.rank or 1)
         rank = spec.rank if spec.rank is not None else max(1, int(values * (spec.ratio or 0)))
         rest = values - rank
         if spec.r_lora > rest:
@@ -86,7 +91,9 @@ class SALT(SpectralUpdate):
                 f"adapter.r_lora: {rank} of {values} singular values scaled and shifted leave {rest} "
                 f"directions, which is the most here; got {spec.r_lora}. Lower r_lora or the rank."
             )
-        super().__init__(base, spec, torch.arange(values if spec.r_lora else rank))
+        super().__init__(
+            base, spec, singular_basis(base, spec, torch.arange(values if spec.r_lora else rank))
+        )
         self.alpha = nn.Parameter(torch.zeros(rank, dtype=self.dtype))
         self.beta = nn.Parameter(torch.zeros(rank, dtype=self.dtype))
         self.X = self.Y = None

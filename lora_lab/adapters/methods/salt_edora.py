@@ -27,7 +27,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, PeftLayout
-from lora_lab.adapters.families.spectral import SpectralSpec, SpectralUpdate, check_rank
+from lora_lab.adapters.families.singular_basis import (
+    BasisSpec,
+    BasisUpdate,
+    checked_rank,
+    singular_basis,
+)
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import least_fault
 from lora_lab.linalg.orthogonal import cayley, skew
@@ -36,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class SaltEDoRASpec(SpectralSpec):
+class SaltEDoRASpec(BasisSpec):
     """Options of SALT and EDoRA in one."""
 
     method: str = "salt_edora"
@@ -56,7 +61,7 @@ class SaltEDoRASpec(SpectralSpec):
         return found if self.r_tail is None else found + least_fault("r_tail", self.r_tail, 1)
 
 
-class SaltEDoRA(SpectralUpdate):
+class SaltEDoRA(BasisUpdate):
     """The adapter of one linear map."""
 
     Spec = SaltEDoRASpec
@@ -73,10 +78,10 @@ class SaltEDoRA(SpectralUpdate):
     )
 
     def __init__(self, base: Any, spec: SaltEDoRASpec):
-        values = check_rank(base, spec.rank)
+        values = checked_rank(base, spec.rank)
         tail = min(spec.rank if spec.r_tail is None else spec.r_tail, values - spec.rank)
-        head = torch.arange(spec.rank)
-        super().__init__(base, spec, torch.cat([head, torch.arange(values - tail, values)]))
+        index = torch.cat([torch.arange(spec.rank), torch.arange(values - tail, values)])
+        super().__init__(base, spec, singular_basis(base, spec, index))
         self.alpha, self.beta = self._zeros(spec.rank), self._zeros(spec.rank)
         polar = spec.tail_mode == "polar"
         self.R = None if polar or not tail else self._zeros(tail, tail)

@@ -28,15 +28,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import PeftLayout
-from lora_lab.adapters.families.spectral import SpectralSpec, SpectralUpdate, check_rank
-from lora_lab.adapters.maps import mix, project
+from lora_lab.adapters.families.singular_basis import BasisSpec, CoreUpdate, checked_rank, singular_basis
 from lora_lab.adapters.spec import least_fault
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.orthogonal import cayley, skew
 
 
 @dataclass
-class SSVDSpec(SpectralSpec):
+class SSVDSpec(BasisSpec):
     """SSVD's options; the paper rotates 0.4, 0.6 or 0.8 of the singular vectors."""
 
     method: str = "ssvd"
@@ -67,7 +66,7 @@ class SSVDSpec(SpectralSpec):
         return found
 
 
-class SSVD(SpectralUpdate):
+class SSVD(CoreUpdate):
     """The adapter of one linear map."""
 
     Spec = SSVDSpec
@@ -81,7 +80,7 @@ class SSVD(SpectralUpdate):
     theta: Any
 
     def __init__(self, base: Any, spec: SSVDSpec):
-        values = check_rank(base, spec.rank or 1)
+        values = checked_rank(base, spec.rank or 1)
         rank = spec.rank or int(values * (spec.rotation_ratio or 0))
         if not rank:
             raise IncompatibleError(
@@ -89,7 +88,7 @@ class SSVD(SpectralUpdate):
                 f"least 1 / {values}, or take the map from {base.in_features} to {base.out_features} out of "
                 "targets."
             )
-        super().__init__(base, spec, torch.arange(rank))
+        super().__init__(base, spec, singular_basis(base, spec, torch.arange(rank)))
         free = spec.rotation == "free"
         self.theta = None if free else nn.Parameter(torch.zeros(rank * (rank - 1) // 2, dtype=self.dtype))
         self.G = nn.Parameter(torch.eye(rank, dtype=self.dtype)) if free else None
@@ -113,15 +112,3 @@ class SSVD(SpectralUpdate):
         """Returns C."""
         shift = self.dsigma if self.gate is None else self.dsigma * self.gate.sigmoid()
         return (self.S + shift).unsqueeze(1) * self.rotated() - self.S.diag()
-
-    def factors(self) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
-        return self.U @ self.core(), self.Vh
-
-    def delta_output(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        # k may be nearly all of W's rank: the frozen vectors are applied as they are, and nothing of W's size
-        # is made for a step.
-        return mix(self.base, mix(self.base, project(self.base, x, self.Vh), self.core()), self.U)
-
-    def singular_values(self) -> Float[Tensor, " k"]:
-        """See `LinearAdapter.singular_values`: those of C, between orthonormal vectors."""
-        return torch.linalg.svdvals(self.core())

@@ -1,15 +1,30 @@
 """What adapters in a weight's singular basis share: the basis, in checkpoints and folders."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_lab.adapters import inject
+from lora_lab.adapters.methods.antipasto import AntiPaSTOSpec
+from lora_lab.adapters.methods.edora import EDoRASpec
+from lora_lab.adapters.methods.psoft import PSOFTSpec
 from lora_lab.adapters.methods.salt import SALTSpec
+from lora_lab.adapters.methods.ssvd import SSVDSpec
 from lora_lab.adapters.storage import TENSORS, load_adapter, save_adapter
 from lora_lab.errors import CheckpointError, IncompatibleError
-from tests.adapters.tiny import linear, logits, shake, tiny_bert
+from tests.adapters.tiny import linear, logits, relative, shake, tiny_bert
+
+BASES = [
+    SALTSpec(rank=3, r_lora=2),
+    EDoRASpec(rank=4),
+    SSVDSpec(),
+    PSOFTSpec(rank=4),
+    AntiPaSTOSpec(rank=4),
+]
+"""One of each kind of method in a singular basis."""
 
 
 def other_signs(adapters):
@@ -62,10 +77,53 @@ def test_a_folder_without_the_basis_is_small_and_refuses_another_one(tmp_path):
     assert torch.equal(logits(fresh), logits(model))
     with pytest.raises(CheckpointError, match="singular basis of this base differs.*save_basis: true"):
         load_adapter(tiny_bert(seed=1), tmp_path / "adapter")
+
+
+def other_directions(adapters):
+    """Swaps two singular pairs, and their values: the same W, made up of its parts in another order."""
+    for adapter in adapters:
+        swapped = torch.tensor([1, 0, *range(2, len(adapter.S))])
+        adapter.U.copy_(adapter.U[:, swapped])
+        adapter.S.copy_(adapter.S[swapped])
+        adapter.Vh.copy_(adapter.Vh[swapped])
+
+
+@pytest.mark.parametrize("spec", BASES, ids=lambda spec: spec.method)
+@torch.no_grad()
+def test_a_folder_without_the_basis_brings_its_signs_and_refuses_other_directions(spec, tmp_path):
+    model = tiny_bert()
+    adapters = inject(model, replace(spec, save_basis=False))
     other_signs(adapters)
+    for adapter in adapters:
+        adapter.tensors_changed()  # EDoRA's norms are made of the basis
+    shake(adapters)
     save_adapter(adapters, tmp_path / "adapter")
-    with pytest.raises(CheckpointError, match="basis_probe: the singular basis of this base differs"):
+    fresh = tiny_bert()
+    load_adapter(fresh, tmp_path / "adapter")
+    assert relative(logits(fresh), logits(model)) < 2e-6
+    other_directions(adapters)
+    save_adapter(adapters, tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=f"{spec.method}: .* basis of this base differs"):
         load_adapter(tiny_bert(), tmp_path / "adapter")
+
+
+def test_folders_of_before_with_the_rows_of_the_probe_apart_still_open(tmp_path):
+    model = tiny_bert()
+    adapters = inject(model, PSOFTSpec(rank=4, save_basis=False))
+    shake(adapters)
+    save_adapter(adapters, tmp_path / "adapter")
+    file, before = load_file(tmp_path / "adapter" / TENSORS), {}
+    for name, tensor in file.items():
+        if name.endswith("psoft_basis_probe"):
+            start = name.removesuffix("basis_probe")
+            before |= {f"{start}probe_U": tensor[0].clone(), f"{start}probe_Vh": tensor[1].clone()}
+        else:
+            before[name] = tensor
+    assert len(before) == len(file) + len(adapters)
+    save_file(before, tmp_path / "adapter" / TENSORS)
+    fresh = tiny_bert()
+    load_adapter(fresh, tmp_path / "adapter")
+    assert torch.equal(logits(fresh), logits(model))
 
 
 def test_a_weight_that_is_not_finite_is_refused():
