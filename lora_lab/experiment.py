@@ -33,7 +33,6 @@ from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError
 from lora_lab.files import write_text
 from lora_lab.models.build import build_model, build_tokenizer
 from lora_lab.models.quantization import forget_weights
-from lora_lab.models.sources import public_name
 from lora_lab.runs import SCHEMA_VERSION, RunFolder, environment, process_rank
 from lora_lab.tracking import build_loggers, close_loggers, read_metrics, replay, wandb_mode
 from lora_lab.training.module import FineTuner
@@ -109,7 +108,7 @@ def run(config: ExperimentConfig, resume: bool = False, overwrite: bool = False)
         record |= _end_record(trainer, statistics, metrics)
         if trainer.is_global_zero:
             save_adapter(
-                adapters, folder.adapter, public_name(config.model.name), PEFT_TASKS[config.model.task]
+                adapters, folder.adapter, config.model.source().public_name, PEFT_TASKS[config.model.task]
             )
             record["adapter_file_bytes"] = (folder.adapter / TENSORS).stat().st_size
             folder.write(record)

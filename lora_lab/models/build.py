@@ -4,47 +4,28 @@ Every model returns `.logits`, holds `nn.Linear` where GPT-2 has `Conv1D`, and i
 `requires_grad`. Weights come from safetensors only.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from omegaconf import MISSING
-from safetensors import SafetensorError
 from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from lora_lab.assets import hub_reachable
-from lora_lab.errors import CheckpointError, ConfigError, LabError, suggest
-from lora_lab.models.architectures import ARCHITECTURES, find_roles
+from lora_lab.errors import ConfigError
+from lora_lab.models.architectures import ARCHITECTURES
 from lora_lab.models.conversion import linearise, split_fused_projections
 from lora_lab.models.perceptron import MLP
-from lora_lab.models.pooled_encoder import PooledEncoder, restore_classifier, saved_with_mean_pooling
+from lora_lab.models.pooled_encoder import PooledEncoder, restore_classifier, was_mean_pooled
 from lora_lab.models.quantization import Quantization, QuantizationOptions, quantization_faults, quantize
-from lora_lab.models.sources import (
-    EMBEDDED,
-    folder_config,
-    folder_faults,
-    is_folder_name,
-    is_local,
-    known_type,
-    source_of,
-)
-from lora_lab.models.tiny import SPECIAL_TOKENS, TINY, character_tokenizer
+from lora_lab.models.sources import AutoClass, Source, parse_source
 
 
 @dataclass
@@ -77,6 +58,10 @@ class ModelConfig:
     quantization_options: QuantizationOptions = field(default_factory=QuantizationOptions)
     """How the codes are made."""
 
+    def source(self) -> Source:
+        """Returns where the model comes from, as `name` says."""
+        return parse_source(self.name, self.revision, self.trust_remote_code)
+
 
 def check_model(config: ModelConfig) -> list[str]:
     """Finds the faults of a config without downloading anything or building a model.
@@ -84,25 +69,18 @@ def check_model(config: ModelConfig) -> list[str]:
     Returns:
         One message for each fault, each beginning with the key it is about; empty where none was found.
     """
-    kind, _, value = config.name.partition(":")
-    if kind == "random":
-        faults = _random_faults(config, value)
-    elif kind == "embedded":
-        faults = [] if value in EMBEDDED else [f"name: no embedded model '{value}'{suggest(value, EMBEDDED)}"]
-    elif is_folder_name(config.name):
-        faults = folder_faults(Path(config.name).expanduser(), config.pooling)
-    elif value:
-        faults = [f"name: no source '{kind}' for '{config.name}'{suggest(kind, ('embedded', 'random'))}"]
-    else:
-        faults = []
-    if config.revision is not None and (kind in ("random", "embedded") or is_folder_name(config.name)):
-        faults.append(f"revision: only hub repositories have revisions, '{config.name}' is none; remove it")
+    source = config.source()
+    if faults := source.faults(config.config):
+        return faults
+    stored = source.stored_config()
+    faults = quantization_faults(config.quantization, config.quantization_options)
     if config.pooling == "mean" and config.task == "causal_lm":
         faults.append("pooling: mean pools tokens for a classifier; task causal_lm needs pooling 'model'")
-    faults += quantization_faults(config.quantization, config.quantization_options)
-    if config.quantization != "none" and "quantization_config" in folder_config(config.name):
+    if config.pooling != "mean" and was_mean_pooled(stored):
+        faults.append(f"pooling: '{config.name}' was saved with mean pooling; set pooling to 'mean'")
+    if config.quantization != "none" and "quantization_config" in stored:
         faults.append(_quantized_already(config))
-    model_type = known_type(config.name)
+    model_type = source.model_type
     return faults + (_task_faults(config, model_type) if model_type and not faults else [])
 
 
@@ -117,20 +95,8 @@ def build_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
         ConfigError: If the config is faulty or no tokenizer can be loaded.
         AssetError: If an embedded model cannot be fetched.
     """
-    _raise_faults(config)
-    if known_type(config.name) in ("vit", "mlp", MLP):
-        return None
-    if config.name.startswith("random:"):
-        return character_tokenizer(_transformers_config(config))
-    with _translated(config, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(source_of(config.name), **_source_options(config))
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token is None:
-        raise ConfigError(
-            f"model.name: the tokenizer of '{config.name}' has neither a padding nor an end token"
-        )
-    return tokenizer
+    source = _checked_source(config)
+    return source.tokenizer(config.config) if source.model_type not in ("vit", MLP) else None
 
 
 def build_model(config: ModelConfig, num_labels: int = 1, keep_weights: bool = False) -> PreTrainedModel:
@@ -152,24 +118,22 @@ def build_model(config: ModelConfig, num_labels: int = 1, keep_weights: bool = F
         IncompatibleError: If the model cannot be quantised.
         AssetError: If an embedded model cannot be fetched.
     """
-    _raise_faults(config)
-    with _translated(config, "model"):
-        hub_config = _transformers_config(config)
-        if config.quantization != "none" and getattr(hub_config, "quantization_config", None):
-            raise ConfigError(f"model.{_quantized_already(config)}")
-        if config.task != "causal_lm":
-            hub_config.num_labels = 1 if config.task == "regression" else num_labels
-        if getattr(hub_config, "pad_token_id", None) is None:
-            # Decoders classify by the last token which is not padding, so they have to know it.
-            hub_config.pad_token_id = _first(getattr(hub_config, "eos_token_id", None))
-        pooled = config.pooling == "mean"
-        auto_class = AutoModel if pooled else _auto_class(config, hub_config)
-        model = _instantiate(config, hub_config, auto_class)
-        if pooled:
-            model = PooledEncoder(hub_config, model)
-            folder = Path(config.name).expanduser()
-            if is_folder_name(config.name) and saved_with_mean_pooling(folder):
-                restore_classifier(model, folder)
+    source = _checked_source(config)
+    hub_config = source.config(config.config)
+    if config.quantization != "none" and getattr(hub_config, "quantization_config", None):
+        raise ConfigError(f"model.{_quantized_already(config)}")
+    if config.task != "causal_lm":
+        hub_config.num_labels = 1 if config.task == "regression" else num_labels
+    if getattr(hub_config, "pad_token_id", None) is None:
+        # Decoders classify by the last token which is not padding, so they have to know it.
+        hub_config.pad_token_id = _first(getattr(hub_config, "eos_token_id", None))
+    pooled = config.pooling == "mean"
+    auto_class = AutoModel if pooled else _auto_class(config, hub_config)
+    model = source.weights(auto_class, hub_config, getattr(torch, config.dtype))
+    if pooled:
+        model = PooledEncoder(hub_config, model)
+        if source.folder and was_mean_pooled(source.stored_config()):
+            restore_classifier(model, source.folder)
     linearise(model)
     if config.split_fused:
         split_fused_projections(model)
@@ -178,52 +142,13 @@ def build_model(config: ModelConfig, num_labels: int = 1, keep_weights: bool = F
     return model
 
 
-# Loading
+def _checked_source(config: ModelConfig) -> Source:
+    if faults := check_model(config):
+        raise ConfigError("; ".join(f"model.{fault}" for fault in faults))
+    return config.source()
 
 
-def _source_options(config: ModelConfig) -> dict[str, Any]:
-    local = config.name.startswith("embedded:") or is_folder_name(config.name)
-    return {
-        "revision": config.revision or "main",
-        "trust_remote_code": config.trust_remote_code,
-        # Without the hub its cache may still hold the model; the client would retry for half a minute first.
-        "local_files_only": local or not hub_reachable(),
-    }
-
-
-def _transformers_config(config: ModelConfig) -> PretrainedConfig:
-    """Returns the config of transformers with the user's changes, each key checked."""
-    kind, _, model_type = config.name.partition(":")
-    if kind == "random":
-        plain = CONFIG_MAPPING[MLP if model_type == "mlp" else model_type]
-        changes = _native(plain, TINY[model_type]) | _native(plain, config.config)
-        _raise_unknown_keys(config, plain(), known=set(TINY[model_type]))
-        return plain(**changes)
-    hub_config = AutoConfig.from_pretrained(source_of(config.name), **_source_options(config))
-    _raise_unknown_keys(config, hub_config, known=set())
-    for key, value in config.config.items():
-        setattr(hub_config, key, value)
-    return hub_config
-
-
-def _native(config_class: type[PretrainedConfig], changes: dict[str, Any]) -> dict[str, Any]:
-    """Renames common keys to the architecture's own ("hidden_size" → "n_embd")."""
-    return {config_class.attribute_map.get(key, key): value for key, value in changes.items()}
-
-
-def _raise_unknown_keys(config: ModelConfig, hub_config: PretrainedConfig, known: set[str]) -> None:
-    known = known | hub_config.to_dict().keys() | hub_config.attribute_map.keys()
-    for key in config.config:
-        if key in ("num_labels", "id2label", "label2id"):
-            raise ConfigError(f"model.config.{key}: the number of classes comes from the data; remove it")
-        if key not in known:
-            near = get_close_matches(key, known, n=5, cutoff=0.4) or known
-            raise ConfigError(
-                f"model.config: {type(hub_config).__name__} has no key '{key}'{suggest(key, near)}"
-            )
-
-
-def _auto_class(config: ModelConfig, hub_config: PretrainedConfig) -> Any:
+def _auto_class(config: ModelConfig, hub_config: PretrainedConfig) -> AutoClass:
     if config.task == "causal_lm":
         return AutoModelForCausalLM
     if hub_config.model_type == "vit":
@@ -231,65 +156,8 @@ def _auto_class(config: ModelConfig, hub_config: PretrainedConfig) -> Any:
     return AutoModelForSequenceClassification
 
 
-def _instantiate(config: ModelConfig, hub_config: PretrainedConfig, auto_class: Any) -> PreTrainedModel:
-    dtype = getattr(torch, config.dtype)
-    if config.name.startswith("random:"):
-        return auto_class.from_config(hub_config, dtype=dtype)
-    model, report = auto_class.from_pretrained(
-        source_of(config.name),
-        config=hub_config,
-        dtype=dtype,
-        use_safetensors=True,
-        output_loading_info=True,
-        **_source_options(config),
-    )
-    parts = [site.path for site in find_roles(model) if site.role not in ("block", "head")]
-    missing = [key for key in sorted(report["missing_keys"]) if key.rpartition(".")[0] in parts]
-    if missing:
-        raise CheckpointError(
-            f"model.name: '{config.name}' lacks {len(missing)} weights of {type(model).__name__}, for example"
-            f" {missing[0]}; config.json and the weights do not belong together"
-        )
-    return model
-
-
 def _first(token: int | list[int] | None) -> int | None:
     return token[0] if isinstance(token, list) else token
-
-
-# Faults
-
-
-@contextmanager
-def _translated(config: ModelConfig, what: str) -> Iterator[None]:
-    """Turns the faults of loading into one message each."""
-    known = f"embedded:{'|'.join(EMBEDDED)}, random:<architecture>, a local folder or a hub repository"
-    try:
-        yield
-    except LabError:
-        raise
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"model.name: the weights of '{config.name}' are damaged ({_one_line(error)}); download or copy"
-            " them again"
-        ) from error
-    except StrictDataclassError as error:
-        raise ConfigError(f"model.config: {_one_line(error)}") from error
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"model.name: the weights of '{config.name}' do not fit ({_one_line(error)}); remove the sizes"
-            " from model.config, or use data with as many classes as the model was trained for"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError, ImportError, ZeroDivisionError) as error:
-        hint = "" if is_local(config.name) or hub_reachable() else " (the hub is not reachable from here)"
-        raise ConfigError(
-            f"model.name: no {what} can be built from '{config.name}'{hint}: {_one_line(error)}."
-            f" Check name, revision and model.config. Allowed: {known}"
-        ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300].rstrip(". ")
 
 
 def _quantized_already(config: ModelConfig) -> str:
@@ -297,28 +165,6 @@ def _quantized_already(config: ModelConfig) -> str:
         f"quantization: '{config.name}' is stored quantised already; set it to none, or give the model of"
         " full precision"
     )
-
-
-def _raise_faults(config: ModelConfig) -> None:
-    if faults := check_model(config):
-        raise ConfigError("; ".join(f"model.{fault}" for fault in faults))
-
-
-def _random_faults(config: ModelConfig, model_type: str) -> list[str]:
-    if model_type not in TINY:
-        return [f"name: no random model '{model_type}'{suggest(model_type, TINY)}"]
-    try:
-        with _translated(config, "model"):
-            hub_config = _transformers_config(config)
-    except LabError as error:
-        return [str(error).removeprefix("model.")]
-    smallest = len(SPECIAL_TOKENS) + 1
-    if getattr(hub_config, "vocab_size", smallest) < smallest:
-        return [f"config.vocab_size: must be at least {smallest}, for the special tokens and one character"]
-    sizes = getattr(hub_config, "sizes", [1])
-    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
-        return [f"config.sizes: must be whole numbers above 0, the input width first; got {sizes}"]
-    return []
 
 
 def _task_faults(config: ModelConfig, model_type: str) -> list[str]:

@@ -1,7 +1,7 @@
 """A classifier on the mean of an encoder's tokens, for encoders without a trained pooler."""
 
 import inspect
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,9 +15,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from lora_lab.errors import CheckpointError
 
 
-def saved_with_mean_pooling(folder: Path) -> bool:
-    """Tells whether a model folder was written from a `PooledEncoder`."""
-    return json.loads((folder / "config.json").read_text()).get("lora_lab_pooling") == "mean"
+def was_mean_pooled(stored: Mapping[str, Any]) -> bool:
+    """Tells by the table of a `config.json` whether its folder was written from a `PooledEncoder`."""
+    return stored.get("lora_lab_pooling") == "mean"
 
 
 def restore_classifier(model: "PooledEncoder", folder: Path) -> None:

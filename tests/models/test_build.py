@@ -20,11 +20,12 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_lab import assets
 from lora_lab.errors import AssetError, CheckpointError, ConfigError
-from lora_lab.models import build
+from lora_lab.models import sources
 from lora_lab.models.architectures import ARCHITECTURES, find_roles
 from lora_lab.models.build import ModelConfig, build_model, build_tokenizer, check_model
 from lora_lab.models.conversion import linearise, save_model, split_fused_projections
 from lora_lab.models.perceptron import MultiLayerPerceptron
+from lora_lab.models.sources import EmbeddedSource, FolderSource, HubSource, RandomSource
 from lora_lab.models.tiny import TINY
 
 TEXT_TYPES = [name for name, table in ARCHITECTURES.items() if table.kind != "vision"]
@@ -36,7 +37,7 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 @pytest.fixture(autouse=True)
 def _seeded_and_offline(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(build, "hub_reachable", lambda: False)
+    monkeypatch.setattr(sources, "hub_reachable", lambda: False)
 
 
 def tiny(name: str, **fields) -> ModelConfig:
@@ -397,6 +398,47 @@ def test_folder_that_is_no_model_is_refused(files, expected, tmp_path):
 def saved_bert(folder, num_labels=2, **fields):
     save_model(build_model(tiny("bert", **fields), num_labels=num_labels), folder)
     return folder
+
+
+@pytest.mark.parametrize("files", [(), ("tokenizer_config.json", "special_tokens_map.json")], ids=str)
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "deberta-v2"])
+def test_a_folder_without_a_vocabulary_is_refused(name, files, tmp_path):
+    save_model(build_model(tiny(name)), tmp_path / "model")
+    build_tokenizer(tiny(name)).save_pretrained(tmp_path / "tokenizer")
+    for file in files:
+        if (tmp_path / "tokenizer" / file).exists():
+            shutil.copy(tmp_path / "tokenizer" / file, tmp_path / "model")
+    with pytest.raises(ConfigError, match="^model.name: .*tokenizer"):
+        build_tokenizer(ModelConfig(name=str(tmp_path / "model")))
+    shutil.copy(tmp_path / "tokenizer" / "tokenizer.json", tmp_path / "model")
+    shutil.copy(tmp_path / "tokenizer" / "tokenizer_config.json", tmp_path / "model")
+    assert build_tokenizer(ModelConfig(name=str(tmp_path / "model")))("ab")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "public", "model_type"),
+    [
+        ("random:llama", RandomSource, None, "llama"),
+        ("random:mlp", RandomSource, None, "lora_lab_mlp"),
+        ("embedded:minilm", EmbeddedSource, "sentence-transformers/all-MiniLM-L6-v2", "bert"),
+        ("embedded:smollm2", EmbeddedSource, None, "llama"),
+        ("./nowhere", FolderSource, "./nowhere", None),
+        ("~/nowhere", FolderSource, "~/nowhere", None),
+        ("a/b/c", FolderSource, "a/b/c", None),
+        ("owner/name", HubSource, "owner/name", None),
+        ("gpt2", HubSource, "gpt2", None),
+    ],
+)
+def test_a_name_is_parsed_into_its_source(name, kind, public, model_type):
+    source = ModelConfig(name=name).source()
+    assert (type(source), source.public_name, source.model_type) == (kind, public, model_type)
+
+
+def test_a_name_of_an_existing_folder_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(saved_bert(tmp_path / "owner" / "name").parent.parent)
+    source = ModelConfig(name="owner/name").source()
+    assert isinstance(source, FolderSource)
+    assert source.model_type == "bert"
 
 
 def test_mean_pooled_folder_is_not_opened_with_another_pooling(tmp_path):

@@ -18,7 +18,6 @@ from lora_lab.cli import main
 from lora_lab.config import compose
 from lora_lab.errors import ConfigError, IncompatibleError, TargetError
 from lora_lab.experiment import run
-from lora_lab.models import build
 from lora_lab.models.architectures import find_roles
 from lora_lab.models.build import ModelConfig, build_model, check_model
 from lora_lab.models.conversion import save_model
@@ -29,6 +28,7 @@ from lora_lab.models.quantization import (
     holds_codes,
     quantize,
 )
+from lora_lab.models.sources import HubSource
 from lora_lab.training.module import FineTuner
 
 KINDS = ("nf4", "fp4", "int8")
@@ -522,7 +522,7 @@ def test_a_checkpoint_of_codes_is_not_quantised_again(tmp_path, monkeypatch):
     assert check_model(ModelConfig(name=str(tmp_path))) == []
     # A hub repository shows its config only once it is loaded.
     hub_config = AutoConfig.from_pretrained(tmp_path)
-    monkeypatch.setattr(build, "_transformers_config", lambda config: hub_config)
+    monkeypatch.setattr(HubSource, "config", lambda source, changes: hub_config)
     with pytest.raises(ConfigError, match="'owner/name' is stored quantised already"):
         build_model(ModelConfig(name="owner/name", quantization="nf4"))
 
