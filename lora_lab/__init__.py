@@ -1,29 +1,21 @@
 """Parameter-efficient fine-tuning as controlled experiments.
 
-from lora_lab import METHODS, compose, inject, run
+    from lora_lab import compose, run
 
-result = run(compose("experiments/quickstart/experiment.yaml", ["adapter.rank=4"]))
+    result = run(compose("experiments/quickstart/experiment.yaml", ["adapter.rank=4"]))
+
+or without the config system, with a LightningModule, data and Trainer of your own:
+
+    from lora_lab import inject
+    from lora_lab.adapters import LoRASpec
+
+    adapters = inject(model, LoRASpec(rank=4))
+
+`lora_lab.adapters` has every method's spec, `lora_lab.callbacks` every controller and its spec.
 """
 
-from typing import Any
+import lazy_loader
 
-__all__ = ["METHODS", "compose", "inject", "load_adapter", "run", "save_adapter", "split_attention"]
-
-_HOMES = {
-    "METHODS": "lora_lab.adapters",
-    "inject": "lora_lab.adapters",
-    "load_adapter": "lora_lab.adapters.storage",
-    "save_adapter": "lora_lab.adapters.storage",
-    "compose": "lora_lab.config",
-    "run": "lora_lab.experiment",
-    "split_attention": "lora_lab.models.attention",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first used: torch and transformers take seconds."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'lora_lab' has no attribute '{name}'")
-    from importlib import import_module
-
-    return getattr(import_module(_HOMES[name]), name)
+# The public names stand in __init__.pyi, for type checkers and for this: each is imported when it is first
+# used, since torch and transformers take seconds.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

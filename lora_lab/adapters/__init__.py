@@ -1,7 +1,18 @@
-"""Adapters: this folder has what every method needs, `families` what some share, `methods` one file each."""
+"""Adapters: this folder has what every method needs, `families` what some share, `methods` one file each.
 
-from lora_lab.adapters.base import Adapter
-from lora_lab.adapters.injection import AdapterSet, inject
-from lora_lab.adapters.methods import METHODS
+Every method's class and spec can be imported from here: `from lora_lab.adapters import LoRASpec`.
+"""
 
-__all__ = ["METHODS", "Adapter", "AdapterSet", "inject"]
+from typing import TYPE_CHECKING
+
+from lora_lab.adapters.base import Adapter as Adapter
+from lora_lab.adapters.injection import AdapterSet as AdapterSet, inject as inject
+from lora_lab.adapters.methods import METHODS as METHODS
+from lora_lab.adapters.spec import AdapterSpec as AdapterSpec, LowRankSpec as LowRankSpec
+
+if TYPE_CHECKING:
+    from lora_lab.adapters.methods import *  # noqa: F403
+else:  # the same names, without those of the modules that they come from
+    _parts = {part.__name__: part for method in METHODS.values() for part in (method, method.Spec)}
+    globals().update(_parts)
+    __all__ = ["METHODS", "Adapter", "AdapterSet", "AdapterSpec", "LowRankSpec", "inject", *_parts]

@@ -14,7 +14,17 @@ from lora_lab.data.task_data import TaskData
 from lora_lab.data.toy import ToyConfig
 from lora_lab.errors import DataError
 
-__all__ = ["DATA_SOURCES", "DataConfig", "TaskData", "build_data", "check_data"]
+__all__ = [
+    "DATA_SOURCES",
+    "DataConfig",
+    "EmbeddedConfig",
+    "FilesConfig",
+    "HubConfig",
+    "TaskData",
+    "ToyConfig",
+    "build_data",
+    "check_data",
+]
 
 DATA_SOURCES: dict[str, type[DataConfig]] = {
     "embedded": EmbeddedConfig,

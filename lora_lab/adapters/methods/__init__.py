@@ -1,37 +1,37 @@
 """METHODS: every adapter method, one file each. This is the one place where a method is added."""
 
 from lora_lab.adapters.base import Adapter
-from lora_lab.adapters.methods.adalora import AdaLoRA
-from lora_lab.adapters.methods.antipasto import AntiPaSTO
-from lora_lab.adapters.methods.bitfit import BitFit
-from lora_lab.adapters.methods.boft import BOFT
-from lora_lab.adapters.methods.clover import CLOVER
-from lora_lab.adapters.methods.delora import DeLoRA
-from lora_lab.adapters.methods.dora import DoRA
-from lora_lab.adapters.methods.dylora import DyLoRA
-from lora_lab.adapters.methods.edora import EDoRA
-from lora_lab.adapters.methods.fourierft import FourierFT
-from lora_lab.adapters.methods.full import Full
-from lora_lab.adapters.methods.goft import GOFT
-from lora_lab.adapters.methods.head import Head
-from lora_lab.adapters.methods.hra import HRA
-from lora_lab.adapters.methods.ia3 import IA3
-from lora_lab.adapters.methods.loha import LoHa
-from lora_lab.adapters.methods.lokr import LoKr
-from lora_lab.adapters.methods.lora import LoRA
-from lora_lab.adapters.methods.lora_drop import LoRADrop
-from lora_lab.adapters.methods.lora_prune import LoRAPrune
-from lora_lab.adapters.methods.oft import OFT
-from lora_lab.adapters.methods.pissa import PiSSA
-from lora_lab.adapters.methods.psoft import PSOFT
-from lora_lab.adapters.methods.randlora import RandLoRA
-from lora_lab.adapters.methods.reft import ReFT
-from lora_lab.adapters.methods.road import RoAd
-from lora_lab.adapters.methods.salt import SALT
-from lora_lab.adapters.methods.salt_edora import SaltEDoRA
-from lora_lab.adapters.methods.ssvd import SSVD
-from lora_lab.adapters.methods.svft import SVFT
-from lora_lab.adapters.methods.vera import VeRA
+from lora_lab.adapters.methods.adalora import AdaLoRA as AdaLoRA, AdaLoRASpec as AdaLoRASpec
+from lora_lab.adapters.methods.antipasto import AntiPaSTO as AntiPaSTO, AntiPaSTOSpec as AntiPaSTOSpec
+from lora_lab.adapters.methods.bitfit import BitFit as BitFit, BitFitSpec as BitFitSpec
+from lora_lab.adapters.methods.boft import BOFT as BOFT, BOFTSpec as BOFTSpec
+from lora_lab.adapters.methods.clover import CLOVER as CLOVER, CLOVERSpec as CLOVERSpec
+from lora_lab.adapters.methods.delora import DeLoRA as DeLoRA, DeLoRASpec as DeLoRASpec
+from lora_lab.adapters.methods.dora import DoRA as DoRA, DoRASpec as DoRASpec
+from lora_lab.adapters.methods.dylora import DyLoRA as DyLoRA, DyLoRASpec as DyLoRASpec
+from lora_lab.adapters.methods.edora import EDoRA as EDoRA, EDoRASpec as EDoRASpec
+from lora_lab.adapters.methods.fourierft import FourierFT as FourierFT, FourierFTSpec as FourierFTSpec
+from lora_lab.adapters.methods.full import Full as Full, FullSpec as FullSpec
+from lora_lab.adapters.methods.goft import GOFT as GOFT, GOFTSpec as GOFTSpec
+from lora_lab.adapters.methods.head import Head as Head, HeadSpec as HeadSpec
+from lora_lab.adapters.methods.hra import HRA as HRA, HRASpec as HRASpec
+from lora_lab.adapters.methods.ia3 import IA3 as IA3, IA3Spec as IA3Spec
+from lora_lab.adapters.methods.loha import LoHa as LoHa, LoHaSpec as LoHaSpec
+from lora_lab.adapters.methods.lokr import LoKr as LoKr, LoKrSpec as LoKrSpec
+from lora_lab.adapters.methods.lora import LoRA as LoRA, LoRASpec as LoRASpec
+from lora_lab.adapters.methods.lora_drop import LoRADrop as LoRADrop, LoRADropSpec as LoRADropSpec
+from lora_lab.adapters.methods.lora_prune import LoRAPrune as LoRAPrune, LoRAPruneSpec as LoRAPruneSpec
+from lora_lab.adapters.methods.oft import OFT as OFT, OFTSpec as OFTSpec
+from lora_lab.adapters.methods.pissa import PiSSA as PiSSA, PiSSASpec as PiSSASpec
+from lora_lab.adapters.methods.psoft import PSOFT as PSOFT, PSOFTSpec as PSOFTSpec
+from lora_lab.adapters.methods.randlora import RandLoRA as RandLoRA, RandLoRASpec as RandLoRASpec
+from lora_lab.adapters.methods.reft import ReFT as ReFT, ReFTSpec as ReFTSpec
+from lora_lab.adapters.methods.road import RoAd as RoAd, RoAdSpec as RoAdSpec
+from lora_lab.adapters.methods.salt import SALT as SALT, SALTSpec as SALTSpec
+from lora_lab.adapters.methods.salt_edora import SaltEDoRA as SaltEDoRA, SaltEDoRASpec as SaltEDoRASpec
+from lora_lab.adapters.methods.ssvd import SSVD as SSVD, SSVDSpec as SSVDSpec
+from lora_lab.adapters.methods.svft import SVFT as SVFT, SVFTSpec as SVFTSpec
+from lora_lab.adapters.methods.vera import VeRA as VeRA, VeRASpec as VeRASpec
 
 METHODS: dict[str, type[Adapter]] = {
     method.Spec().method: method
