@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except (KeyboardInterrupt, SystemExit):
-        Console(stderr=True).print("interrupted; continue with the same command and --resume")
+        Console(stderr=True).print("interrupted; the same command continues")
         return INTERRUPTED
     return 0
 
@@ -58,7 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--print-config", action="store_true", help="print the composed config and stop")
     what = train.add_mutually_exclusive_group()
     what.add_argument(
-        "--resume", action="store_true", help="continue an unfinished run from its last checkpoint"
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="continue an unfinished run from its last checkpoint (the default), or refuse to",
     )
     what.add_argument("--overwrite", action="store_true", help="delete an earlier run of the same name first")
     train.set_defaults(command=_train)

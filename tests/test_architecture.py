@@ -14,7 +14,6 @@ PACKAGE = ROOT / "lora_lab"
 ORDER = [
     "errors",
     "files",
-    "runs",
     "assets",
     "linalg",
     "models",
@@ -24,6 +23,7 @@ ORDER = [
     "callbacks",
     "tracking",
     "config",
+    "runs",
     "experiment",
     "report",
     "bench",

@@ -250,12 +250,6 @@ def test_an_adapter_of_the_wrong_kind_of_numbers_is_told(spoiled, capsys):
     assert "of type torch.int32" in refused(capsys, "evaluate", str(spoiled))
 
 
-def test_resuming_what_is_not_there_is_told(place, capsys):
-    message = refused(capsys, "train", str(place / "experiment.yaml"), "--resume")
-    assert "holds no run to resume" in message
-    assert not (place / "runs").exists()
-
-
 def test_a_run_of_another_config_under_the_same_name_is_told(finished, capsys):
     message = refused(capsys, "train", str(finished / "experiment.yaml"), "run=one", "adapter.rank=3")
     assert "holds a run of another config" in message
@@ -265,7 +259,7 @@ def test_an_unfinished_run_is_not_overwritten_silently(finished, capsys):
     shutil.copytree(finished / "runs" / "bad" / "one", finished / "runs" / "bad" / "two")
     record = finished / "runs" / "bad" / "two" / "run.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), "status": "running"}))
-    message = refused(capsys, "train", str(finished / "experiment.yaml"), "run=two")
+    message = refused(capsys, "train", str(finished / "experiment.yaml"), "run=two", "--no-resume")
     assert "Continue it with --resume, or --overwrite it" in message
 
 
@@ -276,7 +270,7 @@ def test_a_checkpoint_that_is_a_pickle_of_objects_is_told(finished, capsys):
     record.write_text(json.dumps({**json.loads(record.read_text()), "status": "running"}))
     torch.save({"global_step": 3, "object": Path("x")}, folder / "checkpoints" / "last.ckpt")
     before = record.read_text()
-    message = refused(capsys, "train", str(finished / "experiment.yaml"), "run=three", "--resume")
+    message = refused(capsys, "train", str(finished / "experiment.yaml"), "run=three")
     assert "last.ckpt: cannot be read" in message
     assert json.loads(before)["status"] == "running"
 

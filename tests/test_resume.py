@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -142,12 +143,13 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(config, uninterr
     assert status == ("failed" if how is signal.SIGINT else "running")
     assert process.returncode == (130 if how is signal.SIGINT else -signal.SIGKILL)
 
-    refused, _ = (again := start(config, run)).communicate(timeout=120)
+    refused, _ = (again := start(config, run, "--no-resume")).communicate(timeout=120)
     assert again.returncode == 2
     assert "Continue it with --resume" in refused.replace("\n", " ")
 
-    output, _ = (resumed := start(config, run, "--resume")).communicate(timeout=300)
+    output, _ = (resumed := start(config, run)).communicate(timeout=300)
     assert resumed.returncode == 0, output
+    assert re.search(r"continues from step \d+", output)
 
     ours, theirs = (
         load_file(path / "adapter" / "adapter_model.safetensors") for path in (folder, uninterrupted)

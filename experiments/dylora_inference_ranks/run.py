@@ -23,7 +23,6 @@ from lora_lab.adapters.storage import load_adapter  # noqa: E402
 from lora_lab.config import compose  # noqa: E402
 from lora_lab.config.schema import ExperimentConfig  # noqa: E402
 from lora_lab.experiment import RunResult, build_parts, quiet_libraries, run  # noqa: E402
-from lora_lab.runs import RunFolder  # noqa: E402
 from lora_lab.training.module import FineTuner  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -53,12 +52,6 @@ TRAINED = "LoRA trained at rank k"
 NESTED = "DyLoRA of rank 8, trained once"
 CURVES = (NESTED, TRAINED, *CUTS)
 METRICS = ("accuracy", "loss")
-
-
-def train(config: ExperimentConfig) -> RunResult:
-    """Trains one run, or goes on with it, or returns it if it is finished."""
-    folder = RunFolder(Path(config.output) / config.name / config.run_name())
-    return run(config, resume=folder.read() is not None)
 
 
 @torch.no_grad()
@@ -109,7 +102,7 @@ def main() -> None:
         configs += [compose(HERE / "lora.yaml", [f"seed={seed}", *lora]) for seed in SEEDS]
     rows = []
     for config in track(configs, "runs"):
-        result = train(config)
+        result = run(config)
         about = {name: result.record[name] for name in ABOUT}
         about["processor"] = result.record["hardware"]["processor"]
         about["torch"] = result.record["packages"]["torch"]

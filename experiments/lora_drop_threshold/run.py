@@ -18,7 +18,6 @@ from rich.progress import track  # noqa: E402
 from lora_lab.config import compose  # noqa: E402
 from lora_lab.experiment import run  # noqa: E402
 from lora_lab.report.collect import collect  # noqa: E402
-from lora_lab.runs import RunFolder  # noqa: E402
 from lora_lab.tracking import read_metrics  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -44,8 +43,7 @@ def choices() -> dict[str, tuple[str, list[str]]]:
 def row_of(name: str, file: str, settings: list[str]) -> pd.DataFrame:
     """Trains one run and returns its row, with what the controller decided."""
     config = compose(HERE / f"{file}.yaml", [*settings, "trainer.progress_bar=false"])
-    folder = RunFolder(Path(config.output) / config.name / config.run_name())
-    result = run(config, resume=folder.read() is not None)
+    result = run(config)
     row = collect([result.record])
     last: dict[str, Any] = {}
     for logged in read_metrics(result.folder.path):

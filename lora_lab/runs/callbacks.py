@@ -1,0 +1,72 @@
+"""The callbacks of a run, and the order in which they act."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import lightning as L
+from lightning.pytorch.callbacks import RichProgressBar
+
+from lora_lab.adapters import AdapterSet
+from lora_lab.callbacks import Controller, build_controllers
+from lora_lab.callbacks.adapter_checkpoint import AdapterCheckpoint
+from lora_lab.callbacks.adapter_statistics import AdapterStatistics
+from lora_lab.callbacks.memory_statistics import MemoryStatistics
+from lora_lab.callbacks.resume_checkpoint import ResumeCheckpoint
+from lora_lab.callbacks.speed_statistics import SpeedStatistics
+from lora_lab.config.schema import ExperimentConfig
+from lora_lab.runs.folder import RunFolder
+from lora_lab.training.trainer import planned_steps
+
+
+@dataclass
+class RunCallbacks:
+    """The callbacks that every run has, and its controllers."""
+
+    controllers: list[Controller]
+    adapters: AdapterStatistics
+    memory: MemoryStatistics
+    speed: SpeedStatistics
+    best: AdapterCheckpoint
+    resume: ResumeCheckpoint
+
+    @classmethod
+    def build(
+        cls, config: ExperimentConfig, adapters: AdapterSet, folder: RunFolder, batches: int
+    ) -> RunCallbacks:
+        """Builds them; the controllers fit their schedules into the run.
+
+        Args:
+            config: the run's config.
+            adapters: the run's adapters.
+            folder: the run's folder.
+            batches: batches of an epoch in one process.
+
+        Raises:
+            ConfigError: if a controller's options are at fault, or the run is too short for its schedule.
+            IncompatibleError: if the adapters do not offer what a controller needs.
+        """
+        controllers = build_controllers(config.controllers, adapters, config.seed)
+        for controller in controllers:
+            controller.plan(planned_steps(config.trainer, batches))
+        return cls(
+            controllers,
+            AdapterStatistics(adapters, controllers),
+            MemoryStatistics(adapters),
+            SpeedStatistics(),
+            AdapterCheckpoint(adapters, config.trainer.keep, controllers),
+            ResumeCheckpoint(folder.checkpoint, config.trainer.checkpoint_every),
+        )
+
+    def everything(self, bars: list[L.Callback]) -> list[L.Callback]:
+        """Returns all callbacks in their order.
+
+        The statistics stand behind all that changes adapters, at a step's end or at the run's, and the clock
+        stands last.
+        """
+        return [*self.controllers, self.best, self.adapters, self.memory, *bars, self.resume, self.speed]
+
+
+def progress_bars(config: ExperimentConfig) -> list[L.Callback]:
+    """Returns the progress bar, if the config asks for one."""
+    return [RichProgressBar()] if config.trainer.progress_bar else []

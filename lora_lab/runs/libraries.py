@@ -1,0 +1,23 @@
+"""Keeping other libraries' advice off the terminal."""
+
+import logging
+import warnings
+
+import transformers
+
+
+def quiet_libraries() -> None:
+    """Silences the libraries' advice that our own settings make moot."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",
+        ".*in eval mode at the start of training.*",
+        ".*smaller than the logging interval.*",
+        ".*LeafSpec.*is deprecated.*",
+        ".*gradient_checkpointing.* is deprecated.*",  # its successor is missing in transformers 5.0
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
