@@ -147,6 +147,14 @@ class Adapter(nn.Module):
         """Returns the term of all adapters of a model; by default the sum, one after the other."""
         return sum((adapter.penalty() for adapter in adapters), start=0.0)
 
+    def without_gradient_at_start(self) -> tuple[str, ...]:
+        """Names the trained tensors whose gradient is exactly zero before the first step, by the formula.
+
+        LoRA's A, say, beside a B of zeros. Every other tensor has a gradient from the first step on, unless
+        dropout takes the whole update out of it; names are those of the adapter's own parameters.
+        """
+        return ()
+
     def frozen_parts(self) -> list[tuple[nn.Parameter, Bool[Tensor, ...]]]:
         """Returns trained tensors of which the next step must leave a part as it is, with flags of that part.
 

@@ -142,6 +142,17 @@ class AdapterSet:
         """Returns the trainable tensors, each once."""
         return list(self.named_parameters().values())
 
+    def without_gradient_at_start(self) -> set[str]:
+        """Returns the names in `named_parameters` of what has no gradient before the first step.
+
+        It holds for adapters as `inject` starts them, and says nothing of trained or loaded ones.
+        """
+        return {
+            f"{path}.{name}"
+            for path, adapter in self._all.items()
+            for name in adapter.without_gradient_at_start()
+        }
+
     def trainable_count(self, saved: bool = True) -> int:
         """Returns how many numbers are trained; without `saved`, those of the method alone."""
         heads = tuple(f"{path}.trained." for path in self.saved)

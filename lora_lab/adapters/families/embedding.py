@@ -66,6 +66,10 @@ class LowRankEmbedding(BorrowingAdapter, RankAllocatable):
         weight = (widened(self.base.weight) + self.delta_weight()).to(self.base.weight.dtype)
         return nn.Embedding.from_pretrained(weight, freeze=True, padding_idx=self.base.padding_idx)
 
+    def without_gradient_at_start(self) -> tuple[str, ...]:
+        """See `Adapter.without_gradient_at_start`: here A starts at zero."""
+        return ("B",)
+
     @torch.no_grad()
     def keep_components(self, keep: Bool[Tensor, " rank"]) -> None:
         """See `Prunable`."""

@@ -135,6 +135,10 @@ class LowRankAdapter(AdditiveAdapter, Droppable):
         """See `Adapter.decay_exempt`: where a start is subtracted, no change is that start."""
         return [] if self.start_A is None else [self.A, self.B]
 
+    def without_gradient_at_start(self) -> tuple[str, ...]:
+        """See `Adapter.without_gradient_at_start`: A, where B starts at zero."""
+        return ("A",) if self.start_B is None else ()
+
     @torch.no_grad()
     def keep_components(self, keep: Bool[Tensor, " rank"]) -> None:
         """See `Prunable`. B's columns are zeroed, A stays: from both zero nothing grows back."""

@@ -59,6 +59,8 @@ class LycorisAdapter(AdditiveAdapter):
     """An update with dropout of its inputs, of its outputs, and as a whole."""
 
     convolves = True
+    zeros: tuple[str, ...] = ()
+    """Names of the tensors of which the one that is there starts at zero."""
 
     def __init__(self, base: Any, spec: LycorisSpec):
         super().__init__(base)
@@ -76,6 +78,13 @@ class LycorisAdapter(AdditiveAdapter):
             return nn.Parameter(torch.randn(shape, dtype=self.dtype) * spread)
         flat = kaiming_uniform(shape[0], math.prod(shape[1:]), dtype=self.dtype)
         return nn.Parameter(flat.reshape(shape))
+
+    def without_gradient_at_start(self) -> tuple[str, ...]:
+        """See `Adapter.without_gradient_at_start`: a product with one factor of zeros reaches that alone."""
+        if self.spec.init == "random":
+            return ()
+        own = dict(self.named_parameters(recurse=False))
+        return tuple(name for name in own if name not in self.zeros)
 
     def kept_outputs(self, x: Tensor, rescale: bool) -> Float[Tensor, " out"] | None:
         """Draws the factors of the update's outputs for one step; None where nothing is dropped.

@@ -34,6 +34,9 @@ from lora_lab.linalg.start import kaiming_uniform
 Factors = tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]
 """A and B."""
 
+FROM_ZERO = ("default", "gaussian", "scaled_gaussian")
+"""The starts with B = 0."""
+
 SUBTRACTED = ("olora", "pissa")
 """The starts that are not zero and taken off again, so that W' = W."""
 

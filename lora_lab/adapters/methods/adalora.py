@@ -116,6 +116,10 @@ class AdaLoRA(LowRankAdapter, RankAllocatable, Shareable):
         errors = row_overlaps(rows for own in adapters for rows in (own.A, own.B.T))
         return spec.orth_reg_weight * (errors.square().sum() if spec.orth_reg_squared else errors.mean())
 
+    def without_gradient_at_start(self) -> tuple[str, ...]:
+        """See `Adapter.without_gradient_at_start`: the penalty alone reaches A and B beside a Λ of zeros."""
+        return () if self.spec.orth_reg_weight else ("A", "B")
+
     @torch.no_grad()
     def keep_components(self, keep: Bool[Tensor, " rank"]) -> None:
         """See `Prunable`: zeros in Λ alone."""

@@ -170,6 +170,12 @@ class DeLoRA(LowRankAdapter, RankAllocatable):
         shift = (self.A - self.start_A) * self.w
         return torch.cat([left - start, start], dim=1), torch.cat([right, shift])
 
+    def without_gradient_at_start(self) -> tuple[str, ...]:
+        """See `Adapter.without_gradient_at_start`. λ and the start's λ cancel where they are one number."""
+        if self.spec.init == "zero_b":
+            return ("A", "lambda_")
+        return ("lambda_",) if self.spec.residual_lambda == "current" else ()
+
     def decay_exempt(self) -> list[nn.Parameter]:
         """See `Adapter.decay_exempt`: no change is the start, and λ = 0 only if it takes the start along."""
         frozen = self.start_A is not None and self.spec.residual_lambda == "frozen"

@@ -135,6 +135,9 @@ class DoRA(LinearAdapter):
         update = mix(self.base, project(self.base, gain * dropped, self.A) * self.scale, self.B)
         return (y + update).to(y.dtype)
 
+    def without_gradient_at_start(self) -> tuple[str, ...]:
+        return ("A",)
+
     def peft_tensors(self) -> dict[str, Tensor]:
         tensors = in_pefts_shapes(self.base, super().peft_tensors())
         if is_convolution(self.base):

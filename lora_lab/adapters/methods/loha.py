@@ -65,8 +65,9 @@ class LoHa(LycorisAdapter):
         self.w1_a, self.w1_b = self.started(*left, spread=tenth), self.started(*right, spread=one)
         self.w2_a, self.w2_b = self.started(*left), self.started(*right, spread=one)
         self.t1, self.t2 = (None if core is None else self.started(*core, spread=tenth) for _ in range(2))
-        if spec.init != "random":
-            nn.init.zeros_(self.w2_a if lycoris else self.w2_b)
+        self.zeros = {"default": ("w2_b",), "lycoris": ("w2_a",), "random": ()}[spec.init]
+        for name in self.zeros:
+            nn.init.zeros_(getattr(self, name))
         # Products per row of x, forward and backward: P and Q take 3 rank² (out + in), beside the base's
         # 2 out · in; W + ΔW takes 3 out · in and replaces the base's.
         self.factored = 3 * rank**2 * (out + columns) < out * columns

@@ -115,10 +115,10 @@ class LoKr(LycorisAdapter):
         else:
             self.w2_a, self.w2_b = self.started(rank, self.k), self.started(rank, self.q)
             self.t2 = self.started(*self.core)
-        zeros = {"default": (self.w1, self.w1_a), "lycoris": (self.w2, self.w2_b), "random": ()}[spec.init]
-        for tensor in zeros:
-            if tensor is not None:
-                nn.init.zeros_(tensor)
+        self.zeros = {"default": ("w1", "w1_a"), "lycoris": ("w2", "w2_b"), "random": ()}[spec.init]
+        for name in self.zeros:
+            if getattr(self, name) is not None:
+                nn.init.zeros_(getattr(self, name))
         # In PEFT's files these mean W2 ⊗ W1.
         self.swapped = isinstance(base, nn.Conv1d) and self.w2 is not None
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lora_lab.adapters.base import Adapter, PeftLayout
 from lora_lab.adapters.families.embedding import LowRankEmbedding
 from lora_lab.adapters.families.low_rank import LowRankAdapter, read_lora_config, write_lora_config
-from lora_lab.adapters.families.starts import SUBTRACTED, StartedSpec, start
+from lora_lab.adapters.families.starts import FROM_ZERO, SUBTRACTED, StartedSpec, start
 from lora_lab.adapters.maps import pointwise
 from lora_lab.adapters.protocols import RankAllocatable, Shareable
 from lora_lab.adapters.sites import Site
@@ -81,6 +81,9 @@ class LoRA(LowRankAdapter, RankAllocatable, Shareable):
                 "drop the embedding from targets, or those options."
             )
         return LowRankEmbedding.at(site, spec)
+
+    def without_gradient_at_start(self) -> tuple[str, ...]:
+        return ("A",) if self.spec.init in FROM_ZERO else ()
 
     def delta_output(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         delta, shift = super().delta_output(x), self.adapted_bias(None)

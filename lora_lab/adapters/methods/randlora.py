@@ -128,6 +128,9 @@ class RandLoRA(ProjectedAdapter):
         """This map's rows and bases of the shared B, the bases side by side."""
         return self.projections.B[: self.large, : len(self.gamma)].flatten(1)
 
+    def without_gradient_at_start(self) -> tuple[str, ...]:
+        return ("gamma",)
+
     def factors(self) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
         """See `ProjectedAdapter.factors`: B and s λ A γ, both transposed where in > out."""
         rows = (self.scale * self.lambda_.unsqueeze(2) * self.A * self.gamma).flatten(0, 1)

@@ -202,6 +202,12 @@ class ReFT(HiddenStateAdapter):
             edited = edited.scatter_add(1, rows, delta.to(hidden.dtype))
         return edited
 
+    def without_gradient_at_start(self) -> tuple[str, ...]:
+        """See `Adapter.without_gradient_at_start`: R, where it is multiplied by zeros alone."""
+        if self.spec.init == "reference" or self.spec.intervention in REPLACING:
+            return ()
+        return tuple(f"edits.{name}.original" for name in self.edits)
+
     def decay_exempt(self) -> list[nn.Parameter]:
         """See `Adapter.decay_exempt`: the length of columns that are normalised does not count."""
         orthonormal = self.spec.intervention in ORTHONORMAL

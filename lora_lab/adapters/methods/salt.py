@@ -106,6 +106,9 @@ class SALT(BasisUpdate):
     def rank(self) -> int:
         return len(self.alpha)
 
+    def without_gradient_at_start(self) -> tuple[str, ...]:
+        return ("X",) if self.spec.r_lora else ()
+
     def shift(self) -> Float[Tensor, " rank"]:
         """Returns S_top α + β."""
         return self.S[: self.rank] * self.alpha + self.beta

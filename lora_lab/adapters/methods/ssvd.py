@@ -99,6 +99,9 @@ class SSVD(CoreUpdate):
     def rank(self) -> int:
         return len(self.dsigma)
 
+    def without_gradient_at_start(self) -> tuple[str, ...]:
+        return ("gate",) if self.spec.gate else ()
+
     def rotated(self) -> Float[Tensor, "k k"]:
         """Returns G."""
         if self.G is not None:

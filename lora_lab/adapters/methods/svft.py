@@ -153,6 +153,9 @@ class SVFT(AdditiveAdapter, RankAllocatable):
         """See `LinearAdapter.singular_values`: those of M, as U and V are orthonormal."""
         return torch.linalg.svdvals(self.core())
 
+    def without_gradient_at_start(self) -> tuple[str, ...]:
+        return ("gate",) if self.spec.gate and self.spec.init == "default" else ()
+
     def decay_exempt(self) -> list[nn.Parameter]:
         return [] if self.gate is None else [self.gate]
 

@@ -81,6 +81,9 @@ class VeRA(ProjectedAdapter):
         """This map's rows of the shared B."""
         return self.projections.B[: self.out_features]
 
+    def without_gradient_at_start(self) -> tuple[str, ...]:
+        return ("lambda_d",)
+
     def factors(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
         """See `ProjectedAdapter.factors`: diag(λ_b) B and diag(λ_d) A."""
         return self.lambda_b.unsqueeze(1) * self.B, self.lambda_d.unsqueeze(1) * self.A
