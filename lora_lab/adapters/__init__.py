@@ -6,7 +6,11 @@ Every method's class and spec can be imported from here: `from lora_lab.adapters
 from typing import TYPE_CHECKING
 
 from lora_lab.adapters.base import Adapter as Adapter
-from lora_lab.adapters.injection import AdapterSet as AdapterSet, inject as inject
+from lora_lab.adapters.injection import (
+    AdapterSet as AdapterSet,
+    inject as inject,
+    parameter_count as parameter_count,
+)
 from lora_lab.adapters.methods import METHODS as METHODS
 from lora_lab.adapters.spec import AdapterSpec as AdapterSpec, LowRankSpec as LowRankSpec
 
@@ -15,4 +19,13 @@ if TYPE_CHECKING:
 else:  # the same names, without those of the modules that they come from
     _parts = {part.__name__: part for method in METHODS.values() for part in (method, method.Spec)}
     globals().update(_parts)
-    __all__ = ["METHODS", "Adapter", "AdapterSet", "AdapterSpec", "LowRankSpec", "inject", *_parts]
+    __all__ = [
+        "METHODS",
+        "Adapter",
+        "AdapterSet",
+        "AdapterSpec",
+        "LowRankSpec",
+        "inject",
+        "parameter_count",
+        *_parts,
+    ]

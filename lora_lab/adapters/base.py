@@ -99,6 +99,27 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def parameter_count(cls, model: nn.Module, sites: list[Site], spec: Any) -> int:
+        """Returns how many numbers the adapters at these sites train at the start, without making them.
+
+        Args:
+            model: the model of the sites, not yet adapted.
+            sites: where the adapters would stand.
+            spec: the method's spec, which fits the sites.
+        """
+        return sum(cls.site_parameter_count(site.module, site_spec(spec, site)) for site in sites)
+
+    @classmethod
+    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+        """Returns how many numbers the adapter of one module trains: a formula of the spec and its sizes.
+
+        Args:
+            module: what `accepts` lets through; `maps.sizes` gives (out, in).
+            spec: the spec that holds there.
+        """
+        raise NotImplementedError
+
+    @classmethod
     def build(cls, sites: list[Site], spec: Any) -> dict[str, Adapter]:
         """Makes the adapters for these sites, by path. The default makes one each and shares nothing.
 

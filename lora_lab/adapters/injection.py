@@ -43,19 +43,14 @@ def inject(model: nn.Module, spec: AdapterSpec, seed: int = 0) -> AdapterSet:
         TargetError: if the targets do not fit the model.
         IncompatibleError: if the model holds adapters already.
     """
-    if spec.method not in METHODS:
-        raise ConfigError(f"adapter.method: no method '{spec.method}'{suggest(spec.method, METHODS)}")
-    faults = spec.faults()
-    if faults:
-        raise ConfigError("\n".join(f"adapter.{fault}" for fault in faults))
+    method = _method_of(spec)
     for path, module in model.named_modules():
         if isinstance(module, Adapter):
             raise IncompatibleError(
                 f"the model holds adapters already ({path}: {type(module).__name__}); call remove() or "
                 "merge() of their AdapterSet before you inject others."
             )
-    method = METHODS[spec.method]
-    sites = find_sites(model, spec, method.accepts, seed) if spec.targets else []
+    sites = _sites(model, spec, method, seed)
     adapters = method.build(sites, spec)
     copies: dict = {}
     heads = {path: TrainedHead(model.get_submodule(path), copies) for path in saved_modules(model, spec)}
@@ -65,6 +60,38 @@ def inject(model: nn.Module, spec: AdapterSpec, seed: int = 0) -> AdapterSet:
     adapter_set = AdapterSet(model, spec, adapters, heads, requires_grad, hooks)
     adapter_set._place(adapter_set._all)
     return adapter_set
+
+
+def parameter_count(model: nn.Module, spec: AdapterSpec) -> int:
+    """Returns how many numbers the method of a spec would train on a model, task heads aside.
+
+    A formula of the method gives it, before any adapter is made. `spec.size_field` names the field to change
+    for another count; it need not rise with that field.
+
+    Args:
+        model: the model, not yet adapted.
+        spec: the method's spec.
+
+    Raises:
+        ConfigError: if the spec is at fault.
+        TargetError: if the targets do not fit the model.
+    """
+    method = _method_of(spec)
+    return method.parameter_count(model, _sites(model, spec, method, seed=0), spec)
+
+
+def _method_of(spec: AdapterSpec) -> type[Adapter]:
+    """Returns the method of a spec that is free of faults."""
+    if spec.method not in METHODS:
+        raise ConfigError(f"adapter.method: no method '{spec.method}'{suggest(spec.method, METHODS)}")
+    faults = spec.faults()
+    if faults:
+        raise ConfigError("\n".join(f"adapter.{fault}" for fault in faults))
+    return METHODS[spec.method]
+
+
+def _sites(model: nn.Module, spec: AdapterSpec, method: type[Adapter], seed: int) -> list[Site]:
+    return find_sites(model, spec, method.accepts, seed) if spec.targets else []
 
 
 class AdapterSet:

@@ -46,6 +46,13 @@ def matrix(base: Any) -> Float[Tensor, "out in"]:
     return base.weight.flatten(1)
 
 
+def sizes(base: Any) -> tuple[int, int]:
+    """Returns the shape (out, in) of `matrix` without dequantising the weight."""
+    if hasattr(base, "out_features"):
+        return base.out_features, base.in_features
+    return len(base.weight), base.weight[0].numel()
+
+
 def finite_matrix(base: Any, what: str) -> Float[Tensor, "out in"]:
     """Returns W in float32 or wider, for a decomposition.
 

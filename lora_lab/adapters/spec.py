@@ -57,6 +57,11 @@ class AdapterSpec:
     freshly initialised task head, [] means none."""
 
     @property
+    def size_field(self) -> str | None:
+        """Name of the field that sets how many numbers are trained, `rank` say; None where none does."""
+        return None
+
+    @property
     def reads_full_weights(self) -> bool:
         """Whether the adapters' start reads the weights that a quantised base was made from."""
         return False
@@ -110,6 +115,11 @@ class LowRankSpec(AdapterSpec):
         for name, alpha in self.alphas().items():
             found += zero_fault(name, alpha)
         return found + probability_fault("dropout", self.dropout)
+
+    @property
+    def size_field(self) -> str | None:
+        """See `AdapterSpec.size_field`."""
+        return "rank"
 
     def ranks(self) -> dict[str, int]:
         """Returns every rank that is asked for, by the field that says it."""

@@ -1,8 +1,8 @@
 """The contract that every method keeps: one body, run for all of METHODS on models of every kind.
 
-A new method is tried with its defaults at once. One fact about it is asked for as data, COUNTS; variants of
-its options go into OPTIONS, and a check that cannot hold for it into one of the tables of exceptions, with the
-reason.
+A new method is tried with its defaults at once. One fact about it is asked for as data, COUNTS; variants
+of its options go into OPTIONS, and a check that cannot hold for it into one of the tables of exceptions,
+with the reason.
 """
 
 import copy
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from lora_lab.adapters import METHODS, inject
+from lora_lab.adapters import METHODS, inject, parameter_count
 from lora_lab.adapters.base import (
     Adapter,
     AdditiveAdapter,
@@ -476,6 +476,14 @@ def test_starts_as_the_identity(case):
 
 
 @over(PAIRS)
+def test_the_formula_counts_what_is_trained(case):
+    model, spec = case.model(), case.spec
+    told = parameter_count(model, spec)
+    assert told == inject(model, spec).trainable_count(saved=False)
+    assert spec.size_field is None or hasattr(spec, spec.size_field)
+
+
+@over(PAIRS)
 @torch.no_grad()
 def test_perturbing_changes_the_output(case):
     """Without this the other checks could hold for an adapter that is never called."""
@@ -766,7 +774,9 @@ def test_number_of_trained_parameters(option):
     values = dict(OPTIONS[option], targets=["linear"], modules_to_save=[])
     if option == "ia3":
         values["feedforward_modules"] = ["linear"]
-    adapters = inject(One(nn.Linear(24, 16)), METHODS[values["method"]].Spec(**values))
+    model, spec = One(nn.Linear(24, 16)), METHODS[values["method"]].Spec(**values)
+    assert parameter_count(model, spec) == COUNTS[option]
+    adapters = inject(model, spec)
     assert adapters.trainable_count() == COUNTS[option]
     assert adapters.base_count() == 24 * 16 + 16
 

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import AdditiveAdapter, PeftLayout
-from lora_lab.adapters.maps import is_convolution, mix, pointwise, project
+from lora_lab.adapters.maps import is_convolution, mix, pointwise, project, sizes
 from lora_lab.adapters.protocols import Droppable, Prunable, Shareable
 from lora_lab.adapters.spec import LowRankSpec
 from lora_lab.errors import IncompatibleError
@@ -91,6 +91,11 @@ class LowRankAdapter(AdditiveAdapter, Droppable):
         self.initial_components = spec.rank
         self.register_buffer("active", torch.ones((), dtype=self.dtype))
         self.dropout = nn.Dropout(spec.dropout) if spec.dropout else nn.Identity()
+
+    @classmethod
+    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+        """See `Adapter.site_parameter_count`: A and B, rank · (out + in)."""
+        return spec.rank * sum(sizes(module))
 
     @property
     def scale(self) -> float:

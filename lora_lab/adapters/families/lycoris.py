@@ -66,11 +66,7 @@ class LycorisAdapter(AdditiveAdapter):
         super().__init__(base)
         self.spec = spec
         self.dropout = nn.Dropout(spec.dropout)
-        kernel = base.kernel_size if is_convolution(base) else ()
-        self.core: tuple[int, ...] | None = None
-        """Shape of T, as in PEFT's files: a Conv1d's kernel is (size, 1) there."""
-        if spec.use_effective_conv2d and math.prod(kernel) > 1:
-            self.core = (spec.rank, spec.rank, *kernel, 1)[:4]
+        self.core = core_shape(base, spec)
 
     def started(self, *shape: int, spread: float | None = None) -> nn.Parameter:
         """Draws a tensor: N(0, spread²), or U(±1/√n) with n numbers for each index of its first axis."""
@@ -102,6 +98,13 @@ class LycorisAdapter(AdditiveAdapter):
         if rescale:
             kept = kept / kept.mean().clamp(min=1 / self.out_features)  # 0, not NaN, if all are dropped
         return kept * called
+
+
+def core_shape(base: Any, spec: LycorisSpec) -> tuple[int, ...] | None:
+    """Returns the shape of T, as in PEFT's files: a Conv1d's kernel is (size, 1) there. None without a T."""
+    kernel = base.kernel_size if is_convolution(base) else ()
+    has_core = spec.use_effective_conv2d and math.prod(kernel) > 1
+    return (spec.rank, spec.rank, *kernel, 1)[:4] if has_core else None
 
 
 def product(a: Tensor, b: Tensor, core: Tensor | None) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:

@@ -43,6 +43,11 @@ class ProjectedSpec(AdapterSpec):
         """This spec with a value for every null that has one."""
         return self
 
+    @property
+    def size_field(self) -> str | None:
+        """See `AdapterSpec.size_field`."""
+        return "rank"
+
     def faults(self) -> list[str]:
         """See `AdapterSpec.faults`."""
         return [

@@ -97,6 +97,10 @@ class AdaLoRA(LowRankAdapter, RankAllocatable, Shareable):
         self.E = nn.Parameter(torch.zeros(spec.rank, dtype=self.dtype))
 
     @classmethod
+    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+        return super().site_parameter_count(module, spec) + spec.rank
+
+    @classmethod
     def build(cls, sites: list[Site], spec: AdaLoRASpec) -> dict[str, Adapter]:
         """See `Adapter.build`. PEFT's files have one rank and one alpha, which all sites are told."""
         specs = {site.path: site_spec(spec, site) for site in sites}

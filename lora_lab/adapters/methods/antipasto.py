@@ -89,6 +89,10 @@ class AntiPaSTOSpec(BasisSpec):
         """See `AdapterSpec.for_stored`: the folder says which directions were chosen."""
         return replace(self, dim_select="top_s")
 
+    @property
+    def size_field(self) -> str | None:
+        return "rank"
+
     def faults(self) -> list[str]:
         found = super().faults() + least_fault("rank", self.rank, 1)
         if not math.isfinite(self.coefficient):
@@ -147,6 +151,13 @@ class AntiPaSTO(CoreUpdate, Steerable, Selectable):
         self.delta_s = nn.Parameter(shift) if spec.use_delta_s else None
         self.coefficient = spec.coefficient
         self.tensors_changed()
+
+    @classmethod
+    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+        size = spec.block_size or spec.rank
+        angles = spec.rank // size * (size * (size - 1) // 2)
+        rotations = spec.rotate_v + (spec.rotate_u and not spec.share_rotation)
+        return rotations * angles + (spec.rank if spec.use_delta_s else 0)
 
     @property
     def coefficient(self) -> float:

@@ -52,6 +52,10 @@ class BitFit(BorrowingAdapter):
         known = is_linear(module) or isinstance(module, nn.LayerNorm)
         return known and getattr(module, "bias", None) is not None
 
+    @classmethod
+    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+        return len(module.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         """Shifts the base's output."""
         y = self.base(x)

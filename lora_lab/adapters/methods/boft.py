@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, InputAdapter, PeftLayout
 from lora_lab.adapters.families.blocks import block_faults, check_blocks, warn_of_dropouts, with_identities
+from lora_lab.adapters.maps import sizes
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import AdapterSpec, least_fault, probability_fault
 from lora_lab.errors import IncompatibleError
@@ -51,6 +52,10 @@ class BOFTSpec(AdapterSpec):
     dropout: float = 0.0
     """Share of the blocks, rounded down, of one factor drawn at random, that are the identity in a pass of
     training, in [0, 1); PEFT calls it boft_dropout."""
+
+    @property
+    def size_field(self) -> str | None:
+        return "boft_block_size" if self.boft_block_size else "boft_block_num"
 
     def faults(self) -> list[str]:
         found = super().faults() + block_faults(self, "boft_block_size", "boft_block_num")
@@ -86,6 +91,12 @@ class BOFT(InputAdapter):
         # It is stored in any case, because PEFT's modules have one.
         s = torch.ones(self.out_features, 1, dtype=self.dtype)
         self.s = nn.Parameter(s, requires_grad=spec.train_scale)
+
+    @classmethod
+    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+        out, inputs = sizes(module)
+        size = spec.boft_block_size or inputs // spec.boft_block_num
+        return spec.boft_n_butterfly_factor * inputs * size + (out if spec.train_scale else 0)
 
     @classmethod
     def build(cls, sites: list[Site], spec: Any) -> dict[str, Adapter]:

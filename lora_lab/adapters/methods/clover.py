@@ -17,9 +17,9 @@ reference does: A = Q R by QR and A' = Q (R + ΔS), which is M = R and N = I.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union  # noqa: UP035  (omegaconf reads typing.Union)
+from typing import Any, Literal, Union, cast  # noqa: UP035  (omegaconf reads typing.Union)
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_lab.adapters.base import Adapter, LinearAdapter, OutputAdapter, PeftLayout
-from lora_lab.adapters.maps import matrix
+from lora_lab.adapters.maps import matrix, sizes
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import AdapterSpec, least_fault, probability_fault
 from lora_lab.errors import IncompatibleError, TargetError
@@ -83,6 +83,10 @@ class CLOVERSpec(AdapterSpec):
 
     dropout: float = 0.0
     """Probability of zeroing a number before ΔS while training, in [0, 1); 0.05 in the reference."""
+
+    @property
+    def size_field(self) -> str | None:
+        return "rank"
 
     def faults(self) -> list[str]:
         found = super().faults() + probability_fault("dropout", self.dropout)
@@ -220,6 +224,27 @@ class CLOVER(Trained, OutputAdapter):
         Raises:
             IncompatibleError: if these must not be parted, if no width is known, or by `decompose`.
         """
+        for path, width, other in cls._joined(model, adapters):
+            cast(Trained, adapters[path]).decompose(path, width, other)
+        return []
+
+    @classmethod
+    def parameter_count(cls, model: nn.Module, sites: list[Site], spec: CLOVERSpec) -> int:
+        """See `Adapter.parameter_count`: the model tells the width of heads, and which maps are joined."""
+        adapters, count = cls.build(sites, spec), 0
+        for path, width, other in cls._joined(model, adapters):
+            adapter = cast(Trained, adapters[path])
+            lengths = [adapter.out_features]
+            if other is not None:
+                out, inputs = sizes(other)
+                lengths.append(inputs if adapter.role in TO_OUTPUT else out)
+            rank = spec.rank or width
+            count += min(lengths) // width * (rank**2 if spec.s_mode == "full" else rank)
+        return count
+
+    @classmethod
+    def _joined(cls, model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[tuple[str, int, Any]]:
+        """Gives the arguments of `decompose` for every map that is trained; parts pairs that must be."""
         heads = head_width(model)
         for path, adapter in adapters.items():
             if not isinstance(adapter, Trained):
@@ -245,8 +270,7 @@ class CLOVER(Trained, OutputAdapter):
             other = None
             if adapter.partner is not None:
                 other = adapters.get(adapter.partner) or model.get_submodule(adapter.partner)
-            adapter.decompose(path, width, other)
-        return []
+            yield path, width, other
 
     def decompose(self, path: str, width: int, other: Any) -> None:
         _, M, _, N = self.bases(path, width, other)

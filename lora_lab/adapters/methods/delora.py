@@ -78,6 +78,10 @@ class DeLoRASpec(AdapterSpec):
         frozen = self.init == "residual" and self.residual_lambda == "frozen"
         return not (frozen or self.lambda_per_rank)
 
+    @property
+    def size_field(self) -> str | None:
+        return "rank"
+
     def faults(self) -> list[str]:
         found = super().faults() + least_fault("rank", self.rank, 1)
         for key, rank in self.rank_pattern.items():
@@ -138,6 +142,10 @@ class DeLoRA(LowRankAdapter, RankAllocatable):
             self.components = {**self.components, "lambda_": 0}
         norms = torch.linalg.vector_norm(weight, dim=0)
         self.register_buffer("w", norms if spec.weight_norm_scaling else torch.ones_like(norms))
+
+    @classmethod
+    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+        return super().site_parameter_count(module, spec) + (spec.rank if spec.lambda_per_rank else 1)
 
     @classmethod
     def build(cls, sites: list[Site], spec: DeLoRASpec) -> dict[str, Adapter]:

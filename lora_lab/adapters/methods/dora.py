@@ -28,7 +28,7 @@ from lora_lab.adapters.families.low_rank import (
     read_lora_config,
     write_lora_config,
 )
-from lora_lab.adapters.maps import is_convolution, matrix, mix, pointwise, project
+from lora_lab.adapters.maps import is_convolution, matrix, mix, pointwise, project, sizes
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.norms import squared_row_norms
 from lora_lab.linalg.rank import widened
@@ -91,6 +91,11 @@ class DoRA(LinearAdapter):
         self.register_buffer("weight_square", square, persistent=False)
         self.m = nn.Parameter(square.clamp(min=SMALLEST_NORM**2).sqrt())
         self.dropout = nn.Dropout(spec.dropout)
+
+    @classmethod
+    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+        out, columns = sizes(module)
+        return spec.rank * (out + columns) + (out if spec.dora_axis == "out" else columns)
 
     def gain(
         self, weight: Float[Tensor, "out in"], weight_square: Float[Tensor, " k"]

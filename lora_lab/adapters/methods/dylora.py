@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.families.low_rank import LowRankAdapter, ScaledSpec
+from lora_lab.adapters.maps import sizes
 from lora_lab.adapters.protocols import NestedRank
 from lora_lab.errors import ConfigError
 
@@ -44,6 +45,10 @@ class DyLoRASpec(ScaledSpec):
 
     separate_ranks: list[int] | None = None
     """Ranks that each have factors of their own, rising up to `rank`; null means nested ones."""
+
+    @property
+    def size_field(self) -> str | None:
+        return "rank" if self.separate_ranks is None else None
 
     def faults(self) -> list[str]:
         found, ranks = super().faults(), self.separate_ranks
@@ -76,6 +81,10 @@ class DyLoRA(LowRankAdapter, NestedRank):
         self.ranks: Sequence[int] = spec.separate_ranks or range(1, spec.rank + 1)
         self.register_buffer("used", torch.zeros_like(self.kept))
         self.active_rank = spec.rank
+
+    @classmethod
+    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+        return sum(spec.separate_ranks or [spec.rank]) * sum(sizes(module))
 
     @property
     def max_rank(self) -> int:

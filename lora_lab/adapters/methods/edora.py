@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, PeftLayout
 from lora_lab.adapters.families.singular_basis import BasisAdapter, BasisSpec, checked_rank, singular_basis
-from lora_lab.adapters.maps import matrix, mix, project
+from lora_lab.adapters.maps import matrix, mix, project, sizes
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import LowRankSpec
 from lora_lab.linalg.rank import widened
@@ -102,6 +102,10 @@ class EDoRA(BasisAdapter):
         start = edited_row_norms(square, self.on_basis, torch.zeros_like(self.U))
         self.m = nn.Parameter(start) if spec.use_magnitude else None
         self.dropout = nn.Dropout(spec.dropout)
+
+    @classmethod
+    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+        return spec.rank**2 + (sizes(module)[0] if spec.use_magnitude else 0)
 
     @classmethod
     def build(cls, sites: list[Site], spec: EDoRASpec) -> dict[str, Adapter]:

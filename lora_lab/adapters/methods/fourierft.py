@@ -55,6 +55,10 @@ class FourierFTSpec(AdapterSpec):
     """How x ΔWᵀ is computed: from ΔW itself (`dense`), by transforms of x (`fft`), or `auto`: `dense` for
     maps of at most 2¹⁴ numbers, where the calls themselves cost most, `fft` for all others."""
 
+    @property
+    def size_field(self) -> str | None:
+        return "n_frequency"
+
     def faults(self) -> list[str]:
         found = super().faults() + least_fault("n_frequency", self.n_frequency, 1)
         for key, count in self.n_frequency_pattern.items():
@@ -74,6 +78,11 @@ def _read_config(config: dict[str, Any]) -> dict[str, Any]:
 def _write_pattern(adapters: Mapping[str, Any]) -> dict[str, Any]:
     # Whole paths: PEFT knows no roles.
     return {"n_frequency_pattern": {path: len(adapter.c) for path, adapter in adapters.items()}}
+
+
+def _spec_at(site: Site, spec: FourierFTSpec) -> FourierFTSpec:
+    count = match_pattern(spec.n_frequency_pattern, site)
+    return spec if count is None else replace(spec, n_frequency=count)
 
 
 class FourierFT(AdditiveAdapter):
@@ -119,12 +128,14 @@ class FourierFT(AdditiveAdapter):
     @classmethod
     def build(cls, sites: list[Site], spec: FourierFTSpec) -> dict[str, Adapter]:
         """See `Adapter.build`: `n_frequency_pattern` holds site by site."""
-        pattern = spec.n_frequency_pattern
-        for key in pattern:
+        for key in spec.n_frequency_pattern:
             if not any(match_pattern({key: True}, site) for site in sites):
                 raise TargetError(f"adapter.n_frequency_pattern: '{key}' matches no adapted module.")
-        counts = {site.path: match_pattern(pattern, site) or spec.n_frequency for site in sites}
-        return {site.path: cls.at(site, replace(spec, n_frequency=counts[site.path])) for site in sites}
+        return {site.path: cls.at(site, _spec_at(site, spec)) for site in sites}
+
+    @classmethod
+    def parameter_count(cls, model: nn.Module, sites: list[Site], spec: FourierFTSpec) -> int:
+        return sum(_spec_at(site, spec).n_frequency for site in sites)
 
     def tensors_changed(self) -> None:
         """See `Adapter.tensors_changed`: what the two products need follows from the indices."""

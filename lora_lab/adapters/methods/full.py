@@ -47,6 +47,11 @@ class Full(TrainedCopy):
         return super().accepts(module) or (holds_codes(module) and not any(module.children()))
 
     @classmethod
+    def parameter_count(cls, model: nn.Module, sites: list[Site], spec: Any) -> int:
+        """See `Adapter.parameter_count`: tied parameters count once."""
+        return sum({id(p): p.numel() for site in sites for p in site.module.parameters()}.values())
+
+    @classmethod
     def build(cls, sites: list[Site], spec: Any) -> dict[str, Adapter]:
         """See `Adapter.build`. A module that owns parameters beside its parts is copied with its parts.
 

@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, InputAdapter, PeftLayout
+from lora_lab.adapters.maps import sizes
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import IncompatibleError
@@ -66,6 +67,11 @@ class GOFTSpec(AdapterSpec):
         return found
 
 
+def number_of_pairs(inputs: int, spec: GOFTSpec) -> int:
+    """Returns how many pairs of a map's inputs are turned."""
+    return inputs - 1 if spec.topology == "tree" else inputs * (inputs - 1) // 2
+
+
 class GOFT(InputAdapter):
     """The rotated input of one linear map."""
 
@@ -82,12 +88,17 @@ class GOFT(InputAdapter):
         super().__init__(base)
         self.spec = spec
         inputs = self.in_features
-        pairs = inputs - 1 if spec.topology == "tree" else inputs * (inputs - 1) // 2
+        pairs = number_of_pairs(inputs, spec)
         hard, scaled = spec.strict_oft, spec.scaling
         identities = torch.eye(2, dtype=self.dtype).repeat(pairs, 1, 1)
         self.theta = nn.Parameter(torch.zeros(pairs, dtype=self.dtype)) if hard else None
         self.G = None if hard else nn.Parameter(identities)
         self.scaler = nn.Parameter(torch.ones(inputs, dtype=self.dtype)) if scaled else None
+
+    @classmethod
+    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+        inputs = sizes(module)[1]
+        return number_of_pairs(inputs, spec) * (1 if spec.strict_oft else 4) + (inputs if spec.scaling else 0)
 
     @classmethod
     def build(cls, sites: list[Site], spec: Any) -> dict[str, Adapter]:

@@ -6,7 +6,10 @@ W' = W everywhere; only the task head (`modules_to_save`) is trained
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Union  # noqa: UP035
+from typing import (
+    Any,
+    Union,  # noqa: UP035
+)
 
 from torch import nn
 
@@ -38,6 +41,10 @@ class Head(Adapter):
     family = "baseline"
     paper = "-"
     peft = PeftLayout(None, tensors={})
+
+    @classmethod
+    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+        return 0
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import InputAdapter, PeftLayout
+from lora_lab.adapters.maps import sizes
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.orthogonal import orthonormal_columns, overlap, reflect_chain
@@ -50,6 +51,10 @@ class HRASpec(AdapterSpec):
 
     reg_squared: bool = True
     """Whether the penalty's norm is squared, as in the paper; its code leaves the square out."""
+
+    @property
+    def size_field(self) -> str | None:
+        return "rank"
 
     def faults(self) -> list[str]:
         found = super().faults()
@@ -110,6 +115,10 @@ class HRA(InputAdapter):
         self.u = nn.Parameter(u)
         undone = spec.apply_GS and spec.identity_start
         self.register_buffer("start_u", orthonormal_columns(u) if undone else None)
+
+    @classmethod
+    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+        return sizes(module)[1] * spec.rank
 
     def chain(self) -> Tensor:
         """Returns the vectors of all reflections (in, rank), or (in, 2·rank) where a start is undone."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, InputAdapter, OutputAdapter, PeftLayout
+from lora_lab.adapters.maps import sizes
 from lora_lab.adapters.sites import Site, is_named
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import TargetError, suggest
@@ -45,6 +46,10 @@ def _read_config(config: dict[str, Any]) -> dict[str, Any]:
     return {"feedforward_modules": [f"regex:{names}"] if isinstance(names, str) else list(names)}
 
 
+def _at_input(site: Site, spec: IA3Spec) -> bool:
+    return any(is_named(site, name) for name in spec.feedforward_modules)
+
+
 class IA3(OutputAdapter):
     """The rescaled output of one linear map."""
 
@@ -65,15 +70,17 @@ class IA3(OutputAdapter):
         Raises:
             TargetError: if a name in `feedforward_modules` is no role and matches no target.
         """
-        names = spec.feedforward_modules
-        for name in names:
+        for name in spec.feedforward_modules:
             if name not in ROLES and not any(is_named(site, name) for site in sites):
                 known = {site.role or site.path.rpartition(".")[2] for site in sites}
                 raise TargetError(
                     f"adapter.feedforward_modules: '{name}' matches none of the targets{suggest(name, known)}"
                 )
-        inputs = {site.path for site in sites if any(is_named(site, name) for name in names)}
-        return {site.path: (IA3Input if site.path in inputs else IA3).at(site, spec) for site in sites}
+        return {site.path: (IA3Input if _at_input(site, spec) else IA3).at(site, spec) for site in sites}
+
+    @classmethod
+    def parameter_count(cls, model: nn.Module, sites: list[Site], spec: IA3Spec) -> int:
+        return sum(sizes(site.module)[1 if _at_input(site, spec) else 0] for site in sites)
 
     def transform_output(self, y: Tensor) -> Tensor:
         return y * self.l.flatten()

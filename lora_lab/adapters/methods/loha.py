@@ -13,6 +13,7 @@ init: lycoris draws w1_a from N(0, 0.1²), w1_b and w2_b from N(0, 1), cores fro
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +26,12 @@ from lora_lab.adapters.families.lycoris import (
     FIELDS,
     LycorisAdapter,
     LycorisSpec,
+    core_shape,
     product,
     read_lycoris_config,
     recomputed,
 )
-from lora_lab.adapters.maps import matrix, mix, project
+from lora_lab.adapters.maps import matrix, mix, project, sizes
 from lora_lab.linalg.rank import product_singular_values, widened
 
 
@@ -71,6 +73,13 @@ class LoHa(LycorisAdapter):
         # Products per row of x, forward and backward: P and Q take 3 rank² (out + in), beside the base's
         # 2 out · in; W + ΔW takes 3 out · in and replaces the base's.
         self.factored = 3 * rank**2 * (out + columns) < out * columns
+
+    @classmethod
+    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+        shape = core_shape(module, spec)
+        if shape is None:
+            return 2 * spec.rank * sum(sizes(module))
+        return 2 * (spec.rank * (module.out_channels + module.in_channels) + math.prod(shape))
 
     def products(self, kept: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns both pairs of factors; the first one also holds the scale, and what dropout leaves."""

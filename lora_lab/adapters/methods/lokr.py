@@ -29,12 +29,13 @@ from lora_lab.adapters.families.lycoris import (
     FIELDS,
     LycorisAdapter,
     LycorisSpec,
+    core_shape,
     product,
     read_lycoris_config,
     recomputed,
     write_lycoris_config,
 )
-from lora_lab.adapters.maps import mix, pointwise, project
+from lora_lab.adapters.maps import is_convolution, mix, pointwise, project, sizes
 from lora_lab.adapters.sites import Site
 from lora_lab.linalg.rank import product_singular_values
 
@@ -121,6 +122,18 @@ class LoKr(LycorisAdapter):
                 nn.init.zeros_(getattr(self, name))
         # In PEFT's files these mean W2 ⊗ W1.
         self.swapped = isinstance(base, nn.Conv1d) and self.w2 is not None
+
+    @classmethod
+    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+        out, columns = sizes(module)
+        kernel = math.prod(module.kernel_size) if is_convolution(module) else 1
+        rows, k = factorization(out, spec.decompose_factor)
+        p, q = factorization(columns // kernel, spec.decompose_factor)
+        rank, shape = spec.rank, core_shape(module, spec)
+        first = rank * (rows + p) if spec.decompose_both and rank < max(rows, p) / 2 else rows * p
+        if rank >= max(k, q) / 2:
+            return first + k * q * kernel
+        return first + rank * (k + q * kernel if shape is None else k + q) + math.prod(shape or (0,))
 
     @classmethod
     def build(cls, sites: list[Site], spec: Any) -> dict[str, Adapter]:

@@ -23,7 +23,7 @@ from lora_lab.adapters.base import Adapter, PeftLayout
 from lora_lab.adapters.families.embedding import LowRankEmbedding
 from lora_lab.adapters.families.low_rank import LowRankAdapter, read_lora_config, write_lora_config
 from lora_lab.adapters.families.starts import FROM_ZERO, SUBTRACTED, StartedSpec, start
-from lora_lab.adapters.maps import pointwise
+from lora_lab.adapters.maps import pointwise, sizes
 from lora_lab.adapters.protocols import RankAllocatable, Shareable
 from lora_lab.adapters.sites import Site
 from lora_lab.errors import IncompatibleError
@@ -64,6 +64,10 @@ class LoRA(LowRankAdapter, RankAllocatable, Shareable):
     def __init__(self, base: Any, spec: LoRASpec):
         super().__init__(base, spec, start(base, spec), subtract=spec.init in SUBTRACTED)
         self.c = nn.Parameter(torch.zeros(self.out_features, dtype=self.dtype)) if spec.lora_bias else None
+
+    @classmethod
+    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+        return super().site_parameter_count(module, spec) + (sizes(module)[0] if spec.lora_bias else 0)
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:

@@ -32,6 +32,7 @@ from lora_lab.adapters.families.blocks import (
     warn_of_dropouts,
     with_identities,
 )
+from lora_lab.adapters.maps import sizes
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import AdapterSpec, least_fault, probability_fault
 from lora_lab.errors import IncompatibleError
@@ -77,6 +78,10 @@ class OFTSpec(AdapterSpec):
     """Share of the blocks, rounded down, that are the identity in a pass of training, in [0, 1); PEFT calls
     it module_dropout, and ignores it."""
 
+    @property
+    def size_field(self) -> str | None:
+        return "oft_block_size" if self.oft_block_size else "r"
+
     def faults(self) -> list[str]:
         found = super().faults() + block_faults(self, "oft_block_size", "r")
         found += least_fault("num_cayley_neumann_terms", self.num_cayley_neumann_terms, 2)
@@ -118,6 +123,12 @@ def _read_config(config: dict[str, Any]) -> dict[str, Any]:
     return {"auto_adjust": True, "dropout": 0.0 if shared else config.get("module_dropout", 0.0)}
 
 
+def block_size(inputs: int, spec: OFTSpec) -> int:
+    """Returns b for a map with so many inputs."""
+    given = nearest_divisor(inputs, spec.oft_block_size or spec.r)
+    return given if spec.oft_block_size else inputs // given
+
+
 class OFT(InputAdapter):
     """The rotated input of one linear map."""
 
@@ -135,12 +146,17 @@ class OFT(InputAdapter):
     def __init__(self, base: Any, spec: OFTSpec):
         super().__init__(base)
         self.spec = spec
-        given = nearest_divisor(self.in_features, spec.oft_block_size or spec.r)
-        self.block_size = given if spec.oft_block_size else self.in_features // given
+        self.block_size = block_size(self.in_features, spec)
         self.blocks = self.in_features // self.block_size
         pairs = self.block_size * (self.block_size - 1) // 2
         rows = 1 if spec.block_share else self.blocks
         self.q = nn.Parameter(torch.zeros(rows, pairs, dtype=self.dtype))
+
+    @classmethod
+    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+        inputs = sizes(module)[1]
+        size = block_size(inputs, spec)
+        return (1 if spec.block_share else inputs // size) * (size * (size - 1) // 2)
 
     @classmethod
     def build(cls, sites: list[Site], spec: Any) -> dict[str, Adapter]:

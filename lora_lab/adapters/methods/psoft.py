@@ -79,6 +79,10 @@ class PSOFTSpec(BasisSpec):
     random_seed: int = 0
     """Seed of the randomised SVD."""
 
+    @property
+    def size_field(self) -> str | None:
+        return "rank"
+
     def faults(self) -> list[str]:
         found = super().faults() + least_fault("rank", self.rank, 1)
         found += probability_fault("dropout", self.dropout)
@@ -170,6 +174,12 @@ class PSOFT(CoreUpdate):
 
     def turned(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... rank"]:
         return super().turned(self.dropout(x))
+
+    @classmethod
+    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+        rank = spec.rank
+        rotation = rank * (rank - 1) // 2 if spec.psoft_orth else rank**2
+        return rotation + rank * (spec.psoft_mag_a + spec.psoft_mag_b)
 
     def _rotation_change(self) -> Float[Tensor, "rank rank"]:
         """Returns R − I."""

@@ -31,6 +31,7 @@ from lora_lab.adapters.families.projections import (
     peft_layout,
     scaled_linear,
 )
+from lora_lab.adapters.maps import sizes
 from lora_lab.adapters.spec import zero_fault
 from lora_lab.errors import IncompatibleError
 
@@ -95,6 +96,11 @@ class RandLoRA(ProjectedAdapter):
         bases = math.ceil(self.small / spec.rank)
         self.lambda_ = nn.Parameter(torch.zeros(spec.rank, bases, dtype=self.dtype))
         self.gamma = nn.Parameter(torch.full((bases, self.small), 1 / self.small, dtype=self.dtype))
+
+    @classmethod
+    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+        small = min(sizes(module))
+        return math.ceil(small / spec.rank) * (spec.rank + small)
 
     @classmethod
     def draw(cls, rows: int, columns: int, spec: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -87,6 +87,10 @@ class ReFTSpec(AdapterSpec):
     dropout_on: Literal["output", "delta"] = "output"
     """Whether dropout acts on h', as in the reference, or on h' − h alone."""
 
+    @property
+    def size_field(self) -> str | None:
+        return "rank"
+
     def faults(self) -> list[str]:
         found = super().faults() + least_fault("rank", self.rank, 1)
         if self.positions != "all" and not read_counts(self.positions):
@@ -147,6 +151,17 @@ class Edit(nn.Module):
             return delta
 
 
+def entry_of(block: nn.Module) -> Any:
+    """Returns a block's first linear map, or None."""
+    return next((part for part in block.modules() if is_linear(part)), None)
+
+
+def edit_names(spec: ReFTSpec) -> list[str]:
+    """Returns the names of a block's edits: of first tokens (f), of last tokens (l), or one for all (t)."""
+    counts = read_counts(spec.positions)
+    return ["t"] if spec.share_weights or not counts else list(counts)
+
+
 class ReFT(HiddenStateAdapter):
     """The edits of one block's output: of first tokens (f), of last tokens (l), or one for all (t)."""
 
@@ -162,7 +177,7 @@ class ReFT(HiddenStateAdapter):
         super().__init__(base)
         self.spec = spec
         self.positions = positions
-        entry: Any = next((part for part in base.modules() if is_linear(part)), None)
+        entry = entry_of(base)
         if entry is None or spec.rank > entry.in_features:
             raise IncompatibleError(
                 f"adapter.rank: reft edits blocks beginning with a linear map of {spec.rank} inputs or more; "
@@ -171,8 +186,15 @@ class ReFT(HiddenStateAdapter):
         # A block reads what it adds to: its first linear map tells the width of the hidden states.
         self.width: int = entry.in_features
         dtype = torch.promote_types(entry.weight.dtype, torch.float32)
-        names = ["t"] if spec.share_weights or not positions.counts else list(positions.counts)
-        self.edits = nn.ModuleDict({name: Edit(self.width, spec, dtype) for name in names})
+        self.edits = nn.ModuleDict({name: Edit(self.width, spec, dtype) for name in edit_names(spec)})
+
+    @classmethod
+    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+        width, rank = entry_of(module).in_features, spec.rank
+        edit = (
+            (2 if spec.intervention in SOURCED else 1) * width * rank + rank + (rank if spec.add_bias else 0)
+        )
+        return len(edit_names(spec)) * edit
 
     @classmethod
     def build(cls, sites: list[Site], spec: ReFTSpec) -> dict[str, Adapter]:

@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, InputAdapter, LinearAdapter, OutputAdapter, PeftLayout
+from lora_lab.adapters.maps import sizes
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import IncompatibleError
@@ -80,11 +81,15 @@ class _RoAd(LinearAdapter):
     def __init__(self, base: Any, spec: RoAdSpec):
         super().__init__(base)
         self.spec = spec
-        width = self.in_features if spec.side == "input" else self.out_features
-        count = {"road_1": width // 2, "road_2": width, "road_4": 2 * width}[spec.variant]
+        count = self.site_parameter_count(base, spec) // 2
         spread = 0.5 if spec.init == "random" else 0.0
         self.theta = nn.Parameter(spread * torch.randn(count, dtype=self.dtype))
         self.alpha = nn.Parameter(1 + spread * torch.randn(count, dtype=self.dtype))
+
+    @classmethod
+    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+        width = sizes(module)[1 if spec.side == "input" else 0]
+        return {"road_1": 1, "road_2": 2, "road_4": 4}[spec.variant] * width
 
     @classmethod
     def build(cls, sites: list[Site], spec: RoAdSpec) -> dict[str, Adapter]:

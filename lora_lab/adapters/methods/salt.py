@@ -32,6 +32,7 @@ from lora_lab.adapters.families.singular_basis import (
     checked_rank,
     singular_basis,
 )
+from lora_lab.adapters.maps import sizes
 from lora_lab.adapters.spec import least_fault
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.norms import product_norm
@@ -60,6 +61,10 @@ class SALTSpec(BasisSpec):
     reg_multiplier: float = 0.0
     """Weight of the penalty on the size of the edit, at least 0."""
 
+    @property
+    def size_field(self) -> str | None:
+        return "r_lora"
+
     def faults(self) -> list[str]:
         found = super().faults() + least_fault("r_lora", self.r_lora, 0)
         if (self.rank is None) == (self.ratio is None):
@@ -75,6 +80,11 @@ class SALTSpec(BasisSpec):
         return found
 
 
+def top(spec: SALTSpec, values: int) -> int:
+    """Returns how many of a map's singular values are scaled and shifted."""
+    return spec.rank if spec.rank is not None else max(1, int(values * (spec.ratio or 0)))
+
+
 class SALT(BasisUpdate):
     """The adapter of one linear map."""
 
@@ -84,7 +94,7 @@ class SALT(BasisUpdate):
 
     def __init__(self, base: Any, spec: SALTSpec):
         values = checked_rank(base, spec.rank or 1)
-        rank = spec.rank if spec.rank is not None else max(1, int(values * (spec.ratio or 0)))
+        rank = top(spec, values)
         rest = values - rank
         if spec.r_lora > rest:
             raise IncompatibleError(
@@ -101,6 +111,12 @@ class SALT(BasisUpdate):
             start = kaiming_uniform(rest, spec.r_lora, dtype=self.dtype)
             self.X = nn.Parameter(math.sqrt(2 / 7) * start)
             self.Y = nn.Parameter(torch.zeros(spec.r_lora, rest, dtype=self.dtype))
+
+    @classmethod
+    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+        values = min(sizes(module))
+        rank = top(spec, values)
+        return 2 * rank + 2 * spec.r_lora * (values - rank)
 
     @property
     def rank(self) -> int:

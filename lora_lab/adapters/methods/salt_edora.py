@@ -33,6 +33,7 @@ from lora_lab.adapters.families.singular_basis import (
     checked_rank,
     singular_basis,
 )
+from lora_lab.adapters.maps import sizes
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import least_fault
 from lora_lab.linalg.orthogonal import cayley, skew
@@ -56,9 +57,18 @@ class SaltEDoRASpec(BasisSpec):
     """The core: any matrix (`free`), or a rotation of the tail's vectors and a change of their sizes
     (`polar`)."""
 
+    @property
+    def size_field(self) -> str | None:
+        return "rank"
+
     def faults(self) -> list[str]:
         found = super().faults() + least_fault("rank", self.rank, 1)
         return found if self.r_tail is None else found + least_fault("r_tail", self.r_tail, 1)
+
+
+def tail_of(spec: SaltEDoRASpec, values: int) -> int:
+    """Returns how many of a map's singular values the core mixes."""
+    return min(spec.rank if spec.r_tail is None else spec.r_tail, values - spec.rank)
 
 
 class SaltEDoRA(BasisUpdate):
@@ -79,7 +89,7 @@ class SaltEDoRA(BasisUpdate):
 
     def __init__(self, base: Any, spec: SaltEDoRASpec):
         values = checked_rank(base, spec.rank)
-        tail = min(spec.rank if spec.r_tail is None else spec.r_tail, values - spec.rank)
+        tail = tail_of(spec, values)
         index = torch.cat([torch.arange(spec.rank), torch.arange(values - tail, values)])
         super().__init__(base, spec, singular_basis(base, spec, index))
         self.alpha, self.beta = self._zeros(spec.rank), self._zeros(spec.rank)
@@ -87,6 +97,11 @@ class SaltEDoRA(BasisUpdate):
         self.R = None if polar or not tail else self._zeros(tail, tail)
         self.mu = self._zeros(tail) if polar and tail else None
         self.theta = self._zeros(tail * (tail - 1) // 2) if polar and tail else None
+
+    @classmethod
+    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+        tail = tail_of(spec, min(sizes(module)))
+        return 2 * spec.rank + (tail * (tail + 1) // 2 if spec.tail_mode == "polar" else tail**2)
 
     def _zeros(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.zeros(shape, dtype=self.dtype))

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.base import PeftLayout
 from lora_lab.adapters.families.singular_basis import BasisSpec, CoreUpdate, checked_rank, singular_basis
+from lora_lab.adapters.maps import sizes
 from lora_lab.adapters.spec import least_fault
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.orthogonal import cayley, skew
@@ -52,6 +53,10 @@ class SSVDSpec(BasisSpec):
     gate: bool = False
     """Learn a factor sigmoid(gate) of Δσ."""
 
+    @property
+    def size_field(self) -> str | None:
+        return "rotation_ratio" if self.rank is None else "rank"
+
     def faults(self) -> list[str]:
         found = super().faults()
         if (self.rank is None) == (self.rotation_ratio is None):
@@ -64,6 +69,11 @@ class SSVDSpec(BasisSpec):
         if self.rotation_ratio is not None and not 0 < self.rotation_ratio <= 1:
             found.append(f"rotation_ratio: must lie in (0, 1]; got {self.rotation_ratio}")
         return found
+
+
+def rotated_values(spec: SSVDSpec, values: int) -> int:
+    """Returns k for a map with so many singular values."""
+    return spec.rank or int(values * (spec.rotation_ratio or 0))
 
 
 class SSVD(CoreUpdate):
@@ -81,7 +91,7 @@ class SSVD(CoreUpdate):
 
     def __init__(self, base: Any, spec: SSVDSpec):
         values = checked_rank(base, spec.rank or 1)
-        rank = spec.rank or int(values * (spec.rotation_ratio or 0))
+        rank = rotated_values(spec, values)
         if not rank:
             raise IncompatibleError(
                 f"adapter.rotation_ratio: {spec.rotation_ratio} of {values} singular values is none. Give at "
@@ -94,6 +104,12 @@ class SSVD(CoreUpdate):
         self.G = nn.Parameter(torch.eye(rank, dtype=self.dtype)) if free else None
         self.dsigma = nn.Parameter(torch.zeros(rank, dtype=self.dtype))
         self.gate = nn.Parameter(torch.zeros(1, dtype=self.dtype)) if spec.gate else None
+
+    @classmethod
+    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+        k = rotated_values(spec, min(sizes(module)))
+        rotation = k**2 if spec.rotation == "free" else k * (k - 1) // 2
+        return rotation + k + (1 if spec.gate else 0)
 
     @property
     def rank(self) -> int:

@@ -29,7 +29,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import AdditiveAdapter, PeftLayout
-from lora_lab.adapters.maps import finite_matrix, matrix
+from lora_lab.adapters.maps import finite_matrix, matrix, sizes
 from lora_lab.adapters.protocols import RankAllocatable
 from lora_lab.adapters.spec import AdapterSpec, least_fault
 from lora_lab.errors import IncompatibleError
@@ -64,6 +64,10 @@ class SVFTSpec(AdapterSpec):
 
     init: Literal["default", "reference"] = "default"
     """Start of c: `default` zeros, or as in the authors' code N(0, 2 / K), which is not the identity."""
+
+    @property
+    def size_field(self) -> str | None:
+        return "rank" if self.pattern == "plain" else "off_diag" if self.pattern == "banded" else "k"
 
     def faults(self) -> list[str]:
         found = [
@@ -114,6 +118,11 @@ class SVFT(AdditiveAdapter, RankAllocatable):
         self.register_buffer("kept", torch.ones(len(rows), dtype=torch.bool))
         self.initial_components = len(rows)
         self.tensors_changed()
+
+    @classmethod
+    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+        q = min(sizes(module)) if spec.rank is None else spec.rank
+        return number_of_pairs(spec, q) + (1 if spec.gate else 0)
 
     def tensors_changed(self) -> None:
         """See `Adapter.tensors_changed`: where each row of M begins among the pairs."""
@@ -178,6 +187,17 @@ class SVFT(AdditiveAdapter, RankAllocatable):
         return tensors
 
 
+def width(spec: SVFTSpec) -> int:
+    """Returns d, the number of diagonals on either side of the main one."""
+    return 0 if spec.pattern == "plain" else spec.off_diag
+
+
+def number_of_pairs(spec: SVFTSpec, q: int) -> int:
+    """Returns K for q singular directions."""
+    d = width(spec)
+    return q * (2 * d + 1) - d * (d + 1) if spec.k is None else spec.k
+
+
 def pairs(
     spec: SVFTSpec, U: Float[Tensor, "out q"], Vh: Float[Tensor, "q in"]
 ) -> tuple[Int[Tensor, " K"], Int[Tensor, " K"]]:
@@ -186,10 +206,10 @@ def pairs(
     Raises:
         IncompatibleError: if the pattern does not fit the map.
     """
-    q, d = len(Vh), 0 if spec.pattern == "plain" else spec.off_diag
+    q, d = len(Vh), width(spec)
     if spec.k is None and d >= q:
         raise IncompatibleError(f"adapter.off_diag: must be below q = {q} here; got {d}.")
-    count = q * (2 * d + 1) - d * (d + 1) if spec.k is None else spec.k
+    count = number_of_pairs(spec, q)
     if count > q * q:
         raise IncompatibleError(f"adapter.k: must be at most q² = {q * q} here; got {count}.")
     if spec.pattern in ("plain", "banded"):

@@ -29,6 +29,7 @@ from lora_lab.adapters.families.projections import (
     peft_layout,
     scaled_linear,
 )
+from lora_lab.adapters.maps import sizes
 from lora_lab.adapters.spec import zero_fault
 
 
@@ -60,6 +61,10 @@ class VeRA(ProjectedAdapter):
         super().__init__(base, spec, projections)
         self.lambda_b = nn.Parameter(torch.zeros(self.out_features, dtype=self.dtype))
         self.lambda_d = nn.Parameter(torch.full((spec.rank,), spec.d_initial, dtype=self.dtype))
+
+    @classmethod
+    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+        return sizes(module)[0] + spec.rank
 
     @classmethod
     def draw(cls, rows: int, columns: int, spec: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
