@@ -18,16 +18,14 @@ from lora_lab.errors import CheckpointError, IncompatibleError
 from lora_lab.models.build import build_model, build_tokenizer
 from lora_lab.models.quantization import forget_weights
 from lora_lab.runs import RunFolder, process_rank
-from lora_lab.runs.callbacks import RunCallbacks as _Callbacks
-from lora_lab.runs.callbacks import progress_bars
+from lora_lab.runs.callbacks import RunCallbacks as _Callbacks, progress_bars
 from lora_lab.runs.libraries import quiet_libraries
 from lora_lab.runs.life import RunResult, open_run
+from lora_lab.tasks import TASKS
 from lora_lab.training.module import FineTuner
 from lora_lab.training.trainer import trainer_arguments
 
 __all__ = ["RunResult", "build_parts", "evaluate", "quiet_libraries", "run"]
-
-PEFT_TASKS = {"sequence_classification": "SEQ_CLS", "regression": "SEQ_CLS", "causal_lm": "CAUSAL_LM"}
 
 
 def run(config: ExperimentConfig, resume: bool = True, overwrite: bool = False) -> RunResult:
@@ -68,7 +66,7 @@ def run(config: ExperimentConfig, resume: bool = True, overwrite: bool = False) 
         metrics = _final_metrics(trainer, module, data, callbacks)
         if trainer.is_global_zero:
             base = config.model.source().public_name
-            save_adapter(adapters, this.folder.adapter, base, PEFT_TASKS[config.model.task])
+            save_adapter(adapters, this.folder.adapter, base, TASKS[config.model.task].peft_type)
         return this.finish(trainer, callbacks, metrics)
 
 

@@ -16,6 +16,7 @@ ORDER = [
     "files",
     "assets",
     "linalg",
+    "tasks",
     "models",
     "adapters",
     "data",

@@ -29,6 +29,7 @@ from lora_lab.config.schema import ExperimentConfig
 from lora_lab.data import DATA_SOURCES, check_data
 from lora_lab.errors import ConfigError, suggest
 from lora_lab.models.build import check_model
+from lora_lab.tasks import TASKS
 
 COMMAND_LINE = "command line"
 
@@ -105,7 +106,8 @@ def _cross_checks(config: ExperimentConfig) -> list[str]:
     found += [f"optimization.{fault}" for fault in config.optimization.faults()]
     found += [f"trainer.{fault}" for fault in config.trainer.faults()]
     found += [f"model.{fault}" for fault in check_model(config.model)]
-    found += check_data(config.data, config.model.task)
+    if config.model.task in TASKS:  # else the model's faults say so
+        found += check_data(config.data, config.model.task)
     if config.adapter.reads_full_weights and config.model.quantization == "none":
         found.append(
             "model.quantization: is none, and this adapter's start makes up for what quantisation takes; set "

@@ -13,6 +13,7 @@ from lora_lab.data.hub import HubConfig
 from lora_lab.data.task_data import TaskData
 from lora_lab.data.toy import ToyConfig
 from lora_lab.errors import DataError
+from lora_lab.tasks import task_faults
 
 __all__ = [
     "DATA_SOURCES",
@@ -37,7 +38,7 @@ DATA_SOURCES: dict[str, type[DataConfig]] = {
 
 def check_data(config: DataConfig, task: str) -> list[str]:
     """Returns all faults that are seen without loading data, each with its key; empty if there are none."""
-    return config.faults(task)
+    return task_faults(task) or config.faults(task)
 
 
 def build_data(
@@ -48,7 +49,7 @@ def build_data(
     Args:
         config: Options of one source.
         tokenizer: Of the model; None for models without text.
-        task: `sequence_classification`, `regression` or `causal_lm`.
+        task: A key of TASKS.
         seed: Of the run, at least 0; decides the order of the training examples, not the split.
 
     Raises:

@@ -7,12 +7,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lora_lab.errors import suggest
-
-TASKS = ("sequence_classification", "regression", "causal_lm")
-IGNORED = -100
-"""Label of a position that takes no part in the loss; PyTorch's default for cross entropy."""
-
 
 @dataclass(frozen=True)
 class Split:
@@ -68,9 +62,7 @@ class DataConfig:
     """Whether training batches gather texts of like length, which saves padding."""
 
     def faults(self, task: str) -> list[str]:
-        """Returns what is wrong with these options for `task`, as far as is seen without loading data."""
-        if task not in TASKS:
-            return [f"task: no task '{task}'{suggest(task, TASKS)}"]
+        """Returns what is wrong with these options for a task, as far as they show without data."""
         lowest = {
             "batch_size": 1,
             "evaluation_batch_size": 1,

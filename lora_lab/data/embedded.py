@@ -10,12 +10,10 @@ from lora_lab.data.examples import Columns
 from lora_lab.data.table import Table, read_table, read_tsv
 from lora_lab.data.text import TextConfig, shuffled, without_duplicates
 from lora_lab.errors import suggest
+from lora_lab.tasks import TASKS
 
-TASKS_OF = {
-    "movie_reviews": ("sequence_classification", "causal_lm"),
-    "imdb": ("sequence_classification", "causal_lm"),
-    "vader": ("regression", "causal_lm"),
-}
+LABELS_OF = {"movie_reviews": "classes", "imdb": "classes", "vader": "numbers"}
+"""What each set labels its texts with; tasks that learn the text itself need no labels."""
 ROWS_HELD_OUT = {"movie_reviews": (1000, 1000), "imdb": (2000, 5000), "vader": (1000, 1000)}
 """Validation and test rows; all others are for training."""
 
@@ -51,10 +49,11 @@ class EmbeddedConfig(TextConfig):
     def faults(self, task: str) -> list[str]:
         """Adds: a task this data set has no labels for."""
         faults = super().faults(task)
-        if self.name not in TASKS_OF:
-            faults.append(f"data.name: no embedded data set '{self.name}'{suggest(self.name, TASKS_OF)}")
-        elif not faults and task not in TASKS_OF[self.name]:
-            faults.append(f"data.name: '{self.name}' serves {' or '.join(TASKS_OF[self.name])}, not {task}")
+        if self.name not in LABELS_OF:
+            faults.append(f"data.name: no embedded data set '{self.name}'{suggest(self.name, LABELS_OF)}")
+        elif TASKS[task].labels not in (LABELS_OF[self.name], "tokens"):
+            served = [name for name, each in TASKS.items() if each.labels in (LABELS_OF[self.name], "tokens")]
+            faults.append(f"data.name: '{self.name}' serves {' or '.join(served)}, not {task}")
         return faults
 
     def columns(self, task: str) -> Columns:

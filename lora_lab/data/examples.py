@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lora_lab.data.table import Table
 from lora_lab.errors import DataError
+from lora_lab.tasks import TASKS
 
 NAMES_SHOWN = 10
 NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
@@ -161,16 +162,16 @@ def read_examples(table: Table, columns: Columns, task: str, classes: list[str])
     Args:
         table: Its rows.
         columns: What to read.
-        task: `sequence_classification`, `regression` or `causal_lm`.
+        task: A key of TASKS.
         classes: The classes of a classification task.
 
     Raises:
         DataError: If a column is missing or a value does not suit, naming the row.
     """
     labels = None
-    if task == "sequence_classification":
+    if TASKS[task].labels == "classes":
         labels = class_ids_of(table, str(columns.label), classes)
-    elif task == "regression":
+    elif TASKS[task].labels == "numbers":
         labels = numbers_of(table, str(columns.label))
     return Examples(
         texts=texts_of(table, columns.text[0]),

@@ -9,6 +9,7 @@ from lora_lab.data.examples import Columns
 from lora_lab.data.table import READERS, Table, read_table
 from lora_lab.data.text import TextConfig
 from lora_lab.errors import suggest
+from lora_lab.tasks import TASKS
 
 
 @dataclass
@@ -67,17 +68,17 @@ class FilesConfig(TextConfig):
 
     def _column_faults(self, task: str) -> list[str]:
         faults = column_count_faults(self.text, task)
-        if task != "causal_lm" and self.label is None:
+        if not TASKS[task].causal and self.label is None:
             faults.append(f"data.label: missing; {task} needs the name of the column that holds the label")
-        if task != "causal_lm" and self.prompt is not None:
+        if not TASKS[task].causal and self.prompt is not None:
             faults.append(f"data.prompt: only causal_lm has prompts, not {task}; leave it empty")
         return faults
 
 
 def column_count_faults(text: list[str], task: str) -> list[str]:
     """Checks the number of text columns."""
-    if task == "causal_lm" and len(text) != 1:
-        return [f"data.text: causal_lm needs one column; got {len(text)}"]
+    if TASKS[task].causal and len(text) != 1:
+        return [f"data.text: {task} needs one column; got {len(text)}"]
     if not 1 <= len(text) <= 2:
         return [f"data.text: one column, or two for pairs of texts; got {len(text)}"]
     return []

@@ -12,6 +12,7 @@ from lora_lab.data.files import column_count_faults
 from lora_lab.data.table import Table
 from lora_lab.data.text import TextConfig
 from lora_lab.errors import DataError, suggest
+from lora_lab.tasks import TASKS
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -64,7 +65,8 @@ class HubConfig(TextConfig):
         if self.path in GLUE and self.name not in GLUE_TEXT:
             known = suggest(str(self.name), GLUE_TEXT)
             return [*faults, f"data.name: GLUE has no task '{self.name}'{known}"]
-        if self.path in GLUE and task != "causal_lm" and (self.name == "stsb") != (task == "regression"):
+        labels = "numbers" if self.name == "stsb" else "classes"
+        if self.path in GLUE and TASKS[task].labels not in (labels, "tokens"):
             faults.append(f"data.name: GLUE's '{self.name}' is not for {task}; only stsb is regression")
         return faults + column_count_faults(self.columns(task).text, task)
 

@@ -13,8 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from lora_lab.data.batches import BucketedBatches, EvaluationBatches, seeded_generator, stratified_sample
-from lora_lab.data.config import IGNORED, DataConfig, Splits
+from lora_lab.data.config import DataConfig, Splits
 from lora_lab.errors import CheckpointError
+from lora_lab.tasks import IGNORED, TASKS
 
 
 def collate(examples: list[dict[str, Tensor]], pad_token: int, padding_side: str) -> dict[str, Tensor]:
@@ -98,9 +99,9 @@ class TaskData(L.LightningDataModule):
     Loaders never draw from torch's global generator, so that iterating them changes no other randomness.
 
     Attributes:
-        task: `sequence_classification`, `regression` or `causal_lm`.
+        task: A key of TASKS.
         label_names: Classes in the order of their ids; empty for other tasks.
-        num_labels: Outputs the model needs: number of classes, 1 for regression, 0 for causal_lm.
+        num_labels: Outputs the model needs: see `Task.outputs`.
         fingerprint: sha256 of the contents of all splits.
         sizes: Number of examples of each split.
     """
@@ -112,11 +113,7 @@ class TaskData(L.LightningDataModule):
         self.task = task
         self.seed = seed
         self.label_names = splits.label_names
-        self.num_labels = {
-            "sequence_classification": len(splits.label_names),
-            "regression": 1,
-            "causal_lm": 0,
-        }[task]
+        self.num_labels = TASKS[task].outputs(len(splits.label_names))
         self.fingerprint = splits.fingerprint
         self.sizes = {name: len(split.lengths) for name, split in self.splits.items()}
         self.collate = partial(collate, pad_token=splits.pad_token, padding_side=splits.padding_side)
@@ -150,7 +147,7 @@ class TaskData(L.LightningDataModule):
         split, (rank, processes) = self.splits["train"], self._place()
         count = len(split.lengths)
         classes = torch.zeros(count)
-        if self.task == "sequence_classification":
+        if TASKS[self.task].labels == "classes":
             classes = torch.stack([split.examples[index]["labels"] for index in range(count)])
         size = max(math.ceil(ratio * count), min(count, self.config.batch_size * processes))
         chosen = stratified_sample(size, classes, self.seed)

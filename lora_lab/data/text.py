@@ -7,11 +7,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lora_lab.data.config import IGNORED, DataConfig, Split, Splits
+from lora_lab.data.config import DataConfig, Split, Splits
 from lora_lab.data.examples import Columns, find_classes, read_examples
 from lora_lab.data.table import Table
 from lora_lab.data.tokens import Tokens, check_causal, tokenise
 from lora_lab.errors import DataError
+from lora_lab.tasks import IGNORED, TASKS
 
 
 class TokenisedTexts(Dataset[dict[str, Tensor]]):
@@ -90,9 +91,7 @@ class TextConfig(DataConfig):
         columns = self.columns(task)
         tables = {split: shuffled(table, self.split_seed) for split, table in self.tables().items()}
         # Before any limit, so that a class which is rare does not vanish from a short run.
-        classes = (
-            find_classes(tables["train"], str(columns.label)) if task == "sequence_classification" else []
-        )
+        classes = find_classes(tables["train"], str(columns.label)) if TASKS[task].labels == "classes" else []
         if "validation" not in tables:
             tables["train"], tables["validation"] = set_aside(tables["train"], self.validation_fraction)
         splits = {}
@@ -102,8 +101,8 @@ class TextConfig(DataConfig):
                 tables[name].frame.head(self.limit(name) or len(tables[name].frame)), tables[name].origin
             )
             examples = read_examples(table, columns, task, classes)
-            tokens = tokenise(examples, tokenizer, task == "causal_lm", self.max_length)
-            if task == "causal_lm":
+            tokens = tokenise(examples, tokenizer, TASKS[task].causal, self.max_length)
+            if TASKS[task].causal:
                 check_causal(tokens, table.origin, table.frame.index.tolist(), self.max_length)
             splits[name] = Split(TokenisedTexts(tokens, examples.labels), tokens.lengths)
             hashes += [name, examples.hash()]

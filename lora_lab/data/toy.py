@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_lab.data.batches import seeded_generator
 from lora_lab.data.config import DataConfig, Split, Splits
 from lora_lab.errors import suggest
+from lora_lab.tasks import TASKS
 
 TARGETS = ("product", "sum")
 
@@ -48,7 +49,7 @@ class ToyConfig(DataConfig):
     def faults(self, task: str) -> list[str]:
         """Adds: another task than regression, sizes that are too small."""
         faults = super().faults(task)
-        if not faults and task != "regression":
+        if TASKS[task].labels != "numbers":
             faults.append(f"data.source: 'toy' serves regression, not {task}")
         if self.target not in TARGETS:
             faults.append(f"data.target: no target '{self.target}'{suggest(self.target, TARGETS)}")

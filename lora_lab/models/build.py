@@ -26,6 +26,7 @@ from lora_lab.models.perceptron import MLP
 from lora_lab.models.pooled_encoder import PooledEncoder, restore_classifier, was_mean_pooled
 from lora_lab.models.quantization import Quantization, QuantizationOptions, quantization_faults, quantize
 from lora_lab.models.sources import AutoClass, Source, parse_source
+from lora_lab.tasks import TASKS, task_faults
 
 
 @dataclass
@@ -35,8 +36,9 @@ class ModelConfig:
     name: str = MISSING
     """"embedded:minilm", "embedded:smollm2", "random:<architecture>", "random:mlp", a local folder, or a hub
     repository such as "FacebookAI/roberta-base"."""
-    task: Literal["sequence_classification", "regression", "causal_lm"] = "sequence_classification"
-    """What the head predicts: classes, one real number, or the next token."""
+    task: str = "sequence_classification"
+    """What the head predicts: a class (`sequence_classification`), a real number (`regression`), or the next
+    token (`causal_lm`)."""
     pooling: Literal["model", "mean"] = "model"
     """How tokens become one vector: as the architecture does it, or by the mean over the unpadded tokens
     followed by one linear classifier (for encoders without a trained pooler)."""
@@ -70,12 +72,12 @@ def check_model(config: ModelConfig) -> list[str]:
         One message for each fault, each beginning with the key it is about; empty where none was found.
     """
     source = config.source()
-    if faults := source.faults(config.config):
+    if faults := task_faults(config.task) + source.faults(config.config):
         return faults
     stored = source.stored_config()
     faults = quantization_faults(config.quantization, config.quantization_options)
-    if config.pooling == "mean" and config.task == "causal_lm":
-        faults.append("pooling: mean pools tokens for a classifier; task causal_lm needs pooling 'model'")
+    if config.pooling == "mean" and TASKS[config.task].causal:
+        faults.append(f"pooling: mean pools tokens for a classifier; {config.task} needs pooling 'model'")
     if config.pooling != "mean" and was_mean_pooled(stored):
         faults.append(f"pooling: '{config.name}' was saved with mean pooling; set pooling to 'mean'")
     if config.quantization != "none" and "quantization_config" in stored:
@@ -122,8 +124,9 @@ def build_model(config: ModelConfig, num_labels: int = 1, keep_weights: bool = F
     hub_config = source.config(config.config)
     if config.quantization != "none" and getattr(hub_config, "quantization_config", None):
         raise ConfigError(f"model.{_quantized_already(config)}")
-    if config.task != "causal_lm":
-        hub_config.num_labels = 1 if config.task == "regression" else num_labels
+    task = TASKS[config.task]
+    if not task.causal:
+        hub_config.num_labels = task.outputs(num_labels)
     if getattr(hub_config, "pad_token_id", None) is None:
         # Decoders classify by the last token which is not padding, so they have to know it.
         hub_config.pad_token_id = _first(getattr(hub_config, "eos_token_id", None))
@@ -149,7 +152,7 @@ def _checked_source(config: ModelConfig) -> Source:
 
 
 def _auto_class(config: ModelConfig, hub_config: PretrainedConfig) -> AutoClass:
-    if config.task == "causal_lm":
+    if TASKS[config.task].causal:
         return AutoModelForCausalLM
     if hub_config.model_type == "vit":
         return AutoModelForImageClassification
@@ -172,9 +175,9 @@ def _task_faults(config: ModelConfig, model_type: str) -> list[str]:
     kind = ARCHITECTURES[model_type].kind if model_type in ARCHITECTURES else None
     name = model_type.removeprefix("lora_lab_")
     reads_text = model_type not in ("mlp", MLP)
-    if config.task == "causal_lm" and (kind not in (None, "decoder") or not reads_text):
+    if TASKS[config.task].causal and (kind not in (None, "decoder") or not reads_text):
         faults.append(
-            f"task: {name} does not model text from left to right; causal_lm needs a decoder like llama"
+            f"task: {name} does not model text from left to right; {config.task} needs a decoder like llama"
         )
     if config.pooling == "mean" and (kind in ("encoder_decoder", "vision") or not reads_text):
         faults.append(f"pooling: {name} has no masked tokens of one stack to average; use 'model'")

@@ -1,1 +1,1 @@
-"""Training: tasks, the LightningModule, optimization, the Trainer's settings."""
+"""Training: the LightningModule, optimization, the Trainer's settings."""

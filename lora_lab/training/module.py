@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lora_lab.adapters import AdapterSet
-from lora_lab.data.config import IGNORED
+from lora_lab.tasks import TASKS
 from lora_lab.training.optimization import (
     OptimizationConfig,
     build_optimizer,
@@ -19,7 +19,6 @@ from lora_lab.training.optimization import (
     keep_frozen_parts,
     parameter_groups,
 )
-from lora_lab.training.tasks import TASKS
 
 
 class FineTuner(L.LightningModule):
@@ -104,8 +103,7 @@ class FineTuner(L.LightningModule):
     def evaluate(self, batch: Mapping[str, Tensor], metrics: Any) -> None:
         """Adds a batch to metrics that `new_metrics` returned."""
         predictions, labels = self.task.align(self(batch), batch["labels"])
-        count = labels.numel() if labels.is_floating_point() else (labels != IGNORED).sum()
-        metrics["loss"].update(self.task.loss(predictions, labels), weight=count)
+        metrics["loss"].update(self.task.loss(predictions, labels), weight=self.task.count(labels))
         metrics["metrics"].update(predictions, labels)
 
     def results(self, metrics: Any) -> dict[str, Tensor]:

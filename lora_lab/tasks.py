@@ -1,0 +1,138 @@
+"""The one table of tasks: what a model is trained for.
+
+An entry says what the labels are, which decides what is read from the data and what head the model has; the
+loss; the metrics, and the one by which runs are compared. To add a task, add an entry to `TASKS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torchmetrics import MeanSquaredError, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from torchmetrics.regression import MeanAbsoluteError, PearsonCorrCoef
+from torchmetrics.text import Perplexity
+
+from lora_lab.errors import suggest
+
+IGNORED = -100
+"""Label of a token or class that takes no part in the loss; PyTorch's default for cross entropy. Where labels
+are real numbers, NaN says the same."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of supervised learning."""
+
+    name: str
+    """What `model.task` gives."""
+    labels: Literal["classes", "numbers", "tokens"]
+    """What is predicted: a class, a real number, or each token of the text from those before it."""
+    peft_type: str
+    """PEFT's `task_type`."""
+    align: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    """(logits, labels) → the pair that loss and metrics compare."""
+    total: Callable[[Tensor, Tensor], Tensor]
+    """Aligned pair → sum of the losses of all labels that count, a scalar."""
+    metrics: Callable[[int], MetricCollection]
+    """Number of classes → metrics of the aligned pair."""
+    monitor: str
+    """Name of the metric by which runs are compared."""
+    mode: Literal["min", "max"]
+    """Whether less or more of it is better."""
+
+    @property
+    def causal(self) -> bool:
+        """Whether the text itself is learned, from left to right, and needs no labels beside it."""
+        return self.labels == "tokens"
+
+    def outputs(self, classes: int) -> int:
+        """Returns the size of the model's output for so many classes; 0 where it is the vocabulary."""
+        return {"classes": classes, "numbers": 1, "tokens": 0}[self.labels]
+
+    def count(self, labels: Tensor) -> Tensor:
+        """Returns how many of a batch's aligned labels count, a scalar."""
+        return (~labels.isnan() if labels.is_floating_point() else labels != IGNORED).sum()
+
+    def loss(self, predictions: Tensor, labels: Tensor) -> Tensor:
+        """Returns an aligned pair's mean loss over the labels that count, a scalar; 0 where none does."""
+        return self.total(predictions, labels) / self.count(labels).clamp(min=1)
+
+
+def _classes(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> tuple[Tensor, Tensor]:
+    return logits.float(), labels
+
+
+def _values(logits: Float[Tensor, "batch 1"], labels: Tensor) -> tuple[Tensor, Tensor]:
+    return logits.float().reshape(-1), labels.float().reshape(-1)
+
+
+def _next_tokens(
+    logits: Float[Tensor, "batch time vocabulary"], labels: Int[Tensor, "batch time"]
+) -> tuple[Tensor, Tensor]:
+    return logits[:, :-1].float(), labels[:, 1:]
+
+
+def _class_total(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> Tensor:
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+
+
+def _squared_total(values: Float[Tensor, " batch"], labels: Float[Tensor, " batch"]) -> Tensor:
+    counted = ~labels.isnan()
+    return F.mse_loss(values[counted], labels[counted], reduction="sum")
+
+
+def _token_total(logits: Float[Tensor, "batch time vocabulary"], labels: Int[Tensor, "batch time"]) -> Tensor:
+    return _class_total(logits.flatten(0, 1), labels.flatten())
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            "sequence_classification",
+            labels="classes",
+            peft_type="SEQ_CLS",
+            align=_classes,
+            total=_class_total,
+            metrics=lambda classes: MetricCollection(
+                {"accuracy": MulticlassAccuracy(classes, average="micro"), "f1": MulticlassF1Score(classes)}
+            ),
+            monitor="accuracy",
+            mode="max",
+        ),
+        Task(
+            "regression",
+            labels="numbers",
+            peft_type="SEQ_CLS",
+            align=_values,
+            total=_squared_total,
+            metrics=lambda classes: MetricCollection(
+                {"mse": MeanSquaredError(), "mae": MeanAbsoluteError(), "pearson": PearsonCorrCoef()}
+            ),
+            monitor="mse",
+            mode="min",
+        ),
+        Task(
+            "causal_lm",
+            labels="tokens",
+            peft_type="CAUSAL_LM",
+            align=_next_tokens,
+            total=_token_total,
+            metrics=lambda classes: MetricCollection({"perplexity": Perplexity(ignore_index=IGNORED)}),
+            monitor="perplexity",
+            mode="min",
+        ),
+    )
+}
+"""Every task by the name that `model.task` gives."""
+
+
+def task_faults(name: str) -> list[str]:
+    """Returns that there is no task of this name, as `task: what is wrong and what is allowed`, if so."""
+    return [] if name in TASKS else [f"task: no task '{name}'{suggest(name, TASKS)}"]
