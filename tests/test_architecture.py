@@ -14,6 +14,8 @@ PACKAGE = ROOT / "lora_lab"
 ORDER = [
     "errors",
     "files",
+    "documents",
+    "runs",
     "assets",
     "linalg",
     "tasks",

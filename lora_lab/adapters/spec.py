@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import (  # omegaconf reads typing.Union
     Any,
+    ClassVar,
     Literal,
     Self,
     Union,
@@ -43,6 +44,9 @@ class AdapterSpec:
 
     method: str = ""
     """Name of the method, a key of METHODS."""
+
+    meaningless: ClassVar[frozenset[str]] = frozenset()
+    """Fields of this class that a method cannot use; they are not kept from another method's settings."""
 
     targets: Union[str, list[str]] = field(default_factory=lambda: ["query", "value"])  # noqa: UP007
     """Where adapters stand: roles (`query`), module names or path endings (`q_proj`, `mlp.down_proj`), one

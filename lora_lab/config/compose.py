@@ -7,31 +7,40 @@ A file may start from others:
 
 Their paths count from the file, and later ones win. `adapter` and `data` are tagged unions: `adapter.method`
 and `data.source` choose the dataclass that the rest of the node must fit. A layer that names another method
-starts the node afresh, so that `adapter.method=ia3` works over a file that sets LoRA's rank. `controllers`
-holds any number: each key names one, and null takes one out again that an earlier layer put in.
+keeps what earlier layers set of the fields that both methods have (`rank`, `targets`), so that a comparison
+changes the method alone; the fields that only the former method has are reset, and a message names them.
+`controllers` holds any number: each key names one, and null takes one out again that an earlier layer put in.
+Fields for text get a value as it was written: `run=0123` names the folder 0123.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast
+from types import NoneType, UnionType
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lora_lab.adapters import METHODS
-from lora_lab.adapters.spec import FOREIGN_NAMES
+from lora_lab.adapters.spec import FOREIGN_NAMES, AdapterSpec
 from lora_lab.callbacks import CONTROLLERS, check_controllers, renamed, unknown
 from lora_lab.config.schema import ExperimentConfig
 from lora_lab.data import DATA_SOURCES, check_data
+from lora_lab.documents import DocumentError, Scalar, parse_yaml, plain, read_yaml, texts
 from lora_lab.errors import ConfigError, suggest
 from lora_lab.models.build import check_model
 from lora_lab.tasks import TASKS
 
 COMMAND_LINE = "command line"
+
+logger = logging.getLogger(__name__)
+
+DEEPEST_EXTENDS = 50
+"""Files that may extend each other in a chain."""
 
 UNIONS: dict[str, tuple[str, Mapping[str, type]]] = {
     "adapter": ("method", {name: method.Spec for name, method in METHODS.items()}),
@@ -46,6 +55,7 @@ class Layer:
 
     source: str
     settings: dict[str, Any]
+    """Key → value; values may be `documents.Scalar`, which keeps the text that stands in the file."""
 
 
 def compose(path: str | Path, overrides: Sequence[str] = (), stored: bool = False) -> ExperimentConfig:
@@ -54,16 +64,22 @@ def compose(path: str | Path, overrides: Sequence[str] = (), stored: bool = Fals
     Args:
         path: the experiment's YAML file.
         overrides: settings such as `adapter.rank=4`, which win over every file.
-        stored: whether the file was written by a run, perhaps under names of before.
+        stored: whether a run wrote the file, perhaps under former names: it extends and interpolates nothing.
 
     Raises:
         ConfigError: with one line per fault: file, key, what is wrong, what is allowed.
     """
     layers = _read(Path(path), ())
-    for layer in layers if stored else ():
-        layer.settings["controllers"] = renamed(layer.settings.get("controllers") or {})
-    layers += _parse_overrides(overrides)
-    return compose_layers(layers)
+    if stored:
+        # It may be somebody else's, and `${oc.env:…}` would read the environment.
+        if len(layers) > 1 or any("${" in text for text in _leaf_texts(layers[0].settings)):
+            raise ConfigError(
+                f"{path}: a stored config extends no other and holds no `${{…}}`. Write the values instead."
+            )
+        controllers = layers[0].settings.get("controllers")
+        if isinstance(controllers, dict):
+            layers[0].settings["controllers"] = renamed(controllers)
+    return compose_layers([*layers, *_parse_overrides(overrides)])
 
 
 def compose_layers(layers: Sequence[Layer]) -> ExperimentConfig:
@@ -78,15 +94,18 @@ def compose_layers(layers: Sequence[Layer]) -> ExperimentConfig:
                 layer.settings.pop(node, None)
         else:
             schema[node] = OmegaConf.structured(kinds[kind])
+            _keep_shared_fields(node, tag, kinds, settings)
     for layer in settings:
         _merge_controllers(schema.controllers, layer, faults)
         _merge(schema, layer.settings, layer.source, "", faults)
-    where = settings[0].source if settings else COMMAND_LINE
-    faults += [
-        f"{where}: {key}: is required and has no default; set it in the file or as {key}=…"
-        for key in sorted(OmegaConf.missing_keys(schema))
-        if key.partition(".")[0] not in UNIONS or not any(f.startswith(f"{where}: {key}") for f in faults)
-    ]
+    where = _file_of(settings)
+    for key in sorted(OmegaConf.missing_keys(schema)):
+        node = key.partition(".")[0]
+        source = _source_of(node, settings) or where
+        if not any(f": {key}: " in fault for fault in faults):
+            faults.append(
+                f"{source}: {key}: is required and has no default; set it in the file or as {key}=…"
+            )
     if faults:
         raise ConfigError("\n".join(faults))
     try:
@@ -115,30 +134,47 @@ def _cross_checks(config: ExperimentConfig) -> list[str]:
         )
     for name in ("name", "run"):
         value = getattr(config, name)
-        if value is not None and (not value or value in (".", "..") or "/" in value):
-            found.append(f"{name}: must be a plain folder name; got '{value}'")
+        if value is not None and (not value or value in (".", "..") or set(value) & set("/\0\n")):
+            found.append(f"{name}: must be a plain folder name; got {value!r}")
+    if not 0 <= config.seed < 2**32:
+        found.append(f"seed: must lie from 0 to {2**32 - 1}; got {config.seed}")
     return found
 
 
 def _read(path: Path, trail: tuple[Path, ...]) -> list[Layer]:
-    """Reads a file and all that it extends, farthest first."""
-    if path in trail:
+    """Reads a file and all that it extends, farthest first; `trail` holds the files that led here."""
+    if any(path.resolve() == earlier.resolve() for earlier in trail):
         raise ConfigError(f"{trail[-1]}: extends: {path} is extended in a circle; take one of them out.")
-    if not path.is_file():
+    if len(trail) > DEEPEST_EXTENDS:
+        raise ConfigError(
+            f"{trail[0]}: extends: goes through more than {DEEPEST_EXTENDS} files, down to {path}."
+        )
+    if not path.exists():
         asker = f"{trail[-1]}: extends: " if trail else ""
         raise ConfigError(f"{asker}no file '{path}'. Paths in extends count from the file that names them.")
     try:
-        told = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is no valid YAML: {' '.join(str(error).split())}") from error
-    settings = {} if told is None else told
+        settings = read_yaml(path)
+    except DocumentError as error:
+        raise ConfigError(str(error)) from error
+    settings = {} if settings is None else settings
     if not isinstance(settings, dict):
-        raise ConfigError(f"{path}: must hold keys and values, not a {type(settings).__name__}.")
-    extended = settings.pop("extends", [])
+        raise ConfigError(f"{path}: must hold keys and values, not a {type(plain(settings)).__name__}.")
+    extended = texts(settings.pop("extends", []))
     if not isinstance(extended, list) or not all(isinstance(name, str) for name in extended):
         raise ConfigError(f"{path}: extends: must be a list of paths; got {extended!r}.")
     layers = [layer for name in extended for layer in _read(path.parent / name, (*trail, path))]
     return [*layers, Layer(str(path), settings)]
+
+
+def _leaf_texts(tree: Any) -> Iterator[str]:
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            yield from (name, *_leaf_texts(value))
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _leaf_texts(value)
+    elif isinstance(tree, str):
+        yield tree
 
 
 def _parse_overrides(overrides: Sequence[str]) -> list[Layer]:
@@ -150,48 +186,122 @@ def _parse_overrides(overrides: Sequence[str]) -> list[Layer]:
     ]
     if wrong:
         raise ConfigError("\n".join(wrong))
+    return [_parse_override(text) for text in overrides]
+
+
+def _parse_override(text: str) -> Layer:
+    key, _, value = text.partition("=")
     try:
-        parsed: list[Any] = [OmegaConf.to_container(OmegaConf.from_dotlist([text])) for text in overrides]
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"{COMMAND_LINE}: {' '.join(str(error).split())}") from error
-    return [Layer(COMMAND_LINE, settings) for settings in parsed]
+        settings: Any = parse_yaml(value, f"{COMMAND_LINE}: {key}")
+    except DocumentError as error:
+        raise ConfigError(str(error)) from error
+    *outer, last = key.split(".")
+    if not all((*outer, last)):
+        raise ConfigError(
+            f"{COMMAND_LINE}: '{key}' is no key; write names between dots, as in adapter.rank=4"
+        )
+    settings = {last: settings}
+    for name in reversed(outer):
+        settings = {name: settings}
+    return Layer(COMMAND_LINE, settings)
+
+
+def _file_of(layers: Sequence[Layer]) -> str:
+    """Returns the experiment's own file: the last layer that is not the command line."""
+    return next((layer.source for layer in reversed(layers) if layer.source != COMMAND_LINE), COMMAND_LINE)
+
+
+def _source_of(node: str, layers: Sequence[Layer]) -> str | None:
+    """Returns the source of the last layer that sets something in a node."""
+    return next((layer.source for layer in reversed(layers) if layer.settings.get(node)), None)
 
 
 def _choose(
     node: str, tag: str, kinds: Mapping[str, type], layers: Sequence[Layer], faults: list[str]
 ) -> str | None:
-    """Returns the kind that the last layer to name one names; drops the node from layers before."""
+    """Returns the kind that the last layer to name one names; None where there is no such kind."""
     chosen, source = None, ""
-    for index, layer in enumerate(layers):
-        told = layer.settings.get(node)
-        if not isinstance(told, dict) or tag not in told:
-            continue
-        if told[tag] != chosen:
-            for earlier in layers[:index]:
-                earlier.settings.pop(node, None)
-        chosen, source = told[tag], layer.source
+    for layer in layers:
+        settings = layer.settings.get(node)
+        if isinstance(settings, dict) and tag in settings:
+            chosen, source = texts(settings[tag]), layer.source
     if chosen is None:
-        faults.append(f"{layers[0].source}: {node}.{tag}: is required. Known: {', '.join(sorted(kinds))}")
-    elif not isinstance(chosen, str) or chosen not in kinds:
+        faults.append(f"{_file_of(layers)}: {node}.{tag}: is required. Known: {', '.join(sorted(kinds))}")
+        return None
+    if not isinstance(chosen, str) or chosen not in kinds:
         faults.append(f"{source}: {node}.{tag}: no {tag} '{chosen}'{suggest(str(chosen), kinds)}")
         return None
     return chosen
 
 
+def _keep_shared_fields(node: str, tag: str, kinds: Mapping[str, type], layers: Sequence[Layer]) -> None:
+    """Takes out of each layer the fields of its kind that the chosen kind does not have alike.
+
+    A layer's kind is the last that it or an earlier layer names. What goes is logged: the user set it.
+    """
+    names: list[str | None] = []
+    for layer in layers:
+        settings = layer.settings.get(node)
+        named = texts(settings[tag]) if isinstance(settings, dict) and tag in settings else None
+        names.append(named if isinstance(named, str) else (names[-1] if names else None))
+    chosen = names[-1]
+    if chosen is None:
+        return
+    reset: dict[str, list[str]] = {}
+    for layer, kind in zip(layers, names, strict=True):
+        settings = layer.settings.get(node)
+        if kind in (None, chosen) or kind not in kinds or not isinstance(settings, dict):
+            continue
+        kept = {
+            name: value
+            for name, value in settings.items()
+            if name != tag and _means_the_same(name, kinds[kind], kinds[chosen], node)
+        }
+        lost = [name for name in settings if name != tag and name not in kept]
+        reset[kind] = list(dict.fromkeys([*reset.get(kind, []), *lost]))
+        layer.settings[node] = kept
+    for kind, lost in reset.items():
+        if lost:
+            logger.warning(
+                "%s: what was set for %s is reset, as %s does not have the same: %s.",
+                node, kind, chosen, ", ".join(lost),
+            )  # fmt: skip
+
+
+def _means_the_same(name: str, before: type, after: type, node: str) -> bool:
+    """Tells whether a field keeps its meaning from one kind of a node to another.
+
+    Methods have one name for one idea. Data sources do not (`name` is a data set's, here and on the hub):
+    they share what they inherit.
+    """
+    old, new = get_type_hints(before), get_type_hints(after)
+    if issubclass(after, AdapterSpec) and name in after.meaningless:
+        return False
+    if name not in old:
+        return True  # a key that the former kind did not know either is refused as usual
+    common = {*before.__mro__} & {*after.__mro__}
+    inherited = any(name in vars(kind).get("__annotations__", {}) for kind in common)
+    return old[name] == new.get(name) and (node == "adapter" or inherited)
+
+
 def _merge_controllers(schema: DictConfig, layer: Layer, faults: list[str]) -> None:
     """Takes `controllers` out of a layer: each key there chooses the dataclass that its node must fit."""
-    told = layer.settings.pop("controllers", {})
-    if not isinstance(told, dict):
-        faults.append(f"{layer.source}: controllers: must hold controllers and their options; got {told!r}")
+    named = layer.settings.pop("controllers", {})
+    if not isinstance(named, dict):
+        faults.append(
+            f"{layer.source}: controllers: must hold controllers and their options; got {plain(named)!r}"
+        )
         return
-    for name, options in told.items():
+    for name, options in named.items():
         key = f"controllers.{name}"
         if name not in CONTROLLERS:
             faults.append(f"{layer.source}: {key}: no such controller{unknown(str(name))}")
         elif options is None:
             schema.pop(name, None)
         elif not isinstance(options, dict):
-            faults.append(f"{layer.source}: {key}: must hold options, {{}} for the defaults; got {options!r}")
+            faults.append(
+                f"{layer.source}: {key}: must hold options, {{}} for the defaults; got {plain(options)!r}"
+            )
         else:
             if name not in schema:
                 schema[name] = OmegaConf.structured(CONTROLLERS[name].Spec)
@@ -204,6 +314,7 @@ def _merge(
     """Merges settings into a structured node key by key, so that one fault does not hide the others."""
     kind: Any = OmegaConf.get_type(schema)
     known = [field.name for field in fields(kind)]
+    hints = get_type_hints(kind)
     for name, value in settings.items():
         key = f"{prefix}{name}"
         if name not in known:
@@ -215,12 +326,34 @@ def _merge(
             if isinstance(value, dict):
                 _merge(child, value, source, f"{key}.", faults)
             else:
-                faults.append(f"{source}: {key}: must hold keys and values; got {value!r}")
+                faults.append(f"{source}: {key}: must hold keys and values; got {plain(value)!r}")
+            continue
+        value = _as_written(value, hints[name])
+        if get_origin(hints[name]) is list and isinstance(value, str | bool | int | float):
+            faults.append(f"{source}: {key}: must be a list; write [{texts(value)}]")
             continue
         try:
             OmegaConf.update(schema, name, value, merge=True)
         except OmegaConfBaseException as error:
             faults.append(f"{source}: {key}: {_first_line(error)}")
+
+
+def _as_written(value: Any, hint: Any) -> Any:
+    """Returns a value for a field of this type: the text as it was written where the field takes text."""
+    kinds = [kind for kind in _members(hint) if kind is not NoneType]
+    if isinstance(value, Scalar):
+        return value.text if str in kinds else value.value
+    for kind in kinds:
+        arguments = get_args(kind)
+        if isinstance(value, list) and get_origin(kind) is list:
+            return [_as_written(item, arguments[0]) for item in value]
+        if isinstance(value, dict) and get_origin(kind) is dict:
+            return {name: _as_written(item, arguments[1]) for name, item in value.items()}
+    return plain(value)
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def _suggest_key(name: str, known: Sequence[str]) -> str:

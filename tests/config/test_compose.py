@@ -1,3 +1,6 @@
+import os
+import re
+
 import pytest
 
 from lora_lab.config import ExperimentConfig, compose
@@ -28,10 +31,112 @@ def test_the_method_chooses_the_fields_of_adapter(tmp_path):
     assert (config.adapter.method, config.adapter.rank, config.adapter.targets) == ("lora", 3, "all-linear")
 
 
-def test_a_layer_that_names_another_method_starts_adapter_afresh(tmp_path):
-    config = composed(tmp_path, "adapter: {method: lora, rank: 3, rslora: true}", "adapter.method=ia3")
-    assert config.adapter.method == "ia3"
-    assert not hasattr(config.adapter, "rank")
+def test_another_method_keeps_the_fields_that_both_have_and_says_what_is_reset(tmp_path, caplog):
+    file = "adapter: {method: lora, rank: 3, alpha: 5, targets: [layer1], layers: [1], rslora: true}"
+    dora = composed(tmp_path, file, "adapter.method=dora").adapter
+    assert (dora.rank, dora.alpha, dora.targets, dora.layers) == (3, 5.0, ["layer1"], [1])
+    caplog.clear()
+    ia3 = composed(tmp_path, file, "adapter.method=ia3").adapter
+    assert (ia3.method, ia3.targets, hasattr(ia3, "rank")) == ("ia3", ["layer1"], False)
+    (record,) = caplog.records
+    assert record.getMessage().endswith("ia3 does not have the same: rank, alpha, rslora.")
+    assert composed(tmp_path, file, "adapter.method=head").adapter.targets == []
+
+
+def test_a_method_named_back_has_its_own_fields_again(tmp_path):
+    file = "adapter: {method: lora, rank: 3, rslora: true}"
+    adapter = composed(tmp_path, file, "adapter.method=ia3", "adapter.method=lora").adapter
+    assert (adapter.rank, adapter.rslora) == (3, True)
+
+
+def test_another_data_source_keeps_what_all_sources_have(tmp_path):
+    config = composed(
+        tmp_path, "adapter: {method: lora}", "data.batch_size=3", "data.size=7", "data.source=embedded",
+        "data.name=movie_reviews", "model.name=random:bert", "model.task=sequence_classification",
+    )  # fmt: skip
+    assert (config.data.source, config.data.batch_size) == ("embedded", 3)
+
+
+@pytest.mark.parametrize(
+    "text", ["0123", "on", "12:30", "1e3", "12e4567", "true", "0x1f", "1_000", "2020-01-01", "+5", ".5"]
+)
+def test_a_field_for_text_takes_a_value_as_it_was_written(tmp_path, text):
+    assert composed(tmp_path, "adapter: {method: lora}", f"run={text}").run == text
+    assert composed(tmp_path, f"adapter: {{method: lora}}\nrun: {text}").run == text
+    assert composed(tmp_path, "adapter: {method: lora}", f"adapter.targets=[{text}]").adapter.targets == [
+        text
+    ]
+
+
+def test_numbers_of_every_usual_form_reach_fields_for_numbers(tmp_path):
+    config = composed(
+        tmp_path, "adapter: {method: lora, rank: 010}", "optimization.learning_rate=1e-3",
+        "optimization.gradient_clip=null", "trainer.progress_bar=off", "trainer.max_steps=-1",
+    )  # fmt: skip
+    assert (config.adapter.rank, config.optimization.learning_rate) == (10, 1e-3)
+    assert config.optimization.gradient_clip is None
+    assert config.trainer.progress_bar is False
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("seed: 1\nname: a\nseed: 2", "the key 'seed' stands twice, in lines 3 and 5"),
+        ("adapter: {method: lora, rank: 2, rank: 3}", "the key 'rank' stands twice, in lines 3 and 3"),
+        ("seed: &s [*s]", "holds itself"),
+        ("seed: " + "[" * 5000, "nests more than"),
+        ("seed: !!python/name:os.system", "tag"),
+        ("<<: {seed: 1}", "<<: no such key"),
+        ("seed: 4294967296", "seed: must lie from 0 to 4294967295"),
+        ("run: ${oc.env:NO_SUCH_NAME_HERE}", "NO_SUCH_NAME_HERE"),
+    ],
+)
+def test_what_yaml_hides_is_refused(tmp_path, text, says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        composed(tmp_path, text if "adapter" in text else text + "\nadapter: {method: lora}")
+
+
+def test_values_behind_aliases_are_counted_where_they_are_used(tmp_path):
+    bomb = "a0: &a0 [x, x]\n" + "".join(
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
+    )
+    with pytest.raises(ConfigError, match="aliases stand for more than"):
+        composed(tmp_path, bomb)
+
+
+def test_a_pipe_is_no_config(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(ConfigError, match="no plain file"):
+        compose(tmp_path / "pipe.yaml")
+
+
+def test_a_stored_config_reads_nothing_else(tmp_path):
+    path = write(tmp_path / "config.yaml", TOY + "adapter: {method: lora}\nname: ${oc.env:HOME}")
+    with pytest.raises(ConfigError, match="stored config"):
+        compose(path, stored=True)
+    write(path, TOY + "adapter: {method: lora}\nextends: [other.yaml]")
+    write(tmp_path / "other.yaml", "seed: 3")
+    with pytest.raises(ConfigError, match="stored config"):
+        compose(path, stored=True)
+    write(path, TOY + "adapter: {method: lora}")
+    assert compose(path, ["seed=4"], stored=True).seed == 4
+
+
+def test_a_missing_key_is_blamed_on_the_file_that_names_its_source(tmp_path):
+    write(tmp_path / "parts" / "own.yaml", "data: {source: files}")
+    path = write(
+        tmp_path / "x.yaml",
+        "extends: [parts/own.yaml]\nmodel: {name: random:bert}\nadapter: {method: lora}",
+    )
+    with pytest.raises(ConfigError, match=r"own\.yaml: data\.train: is required"):
+        compose(path)
+
+
+def test_text_for_a_list_is_answered_with_the_list_to_write(tmp_path):
+    text = "model: {name: random:bert}\nadapter: {method: lora}\n"
+    text += "data: {source: files, train: a.csv, text: review}"
+    with pytest.raises(ConfigError, match=r"data\.text: must be a list; write \[review\]"):
+        compose(write(tmp_path / "x.yaml", text))
 
 
 def test_a_layer_that_names_the_same_method_again_changes_only_what_it_says(tmp_path):
@@ -113,7 +218,8 @@ def test_a_missing_method_is_told_with_those_there_are(tmp_path):
 
 
 def test_a_circle_of_extends_is_refused(tmp_path):
-    write(tmp_path / "a.yaml", "extends: [b.yaml]")
+    write(tmp_path / "a.yaml", "extends: [./sub/../b.yaml]")
+    (tmp_path / "sub").mkdir()
     write(tmp_path / "b.yaml", "extends: [a.yaml]")
     with pytest.raises(ConfigError, match="in a circle"):
         compose(tmp_path / "a.yaml")

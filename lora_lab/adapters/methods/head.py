@@ -22,6 +22,7 @@ class HeadSpec(AdapterSpec):
     """The head baseline has no options of its own."""
 
     method: str = "head"
+    meaningless = frozenset({"targets", "layers"})
 
     targets: Union[str, list[str]] = field(default_factory=list)  # noqa: UP007
     """Empty: no module of the base is adapted."""

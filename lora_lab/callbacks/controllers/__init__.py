@@ -38,9 +38,12 @@ def renamed(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the `controllers` of a stored config under the ids and with the options of today."""
     found = {}
     for name, options in stored.items():
-        if name in FORMER_NAMES and isinstance(options, dict):
-            strategies = FORMER_NAMES[name]
-            name = strategies[options.get("strategy", next(iter(strategies)))]
+        strategies = FORMER_NAMES.get(name, {})
+        strategy = (
+            options.get("strategy", next(iter(strategies), None)) if isinstance(options, dict) else None
+        )
+        if strategy in strategies:
+            name = strategies[strategy]
             known = [field.name for field in fields(CONTROLLERS[name].Spec)]
             options = {key: value for key, value in options.items() if key in known}
         found[name] = options
