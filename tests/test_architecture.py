@@ -15,7 +15,6 @@ ORDER = [
     "errors",
     "files",
     "documents",
-    "runs",
     "assets",
     "linalg",
     "tasks",
