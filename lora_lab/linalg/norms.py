@@ -4,24 +4,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+SMALLEST_NORM = 1e-12
+"""Norms are kept at least this large: a row of zeros has no direction."""
 
-def squared_row_norms(
-    weight: Float[Tensor, "rows columns"],
+
+def edited_row_norms(
     weight_square: Float[Tensor, " rows"],
+    projected: Float[Tensor, "rows rank"],
     left: Float[Tensor, "rows rank"],
-    right: Float[Tensor, "rank columns"],
+    gram: Float[Tensor, "rank rank"] | None = None,
 ) -> Float[Tensor, " rows"]:
-    """Returns ‖W_i + L_i R‖² for every row i without forming the sum.
+    """Returns ‖W_i + L_i R‖ of every row i without forming the sum; at least `SMALLEST_NORM`.
 
     ‖W_i + L_i R‖² = ‖W_i‖² + ⟨L_i, 2 W_i Rᵀ + L_i R Rᵀ⟩
 
     Args:
-        weight: W.
         weight_square: ‖W_i‖².
+        projected: W Rᵀ.
         left: L.
-        right: R.
+        gram: R Rᵀ; None where the rows of R are orthonormal.
     """
-    return weight_square + (left * (2 * (weight @ right.T) + left @ (right @ right.T))).sum(1)
+    square = weight_square + (left * (2 * projected + (left if gram is None else left @ gram))).sum(1)
+    return square.clamp(min=SMALLEST_NORM**2).sqrt()
 
 
 def product_norm(left: Float[Tensor, "rows rank"], right: Float[Tensor, "rank columns"]) -> Float[Tensor, ""]:

@@ -73,7 +73,7 @@ def row_overlaps(matrices: Iterable[Float[Tensor, "_ _"]]) -> Float[Tensor, " co
 
 
 def orthonormal_columns(u: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-    """Gram-Schmidt of the columns, by QR with a positive diagonal: smooth; leaves orthonormal `u` alone.
+    """Gram-Schmidt of the columns: smooth; leaves orthonormal `u` alone.
 
     Args:
         u: linearly independent columns, k ≤ n.
@@ -82,8 +82,22 @@ def orthonormal_columns(u: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         Q with QᵀQ = I, whose first i columns span what u's first i columns span; float32 or wider.
     """
     with torch.autocast(u.device.type, enabled=False):
-        Q, R = torch.linalg.qr(widened(u))
-        return Q * torch.where(R.diagonal() < 0, -1.0, 1.0).to(Q.dtype)
+        return positive_qr(widened(u))[0]
+
+
+def positive_qr(
+    A: Float[Tensor, "*batch n k"],
+) -> tuple[Float[Tensor, "*batch n k"], Float[Tensor, "*batch k k"]]:
+    """Returns Q and R with A = Q R, QᵀQ = I and R upper triangular, its diagonal not negative.
+
+    With that sign the decomposition is unique, where the columns are linearly independent.
+
+    Args:
+        A: k columns, k ≤ n.
+    """
+    Q, R = torch.linalg.qr(A)
+    signs = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(R).unsqueeze(-2)  # (*batch, 1, k)
+    return Q * signs, signs.mT * R
 
 
 def skew(upper: Float[Tensor, "*batch pairs"], size: int) -> Float[Tensor, "*batch {size} {size}"]:
@@ -108,25 +122,7 @@ def cayley(Q: Float[Tensor, "*batch b b"]) -> Float[Tensor, "*batch b b"]:
     Returns:
         R, in float32 or wider.
     """
-    with torch.autocast(Q.device.type, enabled=False):
-        return _Cayley.apply(widened(Q))
-
-
-class _Cayley(torch.autograd.Function):
-    """dR = −½ (I + R) dQ (I + R), so that the backward pass needs R alone and solves nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, Q: Tensor) -> Tensor:
-        identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-        R = torch.linalg.solve(identity + Q, identity - Q, left=False)
-        ctx.save_for_backward(R)
-        return R
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (R,) = ctx.saved_tensors
-        sides = (R + torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)).mT
-        return -0.5 * (sides @ gradient @ sides)
+    return _identity(change := cayley_change(-Q)) + change
 
 
 def cayley_neumann(Q: Float[Tensor, "*batch b b"], terms: int) -> Float[Tensor, "*batch b b"]:

@@ -53,24 +53,6 @@ def rectified(change: Float[Tensor, "*shape"], start: Float[Tensor, "*shape"]) -
     return torch.where(change > -start, change, -start)
 
 
-def edited_row_norms(
-    weight_square: Float[Tensor, " rows"],
-    on_basis: Float[Tensor, "rows k"],
-    left: Float[Tensor, "rows k"],
-) -> Float[Tensor, " rows"]:
-    """Returns ‖W_i + L_i Vᵀ‖ of every row i without forming the sum; at least 1e-12.
-
-    ‖W_i + L_i Vᵀ‖² = ‖W_i‖² + ⟨L_i, 2 W_i V + L_i⟩
-
-    Args:
-        weight_square: ‖W_i‖².
-        on_basis: W V, of orthonormal columns V.
-        left: L.
-    """
-    square = weight_square + (left * (2 * on_basis + left)).sum(1)
-    return square.clamp(min=1e-24).sqrt()
-
-
 def paired_svd(
     A: Float[Tensor, "*heads a d"], B: Float[Tensor, "*heads b d"]
 ) -> tuple[Float[Tensor, "*heads a d"], Float[Tensor, "*heads d d"], Tensor, Float[Tensor, "*heads d d"]]:
@@ -81,39 +63,33 @@ def paired_svd(
         B: d columns, b ≥ d.
 
     Returns:
-        U, M, V, N in float64, with A = U M, B = V N, UᵀU = VᵀV = I and M Nᵀ = diag(S), S falling. The
-        greatest entry of each column of V is positive, so that no sign is left to the library.
+        U, M, V, N in float64, with A = U M, B = V N, UᵀU = VᵀV = I and M Nᵀ = diag(S), S falling; in the
+        signs of `fixed_signs`, so that none is left to the library.
     """
     # Triangular factors of condition 1e5 leave float32 too few digits.
     (Q_A, R_A), (Q_B, R_B) = torch.linalg.qr(A.double()), torch.linalg.qr(B.double())
     u, _, vh = torch.linalg.svd(R_A @ R_B.mT)
-    U, V = Q_A @ u, Q_B @ vh.mT
-    greatest = V.gather(-2, V.abs().argmax(-2, keepdim=True))  # (*heads, 1, d)
-    sign = torch.where(greatest < 0, -1.0, 1.0).to(V)
-    return U * sign, (u * sign).mT @ R_A, V * sign, (vh.mT * sign).mT @ R_B
-
-
-def positive_qr(A: Float[Tensor, "*heads a d"]) -> tuple[Tensor, Tensor]:
-    """Returns Q and R in float64 with A = Q R, QᵀQ = I and R upper triangular, its diagonal not negative.
-
-    Args:
-        A: d columns, a ≥ d.
-    """
-    Q, R = torch.linalg.qr(A.double())
-    sign = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(R).unsqueeze(-2)  # (*heads, 1, d)
-    return Q * sign, sign.mT * R
+    Vh = vh @ Q_B.mT
+    signs = _signs(Vh)
+    u, vh = u * signs.mT, vh * signs
+    return Q_A @ u, u.mT @ R_A, (Vh * signs).mT, vh @ R_B
 
 
 def fixed_signs(
-    U: Float[Tensor, "out k"], Vh: Float[Tensor, "k in"]
-) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
+    U: Float[Tensor, "*batch out k"], Vh: Float[Tensor, "*batch k in"]
+) -> tuple[Float[Tensor, "*batch out k"], Float[Tensor, "*batch k in"]]:
     """Returns singular vectors in the signs in which the largest number of every v_i is positive.
 
-    Pairs u_i, v_i are given up to a common sign; sums of u_i v_jᵀ with i ≠ j depend on it.
+    Pairs u_i, v_i are unique up to a common sign; sums of u_i v_jᵀ with i ≠ j depend on it.
     """
-    largest = Vh.gather(1, Vh.abs().argmax(1, keepdim=True))  # (k, 1)
-    signs = torch.where(largest < 0, -1.0, 1.0).to(Vh)
-    return U * signs.T, Vh * signs
+    signs = _signs(Vh)
+    return U * signs.mT, Vh * signs
+
+
+def _signs(Vh: Float[Tensor, "*batch k in"]) -> Float[Tensor, "*batch k 1"]:
+    """Returns the sign of the largest number of every row."""
+    largest = Vh.gather(-1, Vh.abs().argmax(-1, keepdim=True))
+    return torch.where(largest < 0, -1.0, 1.0).to(Vh)
 
 
 def contrastive_directions(

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora_lab.adapters import inject
+from lora_lab.adapters.methods.dora import DoRASpec
 from lora_lab.adapters.methods.edora import EDoRASpec
 from lora_lab.errors import ConfigError, IncompatibleError
 from tests.adapters.tiny import linear, reached, relative, shake
@@ -161,6 +162,23 @@ def test_a_row_of_zeros_gives_no_nan():
     _, adapters, adapter = adapt(model)
     model(torch.randn(5, 24)).square().sum().backward()
     assert all(p.grad.isfinite().all() for p in adapters.trainable_parameters())
+
+
+@pytest.mark.parametrize("Spec", [EDoRASpec, DoRASpec])
+def test_forward_and_merged_agree_on_a_map_of_zeros_after_training(Spec):
+    model, x = linear(), torch.randn(5, 24)
+    model[0].weight.data.zero_()
+    adapters = inject(model, Spec(targets=["0"], modules_to_save=[], rank=4))
+    optimizer = torch.optim.SGD(adapters.trainable_parameters(), lr=1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+    adapter = model[0]
+    expected = F.linear(x, adapter.adapted_weight(adapter.weight), adapter.bias)
+    assert relative(model(x), expected) < TOLERANCE
+    if Spec is EDoRASpec:  # whose singular vectors of zeros make nothing
+        assert torch.equal(model(x), adapter.bias.expand(5, -1))
 
 
 def test_a_tail_without_values_is_told(caplog):

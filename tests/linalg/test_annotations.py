@@ -6,7 +6,7 @@ from beartype import beartype
 from jaxtyping import TypeCheckError, jaxtyped
 
 from lora_lab.linalg.fourier import first_of_permutation, fourier_matrix, fourier_product, scatter
-from lora_lab.linalg.norms import product_norm, squared_row_norms
+from lora_lab.linalg.norms import edited_row_norms, product_norm
 from lora_lab.linalg.orthogonal import (
     butterfly,
     cayley,
@@ -18,6 +18,7 @@ from lora_lab.linalg.orthogonal import (
     neumann_change,
     orthonormal_columns,
     overlap,
+    positive_qr,
     reflect_chain,
     rotate_blocks,
     skew,
@@ -27,7 +28,6 @@ from lora_lab.linalg.pairs import halves, map_pairs, paired, rotate_pairs
 from lora_lab.linalg.rank import effective_rank, product_singular_values, stable_rank
 from lora_lab.linalg.spectral import (
     contrastive_directions,
-    edited_row_norms,
     fixed_signs,
     principal_part,
     rectified,
@@ -35,8 +35,8 @@ from lora_lab.linalg.spectral import (
 )
 
 CALLS = {
-    "squared_row_norms": (squared_row_norms, [(5, 7), (5,), (5, 2), (2, 7)]),
-    "edited_row_norms": (edited_row_norms, [(5,), (5, 2), (5, 2)]),
+    "edited_row_norms": (edited_row_norms, [(5,), (5, 2), (5, 2), (2, 2)]),
+    "edited_row_norms of orthonormal rows": (edited_row_norms, [(5,), (5, 2), (5, 2)]),
     "product_norm": (product_norm, [(5, 2), (2, 7)]),
     "rectified": (rectified, [(5, 7), (5, 7)]),
     "reflect_chain": (reflect_chain, [(2, 3, 7), (7, 4)]),
@@ -51,7 +51,9 @@ CALLS = {
     "givens_tree": (givens_tree, [(2, 3, 7), (6, 2, 2)]),
     "rotate_blocks of one block": (rotate_blocks, [(20,), (1, 4, 4)]),
     "orthonormal_columns": (orthonormal_columns, [(7, 4)]),
+    "positive_qr": (positive_qr, [(2, 7, 4)]),
     "fixed_signs": (fixed_signs, [(5, 3), (3, 7)]),
+    "fixed_signs of stacks": (fixed_signs, [(2, 5, 3), (2, 3, 7)]),
     "product_singular_values": (product_singular_values, [(5, 2), (2, 7)]),
     "product_singular_values of rank above both sides": (product_singular_values, [(5, 9), (9, 7)]),
     "effective_rank": (effective_rank, [(4,)]),

@@ -5,13 +5,11 @@ import math
 import pytest
 import torch
 
-from lora_lab.linalg.orthogonal import cayley_change, neumann_change, skew
+from lora_lab.linalg.orthogonal import cayley_change, neumann_change, positive_qr, skew
 from lora_lab.linalg.spectral import (
     contrastive_directions,
-    edited_row_norms,
     fixed_signs,
     paired_svd,
-    positive_qr,
     principal_part,
     rectified,
     singular_triplets,
@@ -75,14 +73,6 @@ def test_triplets_of_half_precision_are_float32_under_autocast_too():
 def test_rectified_change_stops_where_the_sum_would_fall_below_zero():
     start, change = torch.tensor([3.0, 2, 0, 0]), torch.tensor([-1.0, -5, 0, -1])
     assert torch.equal(rectified(change, start), torch.tensor([-1.0, -2, 0, 0]))
-
-
-def test_edited_row_norms_are_the_norms_of_the_sum():
-    weight, left = torch.randn(9, 7), torch.randn(9, 3)
-    V = torch.linalg.qr(torch.randn(7, 3)).Q
-    given = edited_row_norms(weight.square().sum(1), weight @ V, left)
-    torch.testing.assert_close(given, torch.linalg.vector_norm(weight + left @ V.T, dim=1))
-    assert edited_row_norms(torch.zeros(1), torch.zeros(1, 3), torch.zeros(1, 3)) == 1e-12
 
 
 @pytest.mark.parametrize("shapes", [((9, 4), (7, 4)), ((2, 9, 4), (2, 4, 4))])

@@ -24,8 +24,8 @@ from lora_lab.adapters.maps import is_convolution, mix, pointwise, project, size
 from lora_lab.adapters.protocols import Droppable, Prunable, Shareable
 from lora_lab.adapters.spec import LowRankSpec
 from lora_lab.errors import IncompatibleError
+from lora_lab.linalg.kaiming import kaiming_uniform
 from lora_lab.linalg.rank import product_singular_values, widened
-from lora_lab.linalg.start import kaiming_uniform
 
 
 @dataclass

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_lab.adapters.base import AdditiveAdapter
 from lora_lab.adapters.maps import is_convolution
 from lora_lab.adapters.spec import LowRankSpec, probability_fault
-from lora_lab.linalg.start import kaiming_uniform
+from lora_lab.linalg.kaiming import kaiming_uniform
 
 WORTH_RECOMPUTING = 2**16
 """Numbers in an input from which on memory counts more than the fixed time of a recomputation."""

@@ -28,8 +28,8 @@ from torch import Tensor
 from lora_lab.adapters.families.low_rank import ScaledSpec
 from lora_lab.adapters.maps import finite_matrix, matrix
 from lora_lab.errors import IncompatibleError
+from lora_lab.linalg.kaiming import kaiming_uniform
 from lora_lab.linalg.spectral import principal_part
-from lora_lab.linalg.start import kaiming_uniform
 
 Factors = tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]
 """A and B."""

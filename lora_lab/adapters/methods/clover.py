@@ -33,7 +33,8 @@ from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import AdapterSpec, least_fault, probability_fault
 from lora_lab.errors import IncompatibleError, TargetError
 from lora_lab.linalg.heads import per_head, stack_heads, unstack_heads
-from lora_lab.linalg.spectral import paired_svd, positive_qr
+from lora_lab.linalg.orthogonal import positive_qr
+from lora_lab.linalg.spectral import paired_svd
 from lora_lab.models.architectures import between_query_and_key, head_width
 
 PARTNERS = {
@@ -164,7 +165,7 @@ class Trained(LinearAdapter):
             return paired_svd(A, stack_heads(others, heads, width))
         one = torch.eye(width, dtype=torch.float64, device=A.device).expand(heads, -1, -1)
         if self.spec.s_mode == "full" and rank == width:
-            return *positive_qr(A), one, one
+            return *positive_qr(A.double()), one, one
         return paired_svd(A, one)  # which directions to train is a question of their singular values
 
 

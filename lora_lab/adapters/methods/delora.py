@@ -31,8 +31,8 @@ from lora_lab.adapters.maps import matrix
 from lora_lab.adapters.protocols import RankAllocatable
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import AdapterSpec, least_fault, probability_fault
+from lora_lab.linalg.kaiming import kaiming_uniform
 from lora_lab.linalg.rank import widened
-from lora_lab.linalg.start import kaiming_uniform
 
 SMALLEST_NORM = 1e-4
 """Norms are kept at least this large, as in PEFT."""

@@ -21,21 +21,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_lab.adapters.base import LinearAdapter, PeftLayout
+from lora_lab.adapters.base import PeftLayout
 from lora_lab.adapters.families.low_rank import (
     ScaledSpec,
     in_pefts_shapes,
     read_lora_config,
     write_lora_config,
 )
+from lora_lab.adapters.families.magnitude import MagnitudeAdapter, gains
 from lora_lab.adapters.maps import is_convolution, matrix, mix, pointwise, project, sizes
 from lora_lab.errors import IncompatibleError
-from lora_lab.linalg.norms import squared_row_norms
+from lora_lab.linalg.kaiming import kaiming_uniform
+from lora_lab.linalg.norms import SMALLEST_NORM, edited_row_norms
 from lora_lab.linalg.rank import widened
-from lora_lab.linalg.start import kaiming_uniform
-
-SMALLEST_NORM = 1e-12
-"""Norms are kept at least this large: a row of zeros has no direction."""
 
 
 @dataclass
@@ -57,7 +55,7 @@ def _write_config(spec: DoRASpec) -> dict[str, Any]:
     return {**write_lora_config(spec), "use_dora": True, **foreign}
 
 
-class DoRA(LinearAdapter):
+class DoRA(MagnitudeAdapter):
     """The adapter of one linear map."""
 
     weight_square: Tensor
@@ -105,12 +103,9 @@ class DoRA(LinearAdapter):
         learns = torch.is_grad_enabled() and not self.spec.detach_norm
         with torch.set_grad_enabled(learns), torch.autocast(weight.device.type, enabled=False):
             weight, left = widened(weight), self.scale * self.B
-            if self.axis == 1:
-                square = squared_row_norms(weight, weight_square, left, self.A)
-            else:
-                square = squared_row_norms(weight.T, weight_square, self.A.T, left.T)
-            norm = square.clamp(min=SMALLEST_NORM**2).sqrt()
-        return self.m / norm
+            rows, L, R = (weight, left, self.A) if self.axis == 1 else (weight.T, self.A.T, left.T)
+            norm = edited_row_norms(weight_square, rows @ R.T, L, R @ R.T)
+        return gains(self.m, norm)
 
     def adapted_weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         gain = self.gain(weight, widened(weight).square().sum(self.axis))
@@ -119,18 +114,9 @@ class DoRA(LinearAdapter):
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """Applies the adapted map; dropout acts on everything but the base's own product."""
         gain = self.gain(matrix(self.base), self.weight_square)
-        return self._scaled_outputs(x, gain) if self.axis == 1 else self._scaled_inputs(x, gain)
-
-    def _scaled_outputs(self, x: Tensor, gain: Tensor) -> Tensor:
-        """Returns W x + b + (g − 1) ⊙ W x̃ + g ⊙ s B A x̃, which is g ⊙ V x + b without dropout."""
-        y, dropped = self.base(x), self.dropout(x)
-        # What the base gives holds its bias, taken out of the product again by −(g − 1) b.
-        product = self.base(dropped) if self.training and self.spec.dropout else y
-        bias = None if self.base.bias is None else (1 - gain) * self.base.bias
-        # g goes onto B's (out, rank): a pass over the (..., out) output costs far more.
-        hidden = project(self.base, self.cast(dropped), self.A) * self.scale
-        update = mix(self.base, hidden, gain.unsqueeze(1) * self.B, bias)
-        return (y + pointwise(self.base, gain - 1) * product + update).to(y.dtype)
+        if self.axis == 1:
+            return self.scaled(x, gain, self.scale * self.B, self.A)
+        return self._scaled_inputs(x, gain)
 
     def _scaled_inputs(self, x: Tensor, gain: Tensor) -> Tensor:
         """Returns W (x + (g − 1) ⊙ x̃) + b + s B A (g ⊙ x̃), which is V (g ⊙ x) + b without dropout."""

@@ -24,12 +24,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, PeftLayout
+from lora_lab.adapters.families.magnitude import MagnitudeAdapter, gains
 from lora_lab.adapters.families.singular_basis import BasisAdapter, BasisSpec, checked_rank, singular_basis
-from lora_lab.adapters.maps import matrix, mix, project, sizes
+from lora_lab.adapters.maps import matrix, sizes
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import LowRankSpec
+from lora_lab.linalg.norms import SMALLEST_NORM, edited_row_norms
 from lora_lab.linalg.rank import widened
-from lora_lab.linalg.spectral import edited_row_norms
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class EDoRASpec(BasisSpec, LowRankSpec):
         return found
 
 
-class EDoRA(BasisAdapter):
+class EDoRA(BasisAdapter, MagnitudeAdapter):
     """The adapter of one linear map."""
 
     Spec = EDoRASpec
@@ -140,18 +141,13 @@ class EDoRA(BasisAdapter):
         edited = torch.addmm(weight, widened(self.left()), widened(self.Vh))
         if self.m is None:
             return edited
-        norm = torch.linalg.vector_norm(edited.detach(), dim=1).clamp(min=1e-12)
-        return (self.m / norm).unsqueeze(1) * edited
+        norm = torch.linalg.vector_norm(edited.detach(), dim=1).clamp(min=SMALLEST_NORM)
+        return gains(self.m, norm).unsqueeze(1) * edited
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """Applies the adapted map; dropout acts on everything but the base's own product."""
-        y, dropped, left = self.base(x), self.dropout(x), self.left()
-        hidden = project(self.base, self.cast(dropped), self.Vh)
-        if self.m is None:
-            return (y + mix(self.base, hidden, left)).to(y.dtype)
-        gain = self.m / edited_row_norms(self.weight_square, self.on_basis, left.detach())
-        # W x + b + (g − 1) ⊙ W x̃ + g ⊙ L V_rᵀ x̃; what the base gives holds b, taken out again by −(g − 1) b.
-        product = self.base(dropped) if self.training and self.spec.dropout else y
-        bias = None if self.base.bias is None else (1 - gain) * self.base.bias
-        update = mix(self.base, hidden, gain.unsqueeze(1) * left, bias)
-        return (y + (gain - 1) * product + update).to(y.dtype)
+        left, gain = self.left(), None
+        if self.m is not None:
+            norm = edited_row_norms(self.weight_square, self.on_basis, left.detach())
+            gain = gains(self.m, norm)
+        return self.scaled(x, gain, left, self.Vh)

@@ -27,8 +27,8 @@ from lora_lab.adapters.base import InputAdapter, PeftLayout
 from lora_lab.adapters.maps import sizes
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import IncompatibleError
+from lora_lab.linalg.kaiming import kaiming_uniform
 from lora_lab.linalg.orthogonal import orthonormal_columns, overlap, reflect_chain
-from lora_lab.linalg.start import kaiming_uniform
 
 
 @dataclass

@@ -42,8 +42,8 @@ from lora_lab.adapters.maps import is_linear
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import AdapterSpec, least_fault, probability_fault
 from lora_lab.errors import IncompatibleError
+from lora_lab.linalg.kaiming import kaiming_uniform
 from lora_lab.linalg.orthogonal import orthonormal_columns
-from lora_lab.linalg.start import kaiming_uniform
 
 ORTHONORMAL = ("loreft", "direft", "consreft", "lobireft")
 SOURCED = ("loreft", "noreft", "direft", "nodireft")

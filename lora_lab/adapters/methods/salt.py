@@ -35,9 +35,9 @@ from lora_lab.adapters.families.singular_basis import (
 from lora_lab.adapters.maps import sizes
 from lora_lab.adapters.spec import least_fault
 from lora_lab.errors import IncompatibleError
+from lora_lab.linalg.kaiming import kaiming_uniform
 from lora_lab.linalg.norms import product_norm
 from lora_lab.linalg.spectral import rectified
-from lora_lab.linalg.start import kaiming_uniform
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Random starts shared by several methods. All draw from torch's global CPU generator."""
+"""The uniform random start shared by several methods, drawn from torch's global CPU generator."""
 
 import math
 

@@ -1,0 +1,59 @@
+"""What methods share that give each output a magnitude of its own: W' = diag(g) V with g = m / ‖V‖.
+
+    V = W + L R     L (out, rank) and R (rank, in), of which a method says how they are made
+    m   (out,)      learned; ‖W‖ at the start
+
+‖V‖ holds the norms of V's rows. The bias is never scaled.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lora_lab.adapters.base import LinearAdapter
+from lora_lab.adapters.maps import mix, pointwise, project
+from lora_lab.linalg.norms import SMALLEST_NORM
+
+
+def gains(m: Float[Tensor, " k"], norm: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+    """Returns g = m / ‖V‖, and 1 where a row of V is zero.
+
+    There g means nothing, but a huge one would multiply the rounding errors of a sum that should be zero, and
+    train m on them.
+    """
+    return (m / norm).where(norm > SMALLEST_NORM, 1.0)
+
+
+class MagnitudeAdapter(LinearAdapter):
+    """Edits the directions of a weight's rows, and perhaps their lengths."""
+
+    dropout: nn.Module
+
+    def scaled(
+        self,
+        x: Float[Tensor, "... in"],
+        gain: Float[Tensor, " out"] | None,
+        left: Float[Tensor, "out rank"],
+        right: Float[Tensor, "rank in"],
+    ) -> Float[Tensor, "... out"]:
+        """Returns W x + b + (g − 1) ⊙ W x̃ + g ⊙ L R x̃, which is g ⊙ V x + b without dropout.
+
+        Dropout, x̃, acts on everything but the base's own product.
+
+        Args:
+            x: the module's input.
+            gain: g; None for 1.
+            left: L.
+            right: R.
+        """
+        y, dropped = self.base(x), self.dropout(x)
+        hidden = project(self.base, self.cast(dropped), right)
+        if gain is None:
+            return (y + mix(self.base, hidden, left)).to(y.dtype)
+        product = self.base(dropped) if self.training and self.spec.dropout else y
+        # What the base gives holds its bias, taken out of the product again by −(g − 1) b.
+        bias = None if self.base.bias is None else (1 - gain) * self.base.bias
+        # g goes onto the (out, rank) factor: a pass over the (..., out) output costs far more.
+        update = mix(self.base, hidden, gain.unsqueeze(1) * left, bias)
+        return (y + pointwise(self.base, gain - 1) * product + update).to(y.dtype)
