@@ -39,6 +39,16 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def register(monkeypatch):
+    """`lora_lab.register`, for the length of one test."""
+    from lora_lab import CONTROLLERS, METHODS, register
+
+    for table in (METHODS, CONTROLLERS):
+        monkeypatch.setattr(table, "_kinds", dict(table))
+    return register
+
+
 class Plain(nn.Module):
     """A model that is none of transformers': a norm, one residual two-layer block, an output map."""
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lora_lab"
 ORDER = [
     "errors",
+    "registry",
     "files",
     "documents",
     "assets",
@@ -23,6 +24,7 @@ ORDER = [
     "data",
     "training",
     "callbacks",
+    "plugins",
     "tracking",
     "config",
     "runs",

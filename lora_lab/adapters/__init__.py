@@ -17,7 +17,7 @@ from lora_lab.adapters.spec import AdapterSpec as AdapterSpec, LowRankSpec as Lo
 if TYPE_CHECKING:
     from lora_lab.adapters.methods import *  # noqa: F403
 else:  # the same names, without those of the modules that they come from
-    _parts = {part.__name__: part for method in METHODS.values() for part in (method, method.Spec)}
+    _parts = {part.__name__: part for method in METHODS.own.values() for part in (method, method.Spec)}
     globals().update(_parts)
     __all__ = [
         "METHODS",

@@ -167,6 +167,11 @@ def read_spec(folder: Path, tensors: Mapping[str, Tensor]) -> AdapterSpec:
     if own.is_file():
         try:
             given = OmegaConf.load(own).adapter
+            if given.method not in METHODS:
+                raise CheckpointError(
+                    f"{own}: method '{given.method}' is not known here. Install the package that it is "
+                    "of, or call lora_lab.register with its class."
+                )
             schema = OmegaConf.structured(METHODS[given.method].Spec)
             return cast(AdapterSpec, OmegaConf.to_object(OmegaConf.merge(schema, given)))
         except (OmegaConfBaseException, YAMLError, AttributeError, KeyError, OSError, ValueError) as error:

@@ -16,7 +16,7 @@ Fields for text get a value as it was written: `run=0123` names the folder 0123.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -42,11 +42,11 @@ logger = logging.getLogger(__name__)
 DEEPEST_EXTENDS = 50
 """Files that may extend each other in a chain."""
 
-UNIONS: dict[str, tuple[str, Mapping[str, type]]] = {
-    "adapter": ("method", {name: method.Spec for name, method in METHODS.items()}),
-    "data": ("source", DATA_SOURCES),
+UNIONS: dict[str, tuple[str, Callable[[], Mapping[str, type]]]] = {
+    "adapter": ("method", lambda: {name: method.Spec for name, method in METHODS.items()}),
+    "data": ("source", lambda: DATA_SOURCES),
 }
-"""Node → the key that names the kind, and the dataclass of each kind."""
+"""Node → the key that names the kind, and what gives the dataclass of each kind known by then."""
 
 
 @dataclass
@@ -87,7 +87,8 @@ def compose_layers(layers: Sequence[Layer]) -> ExperimentConfig:
     faults: list[str] = []
     schema = OmegaConf.structured(ExperimentConfig)
     settings = [Layer(layer.source, dict(layer.settings)) for layer in layers]
-    for node, (tag, kinds) in UNIONS.items():
+    for node, (tag, known) in UNIONS.items():
+        kinds = known()
         kind = _choose(node, tag, kinds, settings, faults)
         if kind is None:
             for layer in settings:

@@ -891,9 +891,9 @@ class Volume(AdditiveAdapter):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_new_method_is_one_class_and_one_entry(name, make_model, make_batch, monkeypatch):
+def test_a_new_method_is_one_class_and_one_entry(name, make_model, make_batch, register):
     """Check 14."""
-    monkeypatch.setitem(METHODS, "volume", Volume)
+    register(Volume)
     case = Case("volume", name, make_model, make_batch, {"method": "volume"})
     test_starts_as_the_identity(case)
     test_perturbing_changes_the_output(case)

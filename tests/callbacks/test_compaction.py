@@ -20,7 +20,7 @@ from lora_lab.adapters.methods.pissa import PiSSASpec
 from lora_lab.adapters.methods.svft import SVFTSpec
 from lora_lab.adapters.protocols import Droppable, Prunable
 from lora_lab.adapters.storage import load_adapter, save_adapter
-from lora_lab.callbacks import CONTROLLERS, Controller, ControllerSpec, check_controllers
+from lora_lab.callbacks import Controller, ControllerSpec, check_controllers
 from lora_lab.callbacks.adapter_rows import adapter_rows
 from lora_lab.callbacks.controllers.compaction import Compaction, CompactionSpec
 from lora_lab.callbacks.controllers.rank_pruning import RankPruningSpec
@@ -326,8 +326,8 @@ class Takes(Controller):
         self.done = state_dict["done"]
 
 
-def test_dropped_adapters_vanish_and_shared_tensors_are_sliced_once(monkeypatch, tmp_path):
-    monkeypatch.setitem(CONTROLLERS, "takes", Takes)
+def test_dropped_adapters_vanish_and_shared_tensors_are_sliced_once(register, tmp_path):
+    register(Takes)
     both = {"takes": Takes.Spec(), "compaction": CompactionSpec()}
     look = EveryStep(lambda adapters, trainer: [len(adapter.kept) for adapter in adapters])
     whole = train(LoRASpec(rank=4), both, extra=[look])

@@ -254,7 +254,7 @@ def test_every_field_of_every_part_is_documented():
     from lora_lab.training.optimization import OptimizationConfig
     from lora_lab.training.trainer import TrainerConfig
 
-    kinds = [kind for _, table in UNIONS.values() for kind in table.values()]
+    kinds = [kind for _, table in UNIONS.values() for kind in table().values()]
     for kind in [*kinds, ModelConfig, TrackingConfig, OptimizationConfig, TrainerConfig]:
         documented = field_documentation(kind)
         silent = [f.name for f in fields(kind) if f.name not in documented and f.name != "method"]

@@ -32,10 +32,14 @@ from lora_lab.adapters.methods.salt_edora import SaltEDoRA as SaltEDoRA, SaltEDo
 from lora_lab.adapters.methods.ssvd import SSVD as SSVD, SSVDSpec as SSVDSpec
 from lora_lab.adapters.methods.svft import SVFT as SVFT, SVFTSpec as SVFTSpec
 from lora_lab.adapters.methods.vera import VeRA as VeRA, VeRASpec as VeRASpec
+from lora_lab.registry import Registry
 
-METHODS: dict[str, type[Adapter]] = {
-    method.Spec().method: method
-    for method in (
+METHODS = Registry[Adapter](
+    "method",
+    Adapter,
+    needs=("Spec", "family", "paper", "peft"),
+    id_of=lambda method: method.Spec().method,
+    own=(
         LoRA,
         DoRA,
         AdaLoRA,
@@ -67,6 +71,7 @@ METHODS: dict[str, type[Adapter]] = {
         BitFit,
         Head,
         Full,
-    )
-}
-"""Every method by its id. A new method is one file, one entry here and one YAML in configs/adapters."""
+    ),
+)
+"""Every method by its id, those of other packages too, see `Registry`. A new method of ours is one file, one
+entry here and one YAML in configs/adapters."""

@@ -13,20 +13,24 @@ from lora_lab.callbacks.controllers.output_evaluation import OutputEvaluation
 from lora_lab.callbacks.controllers.rank_pruning import RankPruning
 from lora_lab.callbacks.controllers.rank_switching import RankSwitching
 from lora_lab.errors import suggest
+from lora_lab.registry import Registry
 
-CONTROLLERS: dict[str, type[Controller]] = {
-    controller.name: controller
-    for controller in (
+CONTROLLERS = Registry[Controller](
+    "controller",
+    Controller,
+    needs=("Spec", "name"),
+    id_of=lambda controller: controller.name,
+    own=(
         OutputEvaluation,
         DropoutSchedule,
         ImportancePruning,
         RankPruning,
         RankSwitching,
         Compaction,
-    )
-}
-"""Every controller by its id, in the order in which those of one run act. A new one is one file, one entry
-here and one YAML in configs/controllers."""
+    ),
+)
+"""Every controller by its id, in the order in which those of one run act; those of other packages, see
+`Registry`, act last. A new one of ours is one file, one entry here and one YAML in configs/controllers."""
 
 FORMER_NAMES: dict[str, dict[str, str]] = {
     "lora_drop": {"output_evaluation": "output_evaluation", "stochastic": "dropout_schedule"}

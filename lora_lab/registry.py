@@ -1,0 +1,118 @@
+"""Tables of kinds by id, METHODS and CONTROLLERS: our own, those of installed packages, those registered.
+
+A package adds kinds by entry points in its pyproject.toml, under the ids that they have:
+
+    [project.entry-points."lora_lab.methods"]
+    volume = "my_package.volume:Volume"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+from lora_lab.errors import ConfigError
+
+Kind = TypeVar("Kind")
+
+
+class Registry(Mapping[str, type[Kind]]):
+    """Classes of one kind by id: ours first, in their order, then the others.
+
+    Entry points are read once, when the table is first looked into, so that a package may import ours.
+
+    Args:
+        what: "method", for messages.
+        base: what every class inherits.
+        needs: class attributes that every class has to have.
+        id_of: class → its id.
+        own: our classes.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        base: type[Kind],
+        needs: tuple[str, ...],
+        id_of: Callable[[Any], str],
+        own: Iterable[type[Kind]],
+    ):
+        self.what, self.base, self.needs, self.id_of = what, base, needs, id_of
+        self.group = f"lora_lab.{what}s"
+        self.own: dict[str, type[Kind]] = {id_of(kind): kind for kind in own}
+        """Our classes alone, without a look at entry points."""
+        self._kinds = dict(self.own)
+        self._complete = False
+
+    def __getitem__(self, name: str) -> type[Kind]:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def add(self, kind: type[Kind]) -> type[Kind]:
+        """Adds a class under its id. The same class, run again in a notebook, say, replaces itself.
+
+        Returns:
+            The class, so that this serves as a decorator.
+
+        Raises:
+            ConfigError: if something is missing in the class, or the id is taken by another one.
+        """
+        if not (isinstance(kind, type) and issubclass(kind, self.base)):
+            raise ConfigError(f"{kind!r}: a {self.what} must be a class that inherits {self.base.__name__}.")
+        where = _path(kind)
+        missing = [name for name in self.needs if not hasattr(kind, name)]
+        if missing:
+            raise ConfigError(
+                f"{where}: a {self.what} needs the class attributes {', '.join(self.needs)}; missing: "
+                f"{', '.join(missing)}. {self.base.__module__}.{self.base.__name__} says what they hold."
+            )
+        try:
+            name = self.id_of(kind)
+        except TypeError as error:
+            raise ConfigError(
+                f"{where}: its Spec must be a dataclass with a default for every field ({error})."
+            ) from error
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise ConfigError(f"{where}: the id of a {self.what} must be a plain name; got {name!r}.")
+        other = self._all().get(name)
+        if other is not None and _path(other) != where:
+            raise ConfigError(
+                f"{where}: the id '{name}' is taken by the {self.what} {_path(other)}. Choose another id, or "
+                "uninstall one of the two packages."
+            )
+        self._kinds[name] = kind
+        return kind
+
+    def _all(self) -> dict[str, type[Kind]]:
+        if not self._complete:
+            self._complete = True  # what is loaded here may look into the table itself
+            try:
+                for point in entry_points(group=self.group):
+                    self._load(point)
+            except ConfigError:
+                self._complete = False
+                raise
+        return self._kinds
+
+    def _load(self, point: Any) -> None:
+        package = point.dist.name if point.dist else "an unknown package"
+        where = f"entry point {self.group}: {point.name} = {point.value} of {package}"
+        try:
+            kind = point.load()
+        except Exception as error:
+            raise ConfigError(
+                f"{where}: cannot be loaded ({type(error).__name__}: {error}). Update or uninstall {package}."
+            ) from error
+        self.add(kind)
+        if self.id_of(kind) != point.name:
+            raise ConfigError(f"{where}: its id is '{self.id_of(kind)}'; name the entry point so.")
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
