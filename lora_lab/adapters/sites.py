@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import TargetError, suggest
-from lora_lab.models.architectures import find_roles, head_paths, layer_of, roles_of
+from lora_lab.models.architectures import FUSED, find_roles, head_paths, layer_of, roles_of
 from lora_lab.models.quantization import holds_codes
 
 Value = TypeVar("Value")
@@ -77,8 +77,12 @@ def find_sites(
     saved = saved_modules(model, spec)
     targets = [spec.targets] if isinstance(spec.targets, str) else spec.targets
     matched: dict[str, str] = {}
+    default = targets == _default_targets(spec)
     for target in targets:
         paths = [path for path in _matching(target, model, modules, roles, saved, accepts)]
+        if default:
+            # A default names a job; where one map has several of them, that map is what does it.
+            paths += [path for path, found in roles.items() if found.role in FUSED.get(target, ())]
         if not paths:
             raise TargetError(_no_match(target, model, modules))
         matched.update(dict.fromkeys(paths, target))
@@ -236,12 +240,22 @@ def _computed_past(path: str, model: nn.Module, accepts: Callable[[nn.Module], b
     return None
 
 
+def _default_targets(spec: AdapterSpec) -> Any:
+    """Returns the targets that a method has where its user names none."""
+    factories = (f.default_factory for f in fields(spec) if f.name == "targets")
+    return next((factory() for factory in factories if factory is not MISSING), None)
+
+
 def _no_match(target: str, model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
     roles = roles_of(model)
     names = {path.rpartition(".")[2] for path in modules if not path.rpartition(".")[2].isdigit()}
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    told = f"its roles are {', '.join(roles)}" if roles else "it has no table of roles"
-    fault = f"adapter.targets: {kind} has no '{target}' ({told}){suggest(target, names | set(roles))}"
+    told = f"its roles are {', '.join(roles)}" if roles else "it has no roles"
+    held = [role for role in FUSED.get(target, ()) if role in roles]
+    if held:
+        told += f"; {target} is a part of {held[0]}: name that, or try model.split_fused: true"
+    known = suggest(target, names | set(roles) | {"all-linear"})
+    fault = f"adapter.targets: {kind} has no '{target}' ({told}); name what it has{known}"
     fused = any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
     split = fused and target in ("query", "key", "value", "output")
     return f"{fault.rstrip('.')}. {SPLIT_FIRST}" if split else fault

@@ -1,50 +1,66 @@
-"""Where each architecture keeps its parts: one vocabulary of roles for all of them.
+"""Which module of a transformer does what: one vocabulary of roles for every architecture.
 
-A role is the job of a module inside a transformer block ("query", "down"); the tables below translate it into
-the names that each architecture of `transformers` uses, so that one list of targets fits them all. A fused
-projection has a role of its own (`query_key_value`): GPT-2 has no "query" unless built with `split_fused`.
+A role is the job of a module inside a block ("query", "down"), so that one list of targets fits all models.
+It is found by structure. A block is an entry of an outermost list of modules. An attention is where
+projections named as queries, keys and values stand side by side, or one map as wide as all three. A feed-
+forward part is a pair of maps, up from the hidden width and down to it again. Names decide only what shapes
+cannot: which projection is the query, and which of two equal maps is the gate. A fused projection has a role
+of its own: GPT-2 has no "query" but a "query_key_value", unless built with `split_fused`.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+from transformers.pytorch_utils import Conv1D
 
-ROLES = (
+_ATTENTION = (
     "query",
     "key",
     "value",
     "query_key_value",
+    "query_key",
+    "key_value",
     "attention_output",
-    "cross_query",
-    "cross_key",
-    "cross_value",
-    "cross_attention_output",
+)
+ROLES = (
+    *_ATTENTION,
+    *(f"cross_{role}" for role in _ATTENTION),
     "up",
     "gate",
+    "gate_up",
     "down",
     "block",
     "head",
 )
 """All roles, in the order in which they are listed to users."""
 
+FUSED = {
+    f"{cross}{role}": tuple(f"{cross}{fused}" for fused in inside)
+    for cross in ("", "cross_")
+    for role, inside in {
+        "query": ("query_key_value", "query_key"),
+        "key": ("query_key_value", "query_key", "key_value"),
+        "value": ("query_key_value", "key_value"),
+    }.items()
+} | {"up": ("gate_up",), "gate": ("gate_up",)}
+"""For each role those of the fused maps that hold it too."""
+
 USUAL_HEADS = ("pre_classifier", "classifier", "score", "classification_head")
-"""Names of task heads at the root of a model whose architecture has no table."""
+"""Names of task heads at the root of a model without a base model inside it."""
 
+_TASK_MODEL = re.compile(r"Classification|QuestionAnswering|MultipleChoice")
 
-@dataclass(frozen=True)
-class Architecture:
-    """The module names of one architecture; all paths hold for the bare encoder and under any prefix."""
-
-    kind: Literal["encoder", "decoder", "encoder_decoder", "vision"]
-    """What it can be asked to do: only a decoder models text from left to right."""
-    blocks: tuple[str, ...]
-    """Paths of the lists of blocks; a block is `<list>.<number>`. Several stacks count their blocks apart."""
-    roles: dict[str, tuple[str, ...]]
-    """For each role the possible paths below the block; variants and versions differ, those present count."""
-    heads: tuple[str, ...]
-    """Freshly initialised task heads, children of the model's root."""
+Kind = Literal["encoder", "decoder", "encoder_decoder", "vision"]
 
 
 @dataclass(frozen=True)
@@ -61,161 +77,42 @@ class RoleSite:
     """Path of its block, "model.layers.3": equal for parts that work together; "" for a head."""
 
 
-def _bert(heads: tuple[str, ...] = ("classifier",), projection: str = "{}") -> Architecture:
-    return Architecture(
-        kind="encoder",
-        blocks=("encoder.layer",),
-        roles={
-            "query": ("attention.self." + projection.format("query"),),
-            "key": ("attention.self." + projection.format("key"),),
-            "value": ("attention.self." + projection.format("value"),),
-            "attention_output": ("attention.output.dense",),
-            # A decoder which reads an encoder (`add_cross_attention`) has these too.
-            "cross_query": ("crossattention.self.query",),
-            "cross_key": ("crossattention.self.key",),
-            "cross_value": ("crossattention.self.value",),
-            "cross_attention_output": ("crossattention.output.dense",),
-            "up": ("intermediate.dense",),
-            "down": ("output.dense",),
-        },
-        heads=heads,
-    )
+def kind_of(model_type: str) -> Kind | None:
+    """Returns what an architecture of transformers can be asked to do: only a decoder models text onwards.
 
-
-def _llama() -> Architecture:
-    return Architecture(
-        kind="decoder",
-        blocks=("layers",),
-        roles={
-            "query": ("self_attn.q_proj",),
-            "key": ("self_attn.k_proj",),
-            "value": ("self_attn.v_proj",),
-            "attention_output": ("self_attn.o_proj",),
-            "up": ("mlp.up_proj",),
-            "gate": ("mlp.gate_proj",),
-            "down": ("mlp.down_proj",),
-        },
-        heads=("score",),
-    )
-
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "bert": _bert(),
-    "roberta": _bert(),
-    "xlm-roberta": _bert(),
-    "electra": _bert(),
-    # DeBERTa pools inside the task model, so its pooler is as fresh as the classifier.
-    "deberta-v2": _bert(heads=("pooler", "classifier"), projection="{}_proj"),
-    "distilbert": Architecture(
-        kind="encoder",
-        blocks=("transformer.layer",),
-        roles={
-            "query": ("attention.q_lin",),
-            "key": ("attention.k_lin",),
-            "value": ("attention.v_lin",),
-            "attention_output": ("attention.out_lin",),
-            "up": ("ffn.lin1",),
-            "down": ("ffn.lin2",),
-        },
-        heads=("pre_classifier", "classifier"),
-    ),
-    # The later names came with a 5.x release of transformers; the earlier ones are BERT's.
-    "vit": Architecture(
-        kind="vision",
-        blocks=("layers", "encoder.layer"),
-        roles={
-            "query": ("attention.q_proj", "attention.attention.query"),
-            "key": ("attention.k_proj", "attention.attention.key"),
-            "value": ("attention.v_proj", "attention.attention.value"),
-            "attention_output": ("attention.o_proj", "attention.output.dense"),
-            "up": ("mlp.fc1", "intermediate.dense"),
-            "down": ("mlp.fc2", "output.dense"),
-        },
-        heads=("classifier",),
-    ),
-    "gpt2": Architecture(
-        kind="decoder",
-        blocks=("h",),
-        roles={
-            "query": ("attn.c_attn.query",),
-            "key": ("attn.c_attn.key",),
-            "value": ("attn.c_attn.value",),
-            "query_key_value": ("attn.c_attn",),
-            "attention_output": ("attn.c_proj",),
-            "up": ("mlp.c_fc",),
-            "down": ("mlp.c_proj",),
-        },
-        heads=("score",),
-    ),
-    "opt": Architecture(
-        kind="decoder",
-        blocks=("decoder.layers",),
-        roles={
-            "query": ("self_attn.q_proj",),
-            "key": ("self_attn.k_proj",),
-            "value": ("self_attn.v_proj",),
-            "attention_output": ("self_attn.out_proj",),
-            "up": ("fc1",),
-            "down": ("fc2",),
-        },
-        heads=("score",),
-    ),
-    "llama": _llama(),
-    "mistral": _llama(),
-    "qwen2": _llama(),
-    "qwen3": _llama(),
-    "gemma": _llama(),
-    "gemma2": _llama(),
-    "gemma3_text": _llama(),
-    # The feed-forward part is layer.1 of an encoder block, layer.2 of a decoder block, after cross-attention.
-    "t5": Architecture(
-        kind="encoder_decoder",
-        blocks=("encoder.block", "decoder.block"),
-        roles={
-            "query": ("layer.0.SelfAttention.q",),
-            "key": ("layer.0.SelfAttention.k",),
-            "value": ("layer.0.SelfAttention.v",),
-            "attention_output": ("layer.0.SelfAttention.o",),
-            "cross_query": ("layer.1.EncDecAttention.q",),
-            "cross_key": ("layer.1.EncDecAttention.k",),
-            "cross_value": ("layer.1.EncDecAttention.v",),
-            "cross_attention_output": ("layer.1.EncDecAttention.o",),
-            "up": tuple(f"layer.{n}.DenseReluDense.{name}" for n in (1, 2) for name in ("wi", "wi_1")),
-            "gate": ("layer.1.DenseReluDense.wi_0", "layer.2.DenseReluDense.wi_0"),
-            "down": ("layer.1.DenseReluDense.wo", "layer.2.DenseReluDense.wo"),
-        },
-        heads=("classification_head",),
-    ),
-}
-"""The known architectures by `config.model_type`."""
-
-
-def architecture_of(model: nn.Module) -> Architecture | None:
-    """Returns the table of this model's architecture; None where its `config.model_type` has none."""
-    return ARCHITECTURES.get(getattr(getattr(model, "config", None), "model_type", ""))
+    None for a type that the installed transformers does not know.
+    """
+    if model_type not in CONFIG_MAPPING:
+        return None
+    if getattr(CONFIG_MAPPING[model_type], "is_encoder_decoder", False):
+        return "encoder_decoder"
+    if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "encoder"
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "decoder"
+    if model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        return "encoder"
+    return "vision" if model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES else None
 
 
 def find_roles(model: nn.Module) -> list[RoleSite]:
     """Finds every module of the model that has a role.
 
     Args:
-        model: A model of `transformers`, bare or with a task head.
+        model: A model of `transformers`, bare or with a task head, adapted or not.
 
     Returns:
-        The sites in the model's own order, each block before its parts, the heads at the end; empty for a
-        model whose architecture has no table.
+        The sites in the model's own order, each block before its parts, the heads at the end. Empty for a
+        module without a `config`: what its names mean is its author's business.
     """
-    architecture = architecture_of(model)
-    if architecture is None:
+    if not hasattr(model, "config"):
         return []
-    lists = "|".join(re.escape(path) for path in architecture.blocks)
-    is_block = re.compile(rf"(?:.+\.)?(?:{lists})\.(\d+)")
-    modules = dict(model.named_modules())
     sites = []
-    for path in modules:
-        if match := is_block.fullmatch(path):
-            sites.append(RoleSite(path, "block", int(match[1]), path))
-            sites += _parts(architecture, modules, path, int(match[1]))
+    sizes = getattr(model.config, "hidden_size", None), head_width(model)
+    for path, block, layer in _blocks(model):
+        roles = _Block(block, *sizes).roles()
+        sites.append(RoleSite(path, "block", layer, path))
+        sites += [RoleSite(f"{path}.{inside}", role, layer, path) for inside, role in roles.items()]
     return sites + [RoleSite(path, "head", None, "") for path in head_paths(model)]
 
 
@@ -228,14 +125,15 @@ def roles_of(model: nn.Module) -> list[str]:
 def head_paths(model: nn.Module) -> list[str]:
     """Returns the paths of the freshly initialised task heads, which have to be trained whatever the adapter.
 
-    The language-modelling head and BERT's own pooler come with the pretrained weights and are none. A model
-    whose architecture has no table is searched for the usual names.
+    In a task model of transformers that is what stands beside the base model; the language-modelling head and
+    BERT's own pooler come with the pretrained weights and are none. Other modules are searched for the usual
+    names.
     """
-    architecture = architecture_of(model)
-    # `classifier` stands on every encoder with mean pooling, whatever head the architecture itself has.
-    names = (*architecture.heads, "classifier") if architecture else USUAL_HEADS
     children = dict(model.named_children())
-    return [name for name in dict.fromkeys(names) if name in children]
+    base = children.get(getattr(model, "base_model_prefix", ""))
+    if base is not None and _TASK_MODEL.search(type(model).__name__):
+        return [name for name, child in children.items() if child is not base and list(child.parameters())]
+    return [name for name in USUAL_HEADS if name in children]
 
 
 def head_width(model: nn.Module) -> int | None:
@@ -282,13 +180,271 @@ def layer_of(path: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def _parts(
-    architecture: Architecture, modules: dict[str, nn.Module], block: str, layer: int
-) -> list[RoleSite]:
-    sites = []
-    for role, paths in architecture.roles.items():
-        for path in (f"{block}.{path}" for path in paths):
-            # A split projection has no weight of its own, so that it loses its role to its three parts.
-            if path in modules and hasattr(modules[path], "weight"):
-                sites.append(RoleSite(path, role, layer, block))
-    return sites
+# Blocks
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+    """Yields path, module and number of each block: the entries of outermost lists that hold linear maps."""
+    inside: list[str] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or path.startswith(tuple(inside)):
+            continue
+        entries = list(_entries(module, path))
+        if any(_is_block(entry) for _, entry in entries):
+            inside.append(f"{path}.")
+            yield from ((name, entry, number) for number, (name, entry) in enumerate(entries))
+
+
+def _entries(modules: nn.ModuleList, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yields what a list holds, with the entries of lists directly inside it in their place (Funnel)."""
+    for name, entry in modules.named_children():
+        inside = f"{path}.{name}"
+        if isinstance(entry, nn.ModuleList):
+            yield from _entries(entry, inside)
+        else:
+            yield inside, entry
+
+
+def _is_block(module: nn.Module) -> bool:
+    return widths(module) is None and sum(1 for _ in _linears(module)) > 1
+
+
+def _linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yields path and widths of a module's linear maps; what stands inside one of them is not looked at."""
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if found := widths(child):
+            yield path, found
+        else:
+            yield from _linears(child, f"{path}.")
+
+
+def widths(module: nn.Module) -> tuple[int, int] | None:
+    """Returns the widths (in, out) of a linear map, `Conv1D` or convolution of width 1; None for all else."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    if isinstance(module, nn.Conv1d) and module.kernel_size == (1,):
+        return module.in_channels, module.out_channels
+    found = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    # A projection whose three parts were split from it has no weight of its own: they have the roles.
+    if isinstance(found[0], int) and isinstance(found[1], int):
+        return found[0], found[1]
+    return None
+
+
+# Parts of a block
+
+_FILLERS = frozenset(
+    "proj projection project lin linear layer dense c to w head att attn attention self in fc matrix conv1d "
+    "norm layernorm ln base".split()
+)
+"""Words in a module's name that say nothing about its job."""
+_PARTS = {
+    "q": "query",
+    "query": "query",
+    "wq": "query",
+    "q_gate": "query",  # fused with a gate on what the attention gives
+    "q_b": "query",  # the second of two thin maps (DeepSeek's latent attention); so is kv_b
+    "wq_b": "query",
+    "k": "key",
+    "key": "key",
+    "wk": "key",
+    "v": "value",
+    "value": "value",
+    "wv": "value",
+    "qkv": "query_key_value",
+    "wqkv": "query_key_value",
+    "query_key_value": "query_key_value",
+    "qk": "query_key",
+    "query_key": "query_key",
+    "kv": "key_value",
+    "wkv": "key_value",
+    "key_value": "key_value",
+    "kv_b": "key_value",
+    "wkv_b": "key_value",
+}
+_OUTPUTS = ("o", "out", "output", "wo", "post", "")
+_DOWNS = ("down", "2", "fc2", "lin2", "linear2", "w2", "wo", "out", "output", "4h_h", "ffn_output", "")
+_UPS = ("up", "1", "fc1", "lin1", "linear1", "w3", "wi", "wi_1", "intermediate", "h_4h", "ffn", "")
+_GATES = ("w1", "wi_0")
+_OTHERS = re.compile(r"(^|_)(gate|g|global|q|k|v|qkv|kv|query|key|value|index|indexer)(_|$)")
+"""Words by which a map inside an attention says that it is not the output projection."""
+_CROSS = re.compile(r"cross|encoder_attn|enc_?dec|inter_?attention|encoder_attention")
+_NORM = re.compile(r"norm[._]|^ln_")
+"""Maps inside a norm that depends on its input are no feed-forward part."""
+_ATTENTIVE = re.compile(r"att(entio)?n?$|att(entio)?n[._]|^att")
+
+
+def job(path: str) -> tuple[str, str]:
+    """Returns what a path says of its module, without words that say nothing, and where it says so.
+
+    "self_attn.q_proj" is ("q", "self_attn.q_proj"), "output.dense" is ("output", "output"); a name of nothing
+    but such words inside an attention says nothing: ("", "attn.c_proj").
+    """
+    name, _, parents = path[::-1].partition(".")
+    leaf, parent = name[::-1], parents[::-1]
+    words = [word for word in re.split(r"[_.]", leaf.lower()) if word not in _FILLERS]
+    said = "_".join(words)
+    if (not said or said.isdigit()) and parent and not _ATTENTIVE.search(parent.rpartition(".")[2].lower()):
+        above, where = job(parent)
+        if above in _PARTS or above in ("output", "intermediate"):
+            return above, where
+    return said, path
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _inside(path: str, container: str) -> bool:
+    return not container or path.startswith(f"{container}.")
+
+
+class _Block:
+    """The linear maps of one block, and what each is for.
+
+    Args:
+        block: The block.
+        hidden: The model's hidden width, if its config names one.
+        head: Width of an attention head, if its config tells.
+    """
+
+    def __init__(self, block: nn.Module, hidden: int | None, head: int | None):
+        self.module = block
+        self.head = head
+        self.linears = dict(_linears(block))
+        self.hidden = hidden
+        self.found: dict[str, str] = {}
+        self.jobs = {path: job(path) for path in self.linears}
+
+    def roles(self) -> dict[str, str]:
+        """Returns the role of each map that has one, by its path in the block, in the block's order."""
+        taken = [scope for container in self._attentions() for scope in self._attention(container)]
+        rest = [
+            path
+            for path in self.linears
+            if path not in self.found
+            and not any(_inside(path, scope) for scope in taken if scope)
+            and not _NORM.search(path)
+        ]
+        self._feed_forward([path for path in rest if not self._convolves(path)])
+        return {path: self.found[path] for path in self.linears if path in self.found}
+
+    def _attentions(self) -> list[str]:
+        """Finds projections of queries, keys and values; returns the modules around them."""
+        parts: dict[str, dict[str, str]] = {}
+        for path in self.linears:
+            said, where = self.jobs[path]
+            if said in _PARTS:
+                parts.setdefault(_parent(where), {})[path] = _PARTS[said]
+        for path, (width_in, width_out) in self.linears.items():
+            container = _parent(path)
+            named = parts.get(container, {})
+            if path in named or not _ATTENTIVE.search(container.lower()):
+                continue
+            roles = set(named.values())
+            # All heads beside queries, or one head of keys and one of values for all of them.
+            if not roles and width_out in (3 * width_in, width_in + 2 * (self.head or width_in)):
+                parts.setdefault(container, {})[path] = "query_key_value"
+            elif roles == {"query"} and width_out == 2 * width_in:
+                named[path] = "key_value"
+        found = []
+        for container, named in parts.items():
+            if {word for role in named.values() for word in role.split("_")} == {"query", "key", "value"}:
+                prefix = "cross_" if _CROSS.search(container.lower()) else ""
+                self.found |= {path: prefix + role for path, role in named.items()}
+                found.append(container)
+        return found
+
+    def _attention(self, container: str) -> list[str]:
+        """Finds the output projection of an attention; returns the modules that are the attention's alone."""
+        prefix = "cross_" if _CROSS.search(container.lower()) else ""
+        parts = [path for path in self.found if _inside(path, container)]
+        width = next(self.linears[path][0] for path in parts)
+        if not prefix and self.hidden is None:
+            self.hidden = width
+        scope = container
+        while True:
+            rest = [path for path in self.linears if path not in self.found and _inside(path, scope)]
+            named = [path for path in rest if self.jobs[path][0] in _OUTPUTS[:-1]]
+            shaped = [
+                path
+                for path in rest
+                if self.linears[path][1] == width
+                and (self.jobs[path][0] in _OUTPUTS or (scope and path == rest[-1]))
+                and not _OTHERS.search(self.jobs[path][0])
+            ]
+            if not scope:
+                named = [path for path in named if self.jobs[path][0] != "output" or _parent(path) == ""]
+                shaped = []
+            both = [path for path in named if path in shaped]
+            if output := next(iter(both or named or shaped), None):
+                self.found[output] = f"{prefix}attention_output"
+                return [scope]
+            if not scope or not _ATTENTIVE.search(_parent(scope).lower()):
+                return [container]
+            scope = _parent(scope)
+
+    def _convolves(self, path: str) -> bool:
+        """Whether a map is part of a state-space or convolution module, which is no feed-forward part."""
+        around = self.module.get_submodule(_parent(path))
+        # Of what stands in the block itself, a convolution elsewhere in the block says nothing.
+        near = around.children() if around is self.module else around.modules()
+        return any(isinstance(part, nn.Conv1d) and part.kernel_size != (1,) for part in near)
+
+    def _feed_forward(self, paths: list[str]) -> None:
+        """Finds pairs of maps up and down again, in the innermost module that holds both."""
+        around = {scope for path in paths for scope in _scopes(path)}
+        for scope in sorted(around, key=lambda scope: (-scope.count(".") - bool(scope), scope)):
+            inside = [path for path in paths if path not in self.found and _inside(path, scope)]
+            downs = [path for path in inside if self._ups(path, inside)]
+            known = [path for path in downs if self.jobs[path][0] in _DOWNS]
+            for down in known or downs:
+                ups = self._ups(down, inside)
+                known_ups = [path for path in ups if self._names_up(path)]
+                self._assign(down, known_ups or ups)
+
+    def _names_up(self, path: str) -> bool:
+        said = self.jobs[path][0]
+        return said in _UPS or said in _GATES or "gate" in said or "up" in said
+
+    def _ups(self, down: str, paths: list[str]) -> list[str]:
+        """Returns the maps that may stand before a map down."""
+        narrow, out = self.linears[down]
+        if self.hidden is not None and out != self.hidden:
+            return []
+        said = self.jobs[down][0]
+        if "gate" in said or (narrow == out and (said in _UPS[:-1] or paths[0] == down)):
+            return []
+        if narrow < out and said not in _DOWNS:  # a thin map beside the feed-forward part
+            return []
+        return [
+            path
+            for path in paths
+            if path != down
+            and path not in self.found
+            and self.linears[path][0] == out
+            and self.linears[path][1] in (narrow, 2 * narrow)
+            and not (narrow == out and self.jobs[path][0] in _DOWNS[:-1])
+        ]
+
+    def _assign(self, down: str, ups: list[str]) -> None:
+        if not ups or down in self.found:
+            return
+        self.found[down] = "down"
+        narrow = self.linears[down][0]
+        for path in ups:
+            said = self.jobs[path][0]
+            if self.linears[path][1] == 2 * narrow:
+                self.found[path] = "gate_up"
+            elif len(ups) > 1 and ("gate" in said or said in _GATES):
+                self.found[path] = "gate"
+            else:
+                self.found[path] = "up"
+
+
+def _scopes(path: str) -> Iterator[str]:
+    """Yields the paths of the modules around a module, the innermost first and the block itself, "", last."""
+    while path:
+        path = _parent(path)
+        yield path

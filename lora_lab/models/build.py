@@ -20,12 +20,13 @@ from transformers import (
 )
 
 from lora_lab.errors import ConfigError
-from lora_lab.models.architectures import ARCHITECTURES
+from lora_lab.models.architectures import kind_of
 from lora_lab.models.conversion import linearise, split_fused_projections
 from lora_lab.models.perceptron import MLP
 from lora_lab.models.pooled_encoder import PooledEncoder, restore_classifier, was_mean_pooled
 from lora_lab.models.quantization import Quantization, QuantizationOptions, quantization_faults, quantize
 from lora_lab.models.sources import AutoClass, Source, parse_source
+from lora_lab.models.tiny import TINY
 from lora_lab.tasks import TASKS, task_faults
 
 
@@ -172,17 +173,16 @@ def _quantized_already(config: ModelConfig) -> str:
 
 def _task_faults(config: ModelConfig, model_type: str) -> list[str]:
     faults = []
-    kind = ARCHITECTURES[model_type].kind if model_type in ARCHITECTURES else None
+    kind = kind_of(model_type)
     name = model_type.removeprefix("lora_lab_")
-    reads_text = model_type not in ("mlp", MLP)
+    reads_text = model_type != MLP
     if TASKS[config.task].causal and (kind not in (None, "decoder") or not reads_text):
         faults.append(
             f"task: {name} does not model text from left to right; {config.task} needs a decoder like llama"
         )
     if config.pooling == "mean" and (kind in ("encoder_decoder", "vision") or not reads_text):
         faults.append(f"pooling: {name} has no masked tokens of one stack to average; use 'model'")
-    fused = kind is None or "query_key_value" in ARCHITECTURES[model_type].roles
-    if config.split_fused and not (fused and reads_text):
+    if config.split_fused and (not reads_text or (model_type in TINY and model_type != "gpt2")):
         faults.append(f"split_fused: {name} has no fused query-key-value projection; set it to false")
     if config.quantization != "none" and not reads_text:
         faults.append(f"quantization: {name} has no blocks whose maps could become codes; set it to none")

@@ -6,7 +6,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
-from lora_lab.models.architectures import ARCHITECTURES
+from lora_lab.models.architectures import kind_of
 
 _NARROW = {
     "vocab_size": 128,
@@ -86,7 +86,7 @@ def character_tokenizer(config: PretrainedConfig) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
-    kind = ARCHITECTURES[config.model_type].kind
+    kind = kind_of(config.model_type)
     if kind != "decoder":
         start = "<s> " if kind == "encoder" else ""
         backend.post_processor = processors.TemplateProcessing(

@@ -1,19 +1,25 @@
-"""The role tables against tiny models of the installed transformers."""
+"""Roles found by structure, against lists written by hand, on tiny models of the installed transformers."""
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModel, T5Config, T5ForSequenceClassification
 
+from lora_lab.adapters import LoRASpec, inject
+from lora_lab.bench.tiny_architectures import tiny_inputs, tiny_model
+from lora_lab.errors import TargetError
 from lora_lab.models.architectures import (
-    ARCHITECTURES,
     ROLES,
     find_roles,
     head_paths,
+    kind_of,
     layer_of,
     roles_of,
 )
 from lora_lab.models.build import ModelConfig, build_model
+from lora_lab.models.tiny import TINY
+
+ARCHITECTURES = [name for name in TINY if name != "mlp"]
 
 PLAIN = ["query", "key", "value", "attention_output", "up", "down", "block", "head"]
 GATED = ["query", "key", "value", "attention_output", "up", "gate", "down", "block", "head"]
@@ -155,9 +161,147 @@ def test_plain_modules_have_no_roles():
     assert (roles_of(mlp), head_paths(mlp)) == ([], [])
 
 
+LLAMA = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "attention_output": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+NEOX = {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
+BLOOM = NEOX | {
+    "query_key_value": "self_attention.query_key_value",
+    "attention_output": "self_attention.dense",
+}
+ATTENTION = {role: LLAMA[role] for role in ("query", "key", "value", "attention_output")}
+CAUSAL = {
+    "olmo2": LLAMA,
+    "granite": LLAMA,
+    "smollm3": LLAMA,
+    "cohere": LLAMA,
+    "stablelm": LLAMA,
+    "phi3": {
+        "query_key_value": "self_attn.qkv_proj",
+        "attention_output": "self_attn.o_proj",
+        "gate_up": "mlp.gate_up_proj",
+        "down": "mlp.down_proj",
+    },
+    # The experts are parameters of three dimensions, the router's map is no gate of a feed-forward part.
+    "qwen3_moe": ATTENTION,
+    "gpt_neox": NEOX
+    | {"query_key_value": "attention.query_key_value", "attention_output": "attention.dense"},
+    "falcon": BLOOM,
+    "bloom": BLOOM,
+    "mpt": {
+        "query_key_value": "attn.Wqkv",
+        "attention_output": "attn.out_proj",
+        "up": "ffn.up_proj",
+        "down": "ffn.down_proj",
+    },
+    "gpt_bigcode": {
+        "query_key_value": "attn.c_attn",
+        "attention_output": "attn.c_proj",
+        "up": "mlp.c_fc",
+        "down": "mlp.c_proj",
+    },
+    "phi": ATTENTION | {"attention_output": "self_attn.dense", "up": "mlp.fc1", "down": "mlp.fc2"},
+    "deepseek_v3": {
+        "query": "self_attn.q_b_proj",
+        "key_value": "self_attn.kv_b_proj",
+        **{role: LLAMA[role] for role in ("attention_output", "gate", "up", "down")},
+    },
+    "biogpt": ATTENTION | {"attention_output": "self_attn.out_proj", "up": "fc1", "down": "fc2"},
+    # A state-space model has neither attention nor feed-forward part.
+    "mamba": {},
+}
+
+
+@pytest.mark.parametrize("model_type", CAUSAL)
+def test_roles_are_found_by_structure(model_type):
+    sites = find_roles(tiny_model("causal_lm", model_type))
+    (first, *_) = [site.path for site in sites if site.role == "block"]
+    found = {site.role: site.path.removeprefix(f"{first}.") for site in sites if site.block == first}
+    assert found == {"block": first} | CAUSAL[model_type]
+    assert len(sites) == len({site.path for site in sites})
+
+
+@pytest.mark.parametrize("model_type", [name for name in CAUSAL if name != "mamba"])
+def test_default_targets_are_the_attention_of_every_block(model_type):
+    model = tiny_model("causal_lm", model_type)
+    adapters = inject(model, LoRASpec(rank=2))
+    ends = [end for role, end in CAUSAL[model_type].items() if set(role.split("_")) & {"query", "value"}]
+    assert len(adapters) == 2 * len(ends)
+    assert all(path.endswith(tuple(ends)) for path in adapters.adapters)
+
+
+def test_a_part_of_a_fused_map_is_no_target_of_its_own():
+    model = tiny_model("causal_lm", "phi3")
+    with pytest.raises(TargetError, match="query is a part of query_key_value: name that, or"):
+        inject(model, LoRASpec(targets=["query"]))
+    assert len(inject(model, LoRASpec(targets=["query_key_value"]))) == 2
+
+
+def test_default_targets_of_a_model_without_attention_are_refused_with_what_there_is():
+    with pytest.raises(TargetError, match="mamba has no 'query' .*name what it has.*all-linear.*in_proj"):
+        inject(tiny_model("causal_lm", "mamba"), LoRASpec())
+
+
+def test_fused_roles_stay_with_the_parts_of_other_attentions():
+    """Longformer's global projections, which only some tokens use, are no query, key or value."""
+    sites = find_roles(tiny_model("sequence_to_sequence", "led"))
+    encoder = {site.role: site.path.rpartition(".")[2] for site in sites if "encoder.layers.0." in site.path}
+    assert encoder == {
+        "query": "query",
+        "key": "key",
+        "value": "value",
+        "attention_output": "output",
+        "up": "fc1",
+        "down": "fc2",
+    }
+
+
+@pytest.mark.parametrize("model_type", ["albert", "convbert", "xlm", "funnel", "modernbert", "mobilebert"])
+def test_encoders_have_their_roles_and_fresh_heads(model_type, tmp_path):
+    model = tiny_model("sequence_classification", model_type)
+    roles = roles_of(model)
+    assert {"attention_output", "down", "block", "head"} <= set(roles)
+    assert "query" in roles or "query_key_value" in roles
+    model.base_model.save_pretrained(tmp_path)
+    _, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    missing = {key.split(".")[0] for key in report["missing_keys"]}
+    assert missing == set(head_paths(model))
+
+
+def test_roles_are_the_same_with_adapters_in_place():
+    model = tiny_model("causal_lm", "phi3")
+    before = find_roles(model)
+    inject(model, LoRASpec(rank=2, targets="all-linear"))
+    assert find_roles(model) == before
+    logits = model(**tiny_inputs(model)).logits
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind"),
+    [
+        ("bert", "encoder"),
+        ("canine", "encoder"),
+        ("gpt_neox", "decoder"),
+        ("bart", "encoder_decoder"),
+        ("beit", "vision"),
+        ("no_such_type", None),
+    ],
+)
+def test_kinds_are_those_of_the_installed_transformers(model_type, kind):
+    assert kind_of(model_type) == kind
+
+
 def test_roles_are_listed_in_the_order_of_the_vocabulary():
-    for architecture in ARCHITECTURES.values():
-        assert list(architecture.roles) == [role for role in ROLES if role in architecture.roles]
+    for name in ("gpt2", "t5"):
+        roles = roles_of(build_model(ModelConfig(name=f"random:{name}")))
+        assert roles == [role for role in ROLES if role in roles]
 
 
 @pytest.mark.parametrize(

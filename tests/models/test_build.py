@@ -21,15 +21,15 @@ from transformers.pytorch_utils import Conv1D
 from lora_lab import assets
 from lora_lab.errors import AssetError, CheckpointError, ConfigError
 from lora_lab.models import sources
-from lora_lab.models.architectures import ARCHITECTURES, find_roles
+from lora_lab.models.architectures import find_roles, kind_of
 from lora_lab.models.build import ModelConfig, build_model, build_tokenizer, check_model
 from lora_lab.models.conversion import linearise, save_model, split_fused_projections
 from lora_lab.models.perceptron import MultiLayerPerceptron
 from lora_lab.models.sources import EmbeddedSource, FolderSource, HubSource, RandomSource
 from lora_lab.models.tiny import TINY
 
-TEXT_TYPES = [name for name, table in ARCHITECTURES.items() if table.kind != "vision"]
-DECODERS = [name for name, table in ARCHITECTURES.items() if table.kind == "decoder"]
+TEXT_TYPES = [name for name in TINY if name not in ("vit", "mlp")]
+DECODERS = [name for name in TEXT_TYPES if kind_of(name) == "decoder"]
 POOLED_TYPES = [name for name in TEXT_TYPES if name != "t5"]
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 
