@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,16 +12,15 @@ from pathlib import Path
 from rich.console import Console
 
 from lora_lab.errors import ConfigError, LabError, suggest
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+from lora_lab.stopping import Interruption
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0; 2 after a fault that the user can mend, told in one message; 130 after an interruption.
+        0; the error's own code (2 for most) after an error that one message explains; 130 after Ctrl-C, 129
+        when the terminal has gone, 143 after SIGTERM and the signals of schedulers.
     """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
@@ -37,10 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LabError as error:
         Console(stderr=True, soft_wrap=True, highlight=False).print("[bold red]error:[/] ", end="")
         print(error, file=sys.stderr)
-        return 2
-    except (KeyboardInterrupt, SystemExit):
-        Console(stderr=True).print("interrupted; the same command continues")
-        return INTERRUPTED
+        return error.exit_code
+    except (KeyboardInterrupt, Interruption) as error:
+        # A process that the first one of a run has started ends without a fault: with one, it would be
+        # taken for dead and the first process be killed.
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            return 0
+        again = "; the same command continues" if options.command is _train else ""
+        Console(stderr=True).print(f"interrupted{again}")
+        return error.code if isinstance(error, Interruption) else 128 + signal.SIGINT
     return 0
 
 

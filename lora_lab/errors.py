@@ -1,15 +1,21 @@
 """The faults a user can cause. Each message says what, where, what is allowed and what to do.
 
-The command line turns every `LabError` into that one message and exit code 2; anything else is a bug of ours
-and keeps its traceback.
+The command line turns every `LabError` into that one message and its exit code; anything else is a bug of
+ours and keeps its traceback.
 """
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import ClassVar
 
 
 class LabError(Exception):
-    """Base class of all faults which the user can mend."""
+    """Base class of all faults that the user can put right."""
+
+    exit_code: ClassVar[int] = 2
+    """What the command line ends with."""
+    status: ClassVar[str] = "failed"
+    """What a run's record says after this error ended its training."""
 
 
 class ConfigError(LabError):

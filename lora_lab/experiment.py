@@ -31,8 +31,9 @@ __all__ = ["RunResult", "build_parts", "evaluate", "quiet_libraries", "run"]
 def run(config: ExperimentConfig, resume: bool = True, overwrite: bool = False) -> RunResult:
     """Trains, evaluates and records one run.
 
-    A finished run of the same config is returned as it is; an unfinished one continues from its last
-    checkpoint, or from the start if it has none.
+    A finished run of the same config and data is returned as it is; an unfinished one continues from its
+    last checkpoint, or from the start if it has none. Asked to end (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1), a run
+    writes a checkpoint first.
 
     Args:
         config: what to run.
@@ -41,19 +42,22 @@ def run(config: ExperimentConfig, resume: bool = True, overwrite: bool = False) 
 
     Raises:
         LabError: if anything in config, data, model or run folder is at fault; nothing is written then.
+        Interruption, KeyboardInterrupt: if the process was asked to end; the run's status is `interrupted`.
     """
     quiet_libraries()
     with open_run(config, resume, overwrite) as this:
+        L.seed_everything(config.seed, workers=True, verbose=False)
+        data = _build_data(config)
+        this.check_data(data)
         if this.finished:
             return this.finished
-        L.seed_everything(config.seed, workers=True, verbose=False)
-        model, data = build_parts(config, keep_weights=config.adapter.reads_full_weights)
+        model = build_model(config.model, data.num_labels, keep_weights=config.adapter.reads_full_weights)
         adapters = inject(model, config.adapter, config.seed)
         forget_weights(model)
         module = FineTuner(model.train(), adapters, config.model.task, data.num_labels, config.optimization)
         _prepare_model(model, config)
         batches = data.batches_per_epoch(config.trainer.devices)
-        callbacks = _Callbacks.build(config, adapters, this.folder, batches)
+        callbacks = _Callbacks.build(config, adapters, batches, this.folder, this.stop)
         trainer = L.Trainer(
             **trainer_arguments(config.trainer, config.optimization.gradient_clip),
             callbacks=callbacks.everything(progress_bars(config)),
@@ -65,6 +69,7 @@ def run(config: ExperimentConfig, resume: bool = True, overwrite: bool = False) 
         trainer.fit(module, data, ckpt_path=this.checkpoint, weights_only=True)
         metrics = _final_metrics(trainer, module, data, callbacks)
         if trainer.is_global_zero:
+            this.release_space()
             base = config.model.source().public_name
             save_adapter(adapters, this.folder.adapter, base, TASKS[config.model.task].peft_type)
         return this.finish(trainer, callbacks, metrics)
@@ -105,9 +110,12 @@ def evaluate(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
 
 def build_parts(config: ExperimentConfig, keep_weights: bool = False) -> tuple[nn.Module, TaskData]:
     """Builds the model, not yet adapted, and its data; `keep_weights` as in `build_model`."""
-    tokenizer = build_tokenizer(config.model)
-    data = build_data(config.data, tokenizer, config.model.task, config.seed)
+    data = _build_data(config)
     return build_model(config.model, data.num_labels, keep_weights), data
+
+
+def _build_data(config: ExperimentConfig) -> TaskData:
+    return build_data(config.data, build_tokenizer(config.model), config.model.task, config.seed)
 
 
 def _prepare_model(model: Any, config: ExperimentConfig) -> None:

@@ -1,12 +1,18 @@
-"""Writing files so that a reader, or a killed writer, never leaves half of one."""
+"""Writing files so that a reader, or a killed writer, never leaves half of one.
+
+Own code because the libraries for it write single files only, do not sync them, or are no longer kept.
+"""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lora_lab.errors import CheckpointError
+
+UNFINISHED, OLD = "unfinished", "old"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -16,47 +22,96 @@ def write_text(path: Path, text: str) -> None:
         CheckpointError: if the folder cannot be written to.
     """
     with writable(path.parent):
-        unfinished = _beside(path)
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        unfinished = _beside(path, UNFINISHED)
+        try:
+            with unfinished.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)  # on a full disk even an empty file is one too many
+            raise
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Gives a temporary folder to fill, which takes the place of `path` when the block ends without an error.
 
+    Whatever else lies in an older folder of this name stays: only files that are written anew are replaced.
+
     Raises:
         CheckpointError: if the parent folder cannot be written to.
     """
-    fresh, old = _beside(path), _beside(path, "old")
+    path = path.resolve()
+    fresh, old = _beside(path, UNFINISHED), _beside(path, OLD)
     with writable(path.parent):
         fresh.mkdir()
     try:
         yield fresh
+        _sync(fresh)
         if path.exists():
             os.rename(path, old)
         os.rename(fresh, path)
+        _keep_others(old, path)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def clean_unfinished(folder: Path) -> None:
+    """Puts a folder in order after a writer of it was killed; no other process may write to it meanwhile.
+
+    Unfinished files go. A folder that was about to be replaced takes its name again, unless its successor
+    was whole.
+    """
+    for path in sorted(folder.glob(".*")):
+        found = re.fullmatch(rf"\.(.+)\.({UNFINISHED}|{OLD})\.\d+", path.name)
+        if found is None:
+            continue
+        name, kind = found.groups()
+        if kind == UNFINISHED:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        elif not (folder / name).exists():
+            os.rename(path, folder / name)
+        else:
+            _keep_others(path, folder / name)
 
 
 @contextmanager
 def writable(folder: Path) -> Iterator[None]:
-    """Makes a folder if need be, and turns the operating system's refusals inside into one clear message."""
+    """Makes a folder if need be, and turns the operating system's refusals inside into one clear message.
+
+    Raises:
+        CheckpointError: if the operating system refuses.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         raise CheckpointError(
-            f"{folder}: cannot be written to ({error.strerror or error}). Choose another folder, or mend its "
-            "rights."
+            f"{folder}: cannot be written to ({error.strerror or error}). Choose another folder, make room "
+            "on the disk, or change the folder's permissions."
         ) from error
 
 
-def _beside(path: Path, kind: str = "unfinished") -> Path:
+def _beside(path: Path, kind: str) -> Path:
     """Returns a name in the same folder: what is made there has usual rights, and renaming is one step."""
     return path.with_name(f".{path.name}.{kind}.{os.getpid()}")
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    """Moves what the new folder does not replace out of the old one, and deletes the rest."""
+    if not old.is_dir():
+        return
+    for entry in old.iterdir():
+        if not (new / entry.name).exists():
+            os.rename(entry, new / entry.name)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Waits until the folder's files are on the disk: after a power cut a name must not stand without them."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file, suppress(OSError):  # some network file systems refuse it
+                os.fsync(file.fileno())

@@ -16,6 +16,7 @@ ORDER = [
     "registry",
     "files",
     "documents",
+    "stopping",
     "assets",
     "linalg",
     "tasks",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +15,35 @@ import numpy as np
 import torch
 import torch.distributed as distributed
 
+from lora_lab.stopping import Interruption, StopRequest
+
 
 class ResumeCheckpoint(L.Callback):
     """Writes `last.ckpt` every so many optimizer steps, with the state of every random generator.
 
     It writes at the start of a batch, when all rows and validations of the steps before are logged.
     Lightning's own checkpoints, made at the end of a batch, come before that batch's row and validation: a
-    run resumed from them would lose both. The file takes its name only when it is whole.
+    run resumed from them would lose both. The file takes its name only when it is whole. The last optimizer
+    step has a checkpoint before it whatever the interval, for runs that continue a finished one.
+
+    When the process is asked to end, a checkpoint is written at the next step and training stops with an
+    `Interruption`, in all processes at the same step.
 
     Args:
         path: the file.
         every: least number of optimizer steps between two checkpoints.
+        stop: whether the process was asked to end; None where nobody asks.
     """
 
-    def __init__(self, path: Path, every: int):
+    def __init__(self, path: Path, every: int, stop: StopRequest | None = None):
         self.path = path
         self.every = every
+        self.stop = stop or StopRequest()
         self.seconds = 0.0
         """Wall seconds of training so far, of earlier processes too."""
         self._saved_at = 0
+        self._last_step = 0
+        self._failed = False
         self._resumed: list[dict[str, Any]] | None = None
         self._clock = time.monotonic()
 
@@ -39,24 +51,71 @@ class ResumeCheckpoint(L.Callback):
         """Starts the clock."""
         self._clock = time.monotonic()
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Makes requests to end wait for a checkpoint from here on."""
+        self._last_step = int(trainer.estimated_stepping_batches) - 1
+        # Lightning has signal handlers too; they end training where it cannot be continued exactly.
+        self.stop.listen()
+        self.stop.patient = True
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Restores the generators before the first batch after a resumption; writes a checkpoint when due."""
+        """Restores the generators before the first batch after a resumption; writes a checkpoint when due.
+
+        Raises:
+            Interruption: if this or another process of the run was asked to end.
+        """
         if self._resumed is not None:
             if len(self._resumed) == trainer.world_size:
                 restore_random_state(self._resumed[trainer.global_rank])
             # Lightning takes every checkpoint for one made at a batch's end, and counts that batch once more.
             trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
             self._resumed = None
-        due = trainer.global_step - self._saved_at >= self.every
-        # The last batch of an epoch is followed by a validation; Lightning would skip it on resumption.
-        if due and batch_idx % trainer.accumulate_grad_batches == 0 and not trainer.is_last_batch:
-            self._saved_at = trainer.global_step
-            unfinished = self.path.with_suffix(".unfinished")
+        if batch_idx % trainer.accumulate_grad_batches:
+            return  # a step is under way
+        stopping = trainer.strategy.reduce_boolean_decision(self.stop.received is not None, all=False)
+        step = trainer.global_step
+        last = step == self._last_step != self._saved_at
+        if stopping or last or step - self._saved_at >= self.every:
+            self._save(trainer)
+        if stopping:
+            raise Interruption(self.stop.received or signal.SIGTERM)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Obeys a request to end that came with the last step."""
+        self.stop.patient = False
+        self.stop.check()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Lets requests to end be obeyed at once: training has ended."""
+        self.stop.patient = False
+
+    def _save(self, trainer: L.Trainer) -> None:
+        """Writes the checkpoint; where the disk refuses, the one before stays and training goes on."""
+        self._saved_at = trainer.global_step
+        unfinished = self.path.with_suffix(".unfinished")
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        # Lightning skips the validation after an epoch's last batch when it continues from a checkpoint that
+        # knows the batch to be the last. Before the batch, it is one like the others.
+        is_last, progress.is_last_batch = progress.is_last_batch, False
+        try:
             trainer.save_checkpoint(unfinished)
             if trainer.is_global_zero:
                 os.replace(unfinished, self.path)
+        except (OSError, RuntimeError) as error:  # torch's writer turns the system's refusals into the latter
+            unfinished.unlink(missing_ok=True)
+            if not self._failed:
+                warnings.warn(
+                    f"{self.path}: no checkpoint could be written ({error}). Training goes on; once stopped, it "
+                    "continues from an earlier step.",
+                    stacklevel=2,
+                )
+            self._failed = True
+        finally:
+            progress.is_last_batch = is_last
 
     def elapsed(self) -> float:
         """Returns wall seconds of training so far, of earlier processes too."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.callbacks import ControllerSpec
@@ -40,14 +41,19 @@ class ExperimentConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
-    def hash(self) -> str:
-        """Returns a sha256 of what decides the result: everything but names, folders and tracking."""
-        told = asdict(self)
+    def decisive(self) -> dict[str, Any]:
+        """Returns what decides the result: everything but names, folders, tracking and conveniences."""
+        settings = asdict(self)
         for name in ("name", "run", "output", "tracking"):
-            del told[name]
+            del settings[name]
         for name in ("progress_bar", "checkpoint_every"):
-            del told["trainer"][name]
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+            del settings["trainer"][name]
+        settings["data"].pop("workers", None)
+        return settings
+
+    def hash(self) -> str:
+        """Returns a sha256 of what decides the result."""
+        return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()
 
     def run_name(self) -> str:
         """Returns the name of the run's folder."""

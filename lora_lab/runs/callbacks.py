@@ -16,6 +16,7 @@ from lora_lab.callbacks.resume_checkpoint import ResumeCheckpoint
 from lora_lab.callbacks.speed_statistics import SpeedStatistics
 from lora_lab.config.schema import ExperimentConfig
 from lora_lab.runs.folder import RunFolder
+from lora_lab.stopping import StopRequest
 from lora_lab.training.trainer import planned_steps
 
 
@@ -32,15 +33,21 @@ class RunCallbacks:
 
     @classmethod
     def build(
-        cls, config: ExperimentConfig, adapters: AdapterSet, folder: RunFolder, batches: int
+        cls,
+        config: ExperimentConfig,
+        adapters: AdapterSet,
+        batches: int,
+        folder: RunFolder,
+        stop: StopRequest,
     ) -> RunCallbacks:
         """Builds them; the controllers fit their schedules into the run.
 
         Args:
             config: the run's config.
             adapters: the run's adapters.
-            folder: the run's folder.
             batches: batches of an epoch in one process.
+            folder: the run's folder.
+            stop: whether the process was asked to end.
 
         Raises:
             ConfigError: if a controller's options are at fault, or the run is too short for its schedule.
@@ -55,7 +62,7 @@ class RunCallbacks:
             MemoryStatistics(adapters),
             SpeedStatistics(),
             AdapterCheckpoint(adapters, config.trainer.keep, controllers),
-            ResumeCheckpoint(folder.checkpoint, config.trainer.checkpoint_every),
+            ResumeCheckpoint(folder.checkpoint, config.trainer.checkpoint_every, stop),
         )
 
     def everything(self, bars: list[L.Callback]) -> list[L.Callback]:

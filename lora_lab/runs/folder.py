@@ -1,25 +1,54 @@
-"""A run's folder, and the record `run.json` that says what became of the run.
+"""A run's folder: its files, its one owner, and what may be deleted in it.
 
 runs/<experiment>/<run>/
+    run.json         the record; it marks the folder as a run's
     config.yaml      the composed config
-    run.json         the record
     metrics.csv      every logged row
-    checkpoints/     last.ckpt, to resume from
+    checkpoints/     last.ckpt, to continue from
     adapter/         PEFT's two files and lora_lab.yaml
     wandb/           W&B's files
+    .lock            held by the process that writes to the folder
+    .owner.json      which process that is, or was
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import BaseFileLock, FileLock, Timeout
+
+from lora_lab.adapters.storage import CONFIG, OWN, TENSORS
 from lora_lab.errors import CheckpointError
-from lora_lab.files import write_text
+from lora_lab.files import clean_unfinished, writable, write_text
+
+Record = dict[str, Any]
+"""What `run.json` holds: plain values by name."""
+
+FILES = (
+    "config.yaml",
+    "metrics.csv",
+    "checkpoints/last.ckpt",
+    "checkpoints/last.unfinished",
+    f"adapter/{CONFIG}",
+    f"adapter/{TENSORS}",
+    f"adapter/{OWN}",
+    ".reserve",
+)
+"""What a run writes beside its record and W&B's files."""
+
+WANDB_FILES = re.compile(r"(offline-)?run-\d{8}_\d{6}-\w+|latest-run|debug(-\w+)*\.log")
+LOCK, OWNER = ".lock", ".owner.json"
 
 
 @dataclass(frozen=True)
@@ -45,7 +74,7 @@ class RunFolder:
 
     @property
     def checkpoint(self) -> Path:
-        """The checkpoint to resume from."""
+        """The checkpoint to continue from."""
         return self.path / "checkpoints" / "last.ckpt"
 
     @property
@@ -53,32 +82,133 @@ class RunFolder:
         """The adapter in PEFT's layout."""
         return self.path / "adapter"
 
-    def read(self) -> dict[str, Any] | None:
+    @property
+    def reserve(self) -> Path:
+        """Space on the disk that is kept free for the adapter."""
+        return self.path / ".reserve"
+
+    def read(self) -> Record | None:
         """Returns the record, or None where there is no run yet.
 
         Raises:
-            CheckpointError: if the record cannot be read.
+            CheckpointError: if the record cannot be read, or is no run's.
         """
         if not self.record.is_file():
             return None
         try:
-            return json.loads(self.record.read_text())
-        except (OSError, json.JSONDecodeError) as error:
+            record = json.loads(self.record.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"{self.record}: cannot be read ({error}). Delete {self.path} to start the run afresh."
+                f"{self.record}: cannot be read ({error}). Delete it and the other files of the run to start "
+                "it again, or choose another name with run=…"
             ) from error
+        if not isinstance(record, dict) or not record.keys() >= {"schema_version", "config_hash", "status"}:
+            raise CheckpointError(f"{self.record}: is no record of a run. Choose another name with run=…")
+        return record
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Writes the record, whole or not at all."""
+    def write(self, record: Record) -> None:
+        """Writes the record, whole or not at all.
+
+        Raises:
+            CheckpointError: if the folder cannot be written to.
+        """
         write_text(self.record, json.dumps(record, indent=2, sort_keys=False) + "\n")
 
-    def clear(self) -> None:
-        """Deletes the run."""
-        shutil.rmtree(self.path, ignore_errors=True)
+    def check_free(self) -> None:
+        """Makes sure that a folder which holds no run has no files that a run would write over.
 
-    def check_writable(self) -> None:
+        Raises:
+            CheckpointError: if it has.
+        """
+        others = [name for name in (*FILES, "wandb") if (self.path / name).exists()]
+        if not self.record.is_file() and others:
+            raise CheckpointError(
+                f"{self.path}: holds no run, but files that a run would write over ({', '.join(others)}). "
+                "Choose another name with run=…, or move them away."
+            )
+
+    def clear(self) -> None:
+        """Deletes what an earlier run wrote, but for its record; everything else in the folder stays."""
+        for name in FILES:
+            (self.path / name).unlink(missing_ok=True)
+        wandb = self.path / "wandb"
+        for path in wandb.iterdir() if wandb.is_dir() else ():
+            if WANDB_FILES.fullmatch(path.name):
+                path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
+        for folder in (wandb, self.path / "checkpoints", self.adapter):
+            with suppress(OSError):  # it holds something else, or is not there
+                folder.rmdir()
+
+    def reserve_space(self, size: int) -> None:
+        """Keeps so many bytes of the disk free for the adapter, which a disk filled meanwhile then cannot cost.
+
+        Raises:
+            CheckpointError: if there is less space.
+        """
+        if not hasattr(os, "posix_fallocate"):
+            return
+        try:
+            with self.reserve.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            self.reserve.unlink(missing_ok=True)
+            if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):
+                return  # a file system that cannot promise space
+            raise CheckpointError(
+                f"output: {self.path} has no {size / 1e6:.1f} MB left for the adapter ({error.strerror}). "
+                "Choose another output folder, or make room."
+            ) from error
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Makes this process the folder's only writer within the block.
+
+        The operating system frees the lock of a process that has ended, however it ended. A folder in which
+        no run was started is not left behind.
+
+        Raises:
+            CheckpointError: if another process owns the folder, or it cannot be written to.
+        """
+        self._check_writable()
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        with writable(self.path):
+            lock = self._lock()
+        try:
+            owner = {"pid": os.getpid(), "host": socket.gethostname()}
+            owner["started"] = datetime.now(UTC).isoformat(timespec="seconds")
+            write_text(self.path / OWNER, json.dumps(owner) + "\n")
+            clean_unfinished(self.path)
+            yield
+        finally:
+            (self.path / OWNER).unlink(missing_ok=True)
+            if not self.record.is_file():
+                (self.path / LOCK).unlink(missing_ok=True)
+            for folder in made:
+                with suppress(OSError):  # it is not empty
+                    folder.rmdir()
+            lock.release()
+
+    def _lock(self) -> BaseFileLock:
+        try:
+            lock = FileLock(self.path / LOCK, timeout=0)
+            lock.acquire()
+        except Timeout as error:
+            raise CheckpointError(
+                f"{self.path}: {self._owner()} is writing to it. Wait until that has ended, or stop it; to "
+                "run beside it, choose another name with run=…"
+            ) from error
+        return lock
+
+    def _owner(self) -> str:
+        try:
+            owner = json.loads((self.path / OWNER).read_text())
+            return f"process {owner['pid']} on {owner['host']}, started {owner['started']},"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "another process"  # it is just starting
+
+    def _check_writable(self) -> None:
         """Raises CheckpointError, without writing anything, if the folder could not be made."""
-        ancestor = self.path
+        ancestor = self.path.absolute()
         while not ancestor.exists():
             ancestor = ancestor.parent
         if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):

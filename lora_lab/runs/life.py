@@ -1,9 +1,10 @@
-"""The life of a run's folder: what an earlier run in it means, its start, its end, and how it failed."""
+"""The life of a run: what an earlier run in its folder means, its start, its end, and how it failed."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,20 @@ from torch import Tensor
 
 from lora_lab.adapters import AdapterSet
 from lora_lab.adapters.storage import TENSORS
+from lora_lab.config.compose import compose
 from lora_lab.config.schema import ExperimentConfig
 from lora_lab.data import TaskData
-from lora_lab.errors import CheckpointError, ConfigError
+from lora_lab.errors import CheckpointError, ConfigError, DataError, LabError
 from lora_lab.files import write_text
 from lora_lab.runs.callbacks import RunCallbacks
 from lora_lab.runs.environment import process_rank
-from lora_lab.runs.folder import RunFolder
+from lora_lab.runs.folder import Record, RunFolder
 from lora_lab.runs.record import end_record, start_record
+from lora_lab.stopping import Interruption, StopRequest
 from lora_lab.tracking import build_loggers, close_loggers, read_metrics, replay, wandb_mode
+
+SPARE_BYTES = 1 << 20
+"""Space for the record and the last rows, beside the adapter's."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class RunResult:
     """What a run left behind."""
 
     folder: RunFolder
-    record: dict[str, Any]
+    record: Record
     fresh: bool
     """Whether this call trained; False where a finished run of this config was found."""
 
@@ -44,10 +50,11 @@ class OpenRun:
 
     config: ExperimentConfig
     folder: RunFolder
-    overwrite: bool
-    before: dict[str, Any] | None
+    before: Record | None
     """The record of the earlier run in the folder, where it is continued or finished."""
-    record: dict[str, Any] = field(default_factory=dict)
+    stop: StopRequest
+    """Whether the process was asked to end."""
+    record: Record = field(default_factory=dict)
     loggers: list[Logger] = field(default_factory=list)
 
     @property
@@ -62,6 +69,19 @@ class OpenRun:
         """The checkpoint to continue from, if there is one."""
         return self.folder.checkpoint if self.before and self.folder.checkpoint.is_file() else None
 
+    def check_data(self, data: TaskData) -> None:
+        """Makes sure that an earlier run in the folder had the data of today.
+
+        Raises:
+            DataError: if it had others.
+        """
+        if self.before and self.before["data_fingerprint"] != data.fingerprint:
+            raise DataError(
+                f"{self.folder.path}: its run ({self.before['status']}) was trained on other data: a file, or "
+                "how it is read, has changed since. Choose another name with run=…, --overwrite "
+                "the run, or bring the former data back."
+            )
+
     def start(self, adapters: AdapterSet, data: TaskData) -> list[Logger]:
         """Writes config and record, and returns the loggers; nothing is written before.
 
@@ -69,7 +89,8 @@ class OpenRun:
 
         Raises:
             ConfigError: if the settings of tracking are at fault.
-            CheckpointError: if the folder cannot be written to, or the checkpoint cannot be read.
+            CheckpointError: if the folder cannot be written to, the disk has no space for the adapter, or the
+                checkpoint cannot be read.
         """
         wandb_mode(self.config.tracking)
         rows = read_metrics(self.folder.path) if self.before else []
@@ -77,12 +98,16 @@ class OpenRun:
         self.record = start_record(self.config, adapters, data, self.before)
         if process_rank() == 0:
             if self.before:
-                state = f"{self.before['status']} before; it continues from step {done_steps}"
+                state = f"{_state(self.before)} before; it continues from step {done_steps}"
                 Console(stderr=True).print(f"{self.folder.path}: {state}.", soft_wrap=True, highlight=False)
-            if self.overwrite:
+            else:
+                # While `starting`, what an overwritten run has left counts for nothing.
+                self.folder.write({**self.record, "status": "starting"})
                 self.folder.clear()
-            write_text(self.folder.config, yaml.safe_dump(asdict(self.config), sort_keys=False))
+                write_text(self.folder.config, yaml.safe_dump(asdict(self.config), sort_keys=False))
             self.folder.checkpoint.parent.mkdir(exist_ok=True)
+            tensors = adapters.state_dict().values()
+            self.folder.reserve_space(SPARE_BYTES + sum(tensor.nbytes for tensor in tensors))
             self.folder.write(self.record)
         self.loggers = build_loggers(
             self.config.tracking,
@@ -95,10 +120,15 @@ class OpenRun:
             replay(rows, self.loggers, done_steps)
         return self.loggers
 
+    def release_space(self) -> None:
+        """Gives back the disk space that was kept for the adapter, which is written next."""
+        self.folder.reserve.unlink(missing_ok=True)
+
     def finish(
         self, trainer: L.Trainer, callbacks: RunCallbacks, metrics: Mapping[str, Tensor | float]
     ) -> RunResult:
-        """Closes the loggers and writes the record of a run whose adapter is in the folder."""
+        """Closes the loggers and then writes the record of a run whose adapter is in the folder."""
+        self.stop.ending = True
         self.record |= end_record(trainer, callbacks, metrics)
         if trainer.is_global_zero:
             self.record["adapter_file_bytes"] = (self.folder.adapter / TENSORS).stat().st_size
@@ -109,55 +139,121 @@ class OpenRun:
         return RunResult(self.folder, self.record, fresh=True)
 
     def fail(self, error: BaseException) -> None:
-        """Writes into the record why the run has ended, and closes the loggers."""
+        """Writes into the record how the run has ended, and closes the loggers."""
+        self.stop.ending = True
         if not self.record:
             return
-        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-        self.record["error"] = "interrupted" if stopped else f"{type(error).__name__}: {error}"
-        self.record["status"] = "failed"
+        if self.stop.received or isinstance(error, KeyboardInterrupt | SystemExit):
+            name = self.stop.received.name if self.stop.received else "the process was asked to end"
+            self.record |= {"status": "interrupted", "error": f"interrupted: {name}"}
+        else:
+            status = error.status if isinstance(error, LabError) else "failed"
+            self.record |= {"status": status, "error": f"{type(error).__name__}: {error}"}
         if process_rank() == 0:
-            self.folder.write(self.record)
+            self.release_space()
+            try:
+                self.folder.write(self.record)
+            except CheckpointError as fault:  # it must not hide the error that ended the run
+                warnings.warn(f"the record still says that the run is running: {fault}", stacklevel=2)
         close_loggers(self.loggers, failed=True)
 
 
 @contextmanager
 def open_run(config: ExperimentConfig, resume: bool, overwrite: bool) -> Iterator[OpenRun]:
-    """Opens the folder of a run; what goes wrong inside the block is written into its record.
+    """Opens the folder of a run, as its only writer; how the block ends is written into the run's record.
 
     Raises:
-        LabError: if the folder cannot take this run.
+        LabError: if the folder cannot take this run, or another process is writing to it.
+        Interruption: if the process was asked to end by a signal other than Ctrl-C's.
+        KeyboardInterrupt: if it was by Ctrl-C.
     """
     folder = RunFolder(Path(config.output) / config.name / config.run_name())
-    this = OpenRun(config, folder, overwrite, _earlier(folder, config, resume, overwrite))
-    try:
-        yield this
-    except BaseException as error:
-        this.fail(error)
-        raise
+    stop = StopRequest()
+    first = process_rank() == 0
+    earlier = folder.read() if first and not overwrite else None
+    if earlier and earlier["status"] == "finished":
+        # Nothing is written, so that a folder which is read-only by now will do.
+        _check_config(folder, earlier, config)
+        yield OpenRun(config, folder, earlier, stop)
+        return
+    with folder.owned() if first else nullcontext(), stop.watched():
+        # Other processes of the run are started when the first one has prepared the folder.
+        before = _earlier(folder, config, resume, overwrite) if first else folder.read()
+        this = OpenRun(config, folder, before, stop)
+        try:
+            yield this
+        except BaseException as error:
+            this.fail(error)
+            if isinstance(error, Exception) and _is_worker_death(error):
+                raise DataError(
+                    f"data.workers: a process that loads data was killed ({error}). Usually memory ran out: "
+                    "the same command continues from the last checkpoint (--resume); lower data.workers, or "
+                    "give the job more memory."
+                ) from error
+            if stop.received and not isinstance(error, KeyboardInterrupt):
+                stop_error = Interruption(stop.received)
+                raise (KeyboardInterrupt() if stop_error.code == 130 else stop_error) from error
+            raise
 
 
-def _earlier(
-    folder: RunFolder, config: ExperimentConfig, resume: bool, overwrite: bool
-) -> dict[str, Any] | None:
+def _earlier(folder: RunFolder, config: ExperimentConfig, resume: bool, overwrite: bool) -> Record | None:
     """Decides what an earlier run in the folder means; returns its record if it continues or is finished."""
-    folder.check_writable()
-    if process_rank() != 0:
-        # The first process has decided and prepared the folder before it started this one.
-        return folder.read()
+    folder.check_free()
     before = None if overwrite else folder.read()
-    if before is None:
+    if before is None or before["status"] == "starting":
         return None
-    if before["config_hash"] != config.hash():
-        raise ConfigError(
-            f"{folder.path}: holds a run of another config. Choose another name with run=…, or --overwrite "
-            "it."
+    _check_config(folder, before, config)
+    if before["status"] == "diverged":
+        raise CheckpointError(
+            f"{folder.path}: holds a run that diverged, and it would diverge again ({before['error']}). "
+            "Change the config, or --overwrite the run."
         )
     if before["status"] != "finished" and not resume:
         raise CheckpointError(
-            f"{folder.path}: holds a run that is {before['status']}. Continue it with --resume, or "
+            f"{folder.path}: holds a run that was {_state(before)}. Continue it with --resume, or "
             "--overwrite it."
         )
     return before
+
+
+def _state(record: Record) -> str:
+    """Says how a run that is not finished has ended: one that was killed could not write it down."""
+    return "killed" if record["status"] == "running" else record["status"]
+
+
+def _check_config(folder: RunFolder, before: Record, config: ExperimentConfig) -> None:
+    if before["config_hash"] == config.hash():
+        return
+    try:
+        stored: Any = compose(folder.config, stored=True)
+    except LabError:
+        stored = None
+    # A version of this program may have added fields since; their defaults keep a config the same.
+    if stored is not None and stored.hash() == config.hash():
+        return
+    differing = _differing(stored.decisive(), config.decisive()) if stored else []
+    where = f" ({', '.join(differing[:5])})" if differing else ""
+    raise ConfigError(
+        f"{folder.path}: holds a run of another config{where}. Choose another name with run=…, or "
+        "--overwrite it."
+    )
+
+
+def _differing(one: Mapping[str, Any], two: Mapping[str, Any], start: str = "") -> list[str]:
+    """Returns where two configs differ, as `key: value there, value here`."""
+    found = []
+    for name in one.keys() | two.keys():
+        old, new = one.get(name), two.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differing(old, new, f"{start}{name}.")
+        elif old != new:
+            found.append(f"{start}{name}: {old!r} there, {new!r} here")
+    return sorted(found)
+
+
+def _is_worker_death(error: BaseException) -> bool:
+    """Whether a loader's worker was killed; torch has no class of its own for it."""
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
 
 
 def step_of(checkpoint: Path) -> int:

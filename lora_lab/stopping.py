@@ -1,0 +1,111 @@
+"""Signals that ask a process to end, turned into an orderly stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+STOPPING = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
+]
+"""Ctrl-C, the end of a terminal, and what schedulers such as SLURM send before they take the machine away."""
+
+PREEMPTED = 128 + signal.SIGTERM
+DOUBLE_PRESS = 0.5
+"""Seconds within which a second Ctrl-C counts as the first: launchers forward what the terminal sent too."""
+
+
+class Interruption(SystemExit):
+    """The process was asked to end; `code` is the exit code that a shell expects.
+
+    130 after Ctrl-C, 129 when the terminal has gone, 143 after SIGTERM and what schedulers send.
+    """
+
+    code: int
+
+    def __init__(self, number: int):
+        self.signal = signal.Signals(number)
+        shown = (signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT))
+        super().__init__(128 + number if number in shown else PREEMPTED)
+
+
+class StopRequest:
+    """Whether this process was asked to end, and when it may.
+
+    Outside training an `Interruption` is raised at once. Within training (`patient`) the request waits until
+    a checkpoint is written; only a second Ctrl-C is obeyed at once. While the end of a run is written
+    (`ending`) every request waits.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        """The first signal that asked for the end."""
+        self.patient = False
+        self.ending = False
+        self._process = os.getpid()
+        self._received_at = 0.0
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Listens to the signals within the block; those that the process ignores stay ignored."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only a process's main thread may listen
+            return
+        before = {number: signal.getsignal(number) for number in STOPPING}
+        self.listen()
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def listen(self) -> None:
+        """Takes the signals over, also from a library that took them over before."""
+        if threading.current_thread() is threading.main_thread():
+            for number in STOPPING:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    signal.signal(number, self._handle)
+
+    def check(self) -> None:
+        """Raises the Interruption that was asked for, if one was."""
+        if self.received is not None:
+            raise Interruption(self.received)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a loader's worker: it ends with its parent
+        again = self.received is not None
+        insists = again and number == signal.SIGINT and time.monotonic() - self._received_at > DOUBLE_PRESS
+        if not again:
+            self.received, self._received_at = signal.Signals(number), time.monotonic()
+        if number == getattr(signal, "SIGHUP", None):
+            _leave_terminal()
+        # A launcher may pass on what this process was sent too: only Ctrl-C is worth repeating.
+        if self.ending or (again and not insists) or (self.patient and not insists):
+            return
+        self.check()
+
+
+def ignore_in_worker(worker: int) -> None:
+    """Lets a loader's worker outlive a SIGTERM to the whole process group, which its parent answers."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _leave_terminal() -> None:
+    """Sends what is printed from here on nowhere: writing to a terminal that has gone is an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.__stdout__, sys.__stderr__):
+        try:
+            if stream is not None and os.isatty(stream.fileno()):
+                os.dup2(nowhere, stream.fileno())
+        except (OSError, ValueError):
+            continue  # it has no descriptor
+    os.close(nowhere)
