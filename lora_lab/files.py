@@ -110,7 +110,7 @@ def _keep_others(old: Path, new: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Waits until the folder's files are on the disk: after a power cut a name must not stand without them."""
+    """Waits until the folder's files are on the disk: a power cut must not leave names without them."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file, suppress(OSError):  # some network file systems refuse it

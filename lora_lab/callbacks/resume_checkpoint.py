@@ -109,8 +109,8 @@ class ResumeCheckpoint(L.Callback):
             unfinished.unlink(missing_ok=True)
             if not self._failed:
                 warnings.warn(
-                    f"{self.path}: no checkpoint could be written ({error}). Training goes on; once stopped, it "
-                    "continues from an earlier step.",
+                    f"{self.path}: no checkpoint could be written ({error}). Training goes on; once "
+                    "stopped, it continues from an earlier step.",
                     stacklevel=2,
                 )
             self._failed = True

@@ -140,7 +140,7 @@ class RunFolder:
                 folder.rmdir()
 
     def reserve_space(self, size: int) -> None:
-        """Keeps so many bytes of the disk free for the adapter, which a disk filled meanwhile then cannot cost.
+        """Keeps so many bytes of the disk free for the adapter, should the disk fill up meanwhile.
 
         Raises:
             CheckpointError: if there is less space.

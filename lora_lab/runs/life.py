@@ -77,8 +77,8 @@ class OpenRun:
         """
         if self.before and self.before["data_fingerprint"] != data.fingerprint:
             raise DataError(
-                f"{self.folder.path}: its run ({self.before['status']}) was trained on other data: a file, or "
-                "how it is read, has changed since. Choose another name with run=…, --overwrite "
+                f"{self.folder.path}: its run ({self.before['status']}) was trained on other data: a file, "
+                "or how it is read, has changed since. Choose another name with run=…, --overwrite "
                 "the run, or bring the former data back."
             )
 
