@@ -4,8 +4,8 @@
 
 Each run is a process of its own, forked from this one, which has imported everything: that saves the start.
 It is killed with SIGKILL or SIGTERM, alone or with its process group, again and again until one of its
-processes ends by itself; some moments are drawn from the whole run, others from its end, and in some trials two
-processes are started on one folder. What must hold:
+processes ends by itself; some moments are drawn from the whole run, others from its end, and in some trials
+two processes are started on one folder. What must hold:
 
 - The record says `finished` only if the adapter, every row and W&B's offline file are those of a run that was
   never killed, bit for bit; in the end it says so.
@@ -151,7 +151,7 @@ class Trials:
         self.check(not left, f"left: {left}", run)
 
     def kill_until_finished(self, run: str, at_end: bool, kills: int) -> int:
-        """Starts a run again and again and kills it; returns how often it was killed, at most `kills` times."""
+        """Starts a run again and again and kills it; returns how often, at most `kills` times."""
         done = 0
         while True:
             process = self.start(run)
@@ -215,7 +215,7 @@ class Trials:
         return metrics.is_file() and "test/" in metrics.read_text().partition("\n")[0]
 
     def race(self, run: str) -> int:
-        """Starts two processes on one folder, kills one, and lets the run end; returns the number of kills."""
+        """Starts two processes on one folder, kills one, and lets the run end; returns the kills."""
         both = [self.start(run), self.start(run)]
         loser = self.draw.choice(both)
         end = time.monotonic() + self.draw.random() * self.seconds
