@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import (  # omegaconf reads typing.Union
     Any,
@@ -14,6 +15,8 @@ from typing import (  # omegaconf reads typing.Union
     get_origin,
     get_type_hints,
 )
+
+from lora_lab.errors import IncompatibleError
 
 # The names other libraries use, for the "did you mean" of a config error.
 FOREIGN_NAMES = {
@@ -48,6 +51,9 @@ class AdapterSpec:
     meaningless: ClassVar[frozenset[str]] = frozenset()
     """Fields of this class that a method cannot use; they are not kept from another method's settings."""
 
+    removed_fields: ClassVar[Mapping[str, Any]] = {}
+    """Fields that a stored spec may still hold, each with the one value that means today's method."""
+
     targets: Union[str, list[str]] = field(default_factory=lambda: ["query", "value"])  # noqa: UP007
     """Where adapters stand: roles (`query`), module names or path endings (`q_proj`, `mlp.down_proj`), one
     pattern for whole paths (`regex:.*layers\\.[0-3]\\..*q_proj`), `all-linear` (every linear map except
@@ -64,6 +70,24 @@ class AdapterSpec:
     def size_field(self) -> str | None:
         """Name of the field that sets how many numbers are trained, `rank` say; None where none does."""
         return None
+
+    @classmethod
+    def without_removed(cls, stored: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns a stored spec without the fields that this method no longer has.
+
+        Args:
+            stored: field → value, as a run or an adapter folder holds it.
+
+        Raises:
+            IncompatibleError: if one of them has a value that means another method than today's.
+        """
+        for name, value in cls.removed_fields.items():
+            if name in stored and stored[name] != value:
+                raise IncompatibleError(
+                    f"adapter.{name}: {stored[name]!r} was removed, and {cls.method} is now what {value!r} "
+                    "meant. Train again without it, or read this with the version that wrote it."
+                )
+        return {name: value for name, value in stored.items() if name not in cls.removed_fields}
 
     @property
     def reads_full_weights(self) -> bool:

@@ -166,15 +166,24 @@ def read_spec(folder: Path, tensors: Mapping[str, Tensor]) -> AdapterSpec:
     own, foreign = folder / OWN, folder / CONFIG
     if own.is_file():
         try:
-            given = OmegaConf.load(own).adapter
-            if given.method not in METHODS:
+            given: Any = OmegaConf.to_container(OmegaConf.load(own).adapter)
+            if given["method"] not in METHODS:
                 raise CheckpointError(
-                    f"{own}: method '{given.method}' is not known here. Install the package that it is "
+                    f"{own}: method '{given['method']}' is not known here. Install the package that it is "
                     "of, or call lora_lab.register with its class."
                 )
-            schema = OmegaConf.structured(METHODS[given.method].Spec)
-            return cast(AdapterSpec, OmegaConf.to_object(OmegaConf.merge(schema, given)))
-        except (OmegaConfBaseException, YAMLError, AttributeError, KeyError, OSError, ValueError) as error:
+            kind = METHODS[given["method"]].Spec
+            schema, kept = OmegaConf.structured(kind), kind.without_removed(given)
+            return cast(AdapterSpec, OmegaConf.to_object(OmegaConf.merge(schema, kept)))
+        except (
+            OmegaConfBaseException,
+            YAMLError,
+            AttributeError,
+            KeyError,
+            OSError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise CheckpointError(
                 f"{own}: cannot be read as the spec of a method ({error}). Delete the file to read {CONFIG} "
                 "instead."

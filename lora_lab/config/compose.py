@@ -31,7 +31,7 @@ from lora_lab.callbacks import CONTROLLERS, check_controllers, renamed, unknown
 from lora_lab.config.schema import ExperimentConfig
 from lora_lab.data import DATA_SOURCES, check_data
 from lora_lab.documents import DocumentError, Scalar, parse_yaml, plain, read_yaml, texts
-from lora_lab.errors import ConfigError, suggest
+from lora_lab.errors import ConfigError, IncompatibleError, suggest
 from lora_lab.models.build import check_model
 from lora_lab.tasks import TASKS
 
@@ -79,6 +79,14 @@ def compose(path: str | Path, overrides: Sequence[str] = (), stored: bool = Fals
         controllers = layers[0].settings.get("controllers")
         if isinstance(controllers, dict):
             layers[0].settings["controllers"] = renamed(controllers)
+        adapter = layers[0].settings.get("adapter")
+        method = texts(adapter.get("method")) if isinstance(adapter, dict) else None
+        if isinstance(adapter, dict) and isinstance(method, str) and method in METHODS:
+            try:
+                kept = METHODS[method].Spec.without_removed(plain(adapter))
+            except IncompatibleError as error:
+                raise ConfigError(f"{path}: {error}") from error
+            layers[0].settings["adapter"] = {name: adapter[name] for name in kept}
     return compose_layers([*layers, *_parse_overrides(overrides)])
 
 

@@ -394,33 +394,3 @@ def givens_tree(
 def _turn(first: Tensor, second: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
     """Returns [first second] G for each pair."""
     return first * G[:, 0, 0] + second * G[:, 1, 0], first * G[:, 0, 1] + second * G[:, 1, 1]
-
-
-def givens_all_pairs(n: int, G: Float[Tensor, "pairs 2 2"]) -> Float[Tensor, "{n} {n}"]:
-    """Returns P_L … P_2 P_1, where each pair of n numbers is turned once, in the rounds of a tournament.
-
-    At zero angles, the angles are coordinates of all rotations.
-
-    Args:
-        n: size of the matrix.
-        G: n · (n − 1) / 2 blocks, the first round's first.
-    """
-    R = torch.eye(n, dtype=G.dtype, device=G.device)
-    rounds = round_robin(n)
-    shares = G.split([len(pairs) for pairs in rounds])
-    for pairs, own in reversed(list(zip(rounds, shares, strict=True))):
-        i, j = torch.tensor(pairs, device=G.device).T
-        first, second = _turn(R[:, i], R[:, j], own)
-        R = R.index_copy(1, i, first).index_copy(1, j, second)
-    return R
-
-
-def round_robin(n: int) -> list[list[tuple[int, int]]]:
-    """Returns the rounds in which each of n meets every other once, by the circle method."""
-    players = list(range(n + n % 2))
-    rounds = []
-    for _ in range(len(players) - 1):
-        pairs = [(players[k], players[-1 - k]) for k in range(len(players) // 2)]
-        rounds.append([(min(pair), max(pair)) for pair in pairs if max(pair) < n])
-        players.insert(1, players.pop())
-    return rounds

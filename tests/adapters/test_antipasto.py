@@ -19,23 +19,14 @@ from lora_lab.models.build import ModelConfig, build_model, build_tokenizer
 from tests.adapters.tiny import linear, logits, relative, shake, tiny_bert
 
 TOLERANCE = 1e-6
-SEED = {
-    "rotate_u": True,
-    "share_rotation": True,
-    "use_delta_s": False,
-    "max_rotation_angle": math.pi,
-    "seed_form": True,
-}
 MODES = {
     "default": {},
     "output": {"rotate_v": False, "rotate_u": True},
     "both": {"rotate_u": True},
-    "shared": {"rotate_u": True, "share_rotation": True},
     "shifts alone": {"rotate_v": False},
     "unbounded": {"max_rotation_angle": 4.0, "use_delta_s": False},
     "exponential": {"rotation_method": "matrix_exp"},
     "blocks": {"block_size": 2, "rotate_u": True},
-    "seed": SEED,
 }
 all_modes = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 
@@ -81,18 +72,9 @@ def rotation_by_hand(adapter, theta, c):
 
 
 def by_hand(adapter, weight, c):
-    if adapter.spec.seed_form:
-        identity, K = (
-            torch.eye(adapter.spec.rank, dtype=weight.dtype),
-            generator_by_hand(adapter, adapter.theta_v),
-        )
-        R = (identity - c * K) @ torch.linalg.inv(identity + c * K)
-        turned = adapter.U @ R @ torch.diag(adapter.S) @ R @ adapter.Vh
-    else:
-        shift = 0 if adapter.delta_s is None else adapter.delta_s
-        R_v = rotation_by_hand(adapter, adapter.theta_v, c)
-        R_u = R_v if adapter.spec.share_rotation else rotation_by_hand(adapter, adapter.theta_u, c)
-        turned = adapter.U @ R_u @ torch.diag(adapter.S + c * shift) @ R_v.T @ adapter.Vh
+    shift = 0 if adapter.delta_s is None else adapter.delta_s
+    R_v, R_u = (rotation_by_hand(adapter, theta, c) for theta in (adapter.theta_v, adapter.theta_u))
+    turned = adapter.U @ R_u @ torch.diag(adapter.S + c * shift) @ R_v.T @ adapter.Vh
     return weight - adapter.U @ torch.diag(adapter.S) @ adapter.Vh + turned
 
 
@@ -449,7 +431,7 @@ def test_chosen_directions_are_stored(save_basis, tmp_path):
 
 
 @pytest.mark.parametrize("save_basis", [True, False])
-@pytest.mark.parametrize("mode", ["default", "both", "blocks", "seed"])
+@pytest.mark.parametrize("mode", ["default", "both", "blocks"])
 @torch.no_grad()
 def test_folder_means_the_same_where_singular_vectors_have_other_signs(
     mode, save_basis, tmp_path, monkeypatch
@@ -480,16 +462,12 @@ def test_folder_means_the_same_where_singular_vectors_have_other_signs(
         ({"max_rotation_angle": math.nan}, "adapter.max_rotation_angle: must be above 0; got nan"),
         ({"rank": 6, "block_size": 4}, "adapter.block_size: must divide rank 6; got 4"),
         ({"rank": 6, "block_size": 1}, "adapter.block_size: must be at least 2; got 1"),
-        ({"share_rotation": True}, "adapter.share_rotation: needs rotate_u: true and rotate_v: true"),
         (
             {"rotate_v": False, "use_delta_s": False},
             "adapter.use_delta_s: must be true where nothing rotates",
         ),
         ({"rank": 1, "use_delta_s": False}, "adapter.use_delta_s: must be true where nothing rotates"),
         ({"dim_select": "top"}, "adapter.dim_select: must be one of top_s, random, wanda_trip; got 'top'"),
-        ({"seed_form": True}, "adapter.seed_form: needs share_rotation: true, use_delta_s: false"),
-        (SEED | {"max_rotation_angle": 1.0}, "adapter.seed_form: needs share_rotation"),
-        (SEED | {"rotation_method": "matrix_exp"}, "adapter.seed_form: needs share_rotation"),
     ],
 )
 def test_faulty_options_are_refused(options, message):

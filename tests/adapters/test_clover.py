@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaModel
+from transformers import LlamaConfig, LlamaModel
 
 from lora_lab.adapters import inject
 from lora_lab.adapters.methods import clover
@@ -147,15 +147,14 @@ def test_a_map_alone_is_q_times_r_plus_the_change():
         assert relative(query.adapted_bias(query.base.bias)[own], expected[-1]) < 1e-9
 
 
-@pytest.mark.parametrize("options", [{"s_mode": "diag"}, {"rank": 3}])
-def test_directions_of_a_map_alone_are_chosen_by_its_own_singular_values(options):
+def test_directions_of_a_map_alone_are_chosen_by_its_own_singular_values():
     model = tiny_llama().double()
-    adapters = adapt(model, targets=["query"], **options)
+    adapters = adapt(model, targets=["query"], rank=3)
     (query, _) = adapters
     query.dS.data.uniform_(0, 0.1)
     for head, changed in enumerate(query.adapted_weight(query.base.weight).reshape(5, 6, 35)):
         U, S, Vh = torch.linalg.svd(dense(query.base)[6 * head : 6 * head + 6].T, full_matrices=False)
-        dS = query.dS[head].diag() if "s_mode" in options else F.pad(query.dS[head], (0, 3, 0, 3))
+        dS = F.pad(query.dS[head], (0, 3, 0, 3))
         own = query.N_inverse[head] @ Vh.T  # a pair of singular vectors is known up to its sign
         flip = F.pad(own.diagonal().sign(), (0, 6 - len(own)), value=1.0)
         assert relative(own.abs(), torch.eye(6, dtype=own.dtype)[: len(own)]) < 1e-9
@@ -164,27 +163,20 @@ def test_directions_of_a_map_alone_are_chosen_by_its_own_singular_values(options
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_diagonal_and_a_rank_are_parts_of_the_whole(form):
-    for options, mask in (
-        ({"s_mode": "diag"}, torch.eye(10)),
-        ({"rank": 4}, F.pad(torch.ones(4, 4), (0, 6, 0, 6))),
-        ({"rank": 4, "s_mode": "diag"}, F.pad(torch.eye(4), (0, 6, 0, 6))),
-    ):
-        whole, part = tiny_bert().double(), tiny_bert().double()
-        full, own = adapt(whole, form=form), adapt(part, form=form, **options)
-        shake(full)
-        for path, adapter in full.items():
-            if isinstance(adapter, clover.Trained):
-                adapter.dS.data *= mask
-                other, rank = own.adapters[path], options.get("rank", 10)
-                block = adapter.dS[:, :rank, :rank]
-                diagonal = "s_mode" in options
-                other.dS.data.copy_(block.diagonal(dim1=1, dim2=2) if diagonal else block)
-                assert other.rank == rank
-        assert relative(logits(part), logits(whole)) < 1e-12
+def test_a_rank_is_a_part_of_the_whole(form):
+    whole, part = tiny_bert().double(), tiny_bert().double()
+    full, own = adapt(whole, form=form), adapt(part, form=form, rank=4)
+    shake(full)
+    for path, adapter in full.items():
+        if isinstance(adapter, clover.Trained):
+            adapter.dS.data *= F.pad(torch.ones(4, 4), (0, 6, 0, 6))
+            other = own.adapters[path]
+            other.dS.data.copy_(adapter.dS[:, :4, :4])
+            assert other.rank == 4
+    assert relative(logits(part), logits(whole)) < 1e-12
 
 
-@pytest.mark.parametrize("options", [{}, {"s_mode": "diag"}, {"rank": 4}, {"targets": ["query", "up"]}])
+@pytest.mark.parametrize("options", [{}, {"rank": 4}, {"targets": ["query", "up"]}])
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_are_the_numerical_ones(form, options):
     model = tiny_bert().double()
@@ -382,32 +374,10 @@ def test_count_on_a_block_of_llama_2_7b_is_the_papers():
 
 
 def test_counts_are_the_formulas():
-    """Hk d² for values, H d² for queries alone, I · block for the up map; Hk d for diagonals."""
+    """Hk d² for values, H d² for queries alone, I · block for the up map."""
     assert adapt(tiny_llama(), targets=VO, layers=[0]).trainable_count() == 1 * 6 * 6
     assert adapt(tiny_llama(), targets=["query"], layers=[0]).trainable_count() == 5 * 6 * 6
     assert adapt(tiny_bert(), targets=["up"], layers=[0]).trainable_count() == 50 * 5
-    assert adapt(tiny_bert(), s_mode="diag", layers=[0]).trainable_count() == 2 * 3 * 10
-
-
-# The seed -------------------------------------------------------------------------------------------------
-
-
-def test_diagonals_on_one_head_are_the_sketch_with_half_of_the_spectrum_on_each_side():
-    """W_Q' = U √S', W_K' = V √S' with S' = S + ΔS: the same scores; right for one head without biases."""
-    sizes = {"vocab_size": 41, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1}
-    torch.manual_seed(0)
-    model = BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=1)).double().eval()
-    attention = model.bert.encoder.layer[0].attention.self
-    W_Q, W_K = attention.query.weight.T.detach(), attention.key.weight.T.detach()  # y = x W, as sketched
-    adapters = adapt(model, targets=["query", "key"], s_mode="diag")
-    assert adapters.trainable_count() == 12
-    (query,) = adapters
-    query.dS.data.uniform_(0, 0.1)
-    U, S, V = decomposed(W_Q @ W_K.T, 12)
-    changed = (S + query.dS[0]).sqrt()
-    x = torch.randn(7, 12, dtype=torch.float64)
-    found = attention.query(x) @ attention.key(x).T
-    assert relative(found, (x @ (U * changed)) @ (x @ (V * changed)).T) < 1e-9
 
 
 # Files, cost ----------------------------------------------------------------------------------------------
@@ -463,7 +433,6 @@ def test_a_step_keeps_one_activation_for_each_trained_map_and_no_matrix_of_its_s
         ({"block_size": 0}, "adapter.block_size: must be at least 1; got 0"),
         ({"dropout": 1.0}, "adapter.dropout: must lie in [0, 1); got 1.0"),
         ({"qk_mode": "k"}, "adapter.qk_mode: must be one of auto, cross; got 'k'"),
-        ({"s_mode": "half"}, "adapter.s_mode: must be one of full, diag; got 'half'"),
         ({"form": "mixed"}, "adapter.form: must be one of additive, rebased; got 'mixed'"),
     ],
 )

@@ -70,8 +70,6 @@ OPTIONS: dict[str, dict] = {
     "delora": {"method": "delora", "rank": 4},
     "delora current": {"method": "delora", "rank": 4, "residual_lambda": "current"},
     "delora zero_b": {"method": "delora", "rank": 4, "init": "zero_b"},
-    "delora per rank": {"method": "delora", "rank": 4, "lambda_per_rank": True},
-    "delora unscaled": {"method": "delora", "rank": 4, "weight_norm_scaling": False},
     "vera": {"method": "vera", "rank": 8},
     "randlora": {"method": "randlora", "rank": 5},
     "randlora sparse": {"method": "randlora", "rank": 5, "alpha": 10.0, "sparse": True},
@@ -93,8 +91,6 @@ OPTIONS: dict[str, dict] = {
     "ia3 outputs": {"method": "ia3", "targets": ["key", "value", "down"], "feedforward_modules": []},
     "oft": {"method": "oft", "oft_block_size": 4},
     "oft exact": {"method": "oft", "oft_block_size": 4, "use_cayley_neumann": False},
-    "oft plus": {"method": "oft", "r": 4, "oft_block_size": 0, "use_cayley_neumann": False}
-    | {"cayley_sign": "plus"},
     "oft terms": {"method": "oft", "oft_block_size": 4, "num_cayley_neumann_terms": 6},
     "oft shared": {"method": "oft", "oft_block_size": 8, "block_share": True},
     "oft adjusted": {"method": "oft", "oft_block_size": 5, "auto_adjust": True},
@@ -107,7 +103,6 @@ OPTIONS: dict[str, dict] = {
     "goft": {"method": "goft"},
     "goft scaled": {"method": "goft", "scaling": True, "angle_param": "raw"},
     "goft soft": {"method": "goft", "strict_oft": False},
-    "goft all pairs": {"method": "goft", "topology": "all_pairs"},
     "fourierft": {"method": "fourierft", "n_frequency": 40, "scaling": 10.0},
     "fourierft zeros": {"method": "fourierft", "n_frequency": 40, "init": "zeros"},
     "fourierft fft": {"method": "fourierft", "n_frequency": 40, "scaling": 10.0, "mode": "fft"},
@@ -121,9 +116,6 @@ OPTIONS: dict[str, dict] = {
     "road": {"method": "road", "group_size": 4},
     "road 2": {"method": "road", "group_size": 2, "variant": "road_2"},
     "road 4": {"method": "road", "group_size": 8, "variant": "road_4"},
-    "road input": {"method": "road", "group_size": 2, "side": "input"},
-    "road input 2": {"method": "road", "group_size": 4, "side": "input", "variant": "road_2"},
-    "road input 4": {"method": "road", "group_size": 8, "side": "input", "variant": "road_4"},
     "road random": {"method": "road", "group_size": 4, "init": "random"},
     "hra": {"method": "hra", "rank": 4},
     "hra random": {"method": "hra", "rank": 3, "identity_start": False},
@@ -132,20 +124,12 @@ OPTIONS: dict[str, dict] = {
     "hra penalised": {"method": "hra", "rank": 4, "reg_lambda": 0.1},
     # Of a map that is no part of an attention, as in the checks on one linear map, the blocks must be told.
     "clover": {"method": "clover", "block_size": 8},
-    "clover diag": {"method": "clover", "block_size": 8, "s_mode": "diag"},
     "clover rank": {"method": "clover", "block_size": 8, "rank": 3},
     "clover alone": {"method": "clover", "block_size": 8, "targets": ["query", "key", "down"]},
     "clover rebased": {"method": "clover", "block_size": 8, "form": "rebased"},
     "clover rebased rank": {"method": "clover", "block_size": 8, "form": "rebased", "rank": 3},
     "psoft": {"method": "psoft", "rank": 4},
     "psoft pissa": {"method": "psoft", "rank": 4, "ab_svd_init": "pissa_init", "psoft_mag_b": False},
-    "psoft output": {
-        "method": "psoft",
-        "rank": 4,
-        "rotation_side": "output",
-        "psoft_mag_a": False,
-        "psoft_mag_b": False,
-    },
     "psoft free": {"method": "psoft", "rank": 4, "psoft_orth": False},
     "psoft neumann": {
         "method": "psoft",
@@ -168,16 +152,6 @@ OPTIONS: dict[str, dict] = {
         "save_basis": False,
     },
     "antipasto blocks": {"method": "antipasto", "rank": 4, "block_size": 2, "use_delta_s": False},
-    "antipasto seed": {
-        "method": "antipasto",
-        "rank": 4,
-        "rotate_u": True,
-        "share_rotation": True,
-        "use_delta_s": False,
-        "max_rotation_angle": 3.2,
-        "seed_form": True,
-        "init": "identity",
-    },
     "reft": {"method": "reft", "rank": 4},
     "reft all": {"method": "reft", "rank": 4, "positions": "all"},
     "reft shared": {"method": "reft", "rank": 4, "positions": "f2+l2", "share_weights": True},
@@ -257,14 +231,14 @@ EXACT_START = {
 }
 EXACT_START |= {name for name in OPTIONS if name.startswith(("delora", "randlora"))}
 EXACT_START |= {name for name in OPTIONS if name.startswith("psoft")}
-EXACT_START |= {"antipasto identity", "antipasto seed"}
+EXACT_START |= {"antipasto identity"}
 EXACT_START |= {"pissa", "pissa niter", "lora olora"}
 EXACT_START |= {"salt", "salt values", "salt clamped", "salt clamped whole"}
 EXACT_START |= {"edora exact", "edora core", "salt_edora", "salt_edora polar"}
 EXACT_START |= {"ssvd", "ssvd first order", "ssvd free"}
 EXACT_START |= {name for name in OPTIONS if name.startswith(("oft", "boft", "goft"))}
-EXACT_START |= {"clover", "clover diag", "clover rank", "clover alone"}
-EXACT_START |= {"road", "road 2", "road 4", "road input", "road input 2", "road input 4"}
+EXACT_START |= {"clover", "clover rank", "clover alone"}
+EXACT_START |= {"road", "road 2", "road 4"}
 EXACT_START |= {"ia3", "ia3 outputs", "bitfit", "head", "full", "reft nodireft"}
 """Specs that promise a bitwise identity at the start."""
 
@@ -310,7 +284,6 @@ COUNTS: dict[str, int] = {
     "lokr both": 1 * (4 + 4) + 1 * (4 + 6),
     "lokr whole": 2 * 3 + 8 * 8,
     "delora": 4 * (24 + 16) + 1,
-    "delora per rank": 4 * (24 + 16) + 4,
     "vera": 16 + 8,
     "randlora": 5 * 4 + 4 * 16,
     "salt": 2 * 3 + 2 * 2 * (16 - 3),
@@ -325,7 +298,6 @@ COUNTS: dict[str, int] = {
     "ia3": 24,
     "ia3 outputs": 16,
     "oft": 24 * 3 // 2,
-    "oft plus": 24 * 5 // 2,
     "oft shared": 8 * 7 // 2,
     "oft adjusted": 24 * 3 // 2,
     "boft": 2 * 24 * 2 + 16,
@@ -334,7 +306,6 @@ COUNTS: dict[str, int] = {
     "goft": 24 - 1,
     "goft scaled": 24 - 1 + 24,
     "goft soft": 4 * (24 - 1),
-    "goft all pairs": 24 * 23 // 2,
     "fourierft": 40,
     "svft": 3 * 16 - 2,
     "svft plain": 5,
@@ -342,20 +313,16 @@ COUNTS: dict[str, int] = {
     "road": 16,
     "road 2": 2 * 16,
     "road 4": 4 * 16,
-    "road input": 24,
     "hra": 24 * 4,
     "hra GS": 24 * 3,
     "clover": 2 * 8 * 8,
-    "clover diag": 2 * 8,
     "clover rank": 2 * 3 * 3,
     "psoft": 4 * 3 // 2 + 2 * 4,
     "psoft pissa": 4 * 3 // 2 + 4,
-    "psoft output": 4 * 3 // 2,
     "psoft free": 4 * 4 + 2 * 4,
     "antipasto": 4 * 3 // 2 + 4,
     "antipasto both": 2 * (4 * 3 // 2) + 4,
     "antipasto blocks": 2 * 1,
-    "antipasto seed": 4 * 3 // 2,
     "bitfit": 16,
     "full": 24 * 16 + 16,
 }

@@ -1,6 +1,5 @@
 """PSOFT: its formula, PEFT's layer, the gauge of singular vectors, and what is stored of them."""
 
-import json
 import math
 
 import peft
@@ -25,7 +24,6 @@ MODES = {
     "rotation alone": PLAIN,
     "pissa": {"ab_svd_init": "pissa_init"},
     "free": {"psoft_orth": False},
-    "output": {"rotation_side": "output", **PLAIN},
 }
 all_modes = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 
@@ -51,25 +49,17 @@ def by_hand(adapter, weight):
     a, b = (torch.ones(rank, dtype=weight.dtype) if x is None else x for x in (adapter.a, adapter.b))
     change = torch.diag(b) @ R @ torch.diag(a) - identity
     U, Vh, S = adapter.U, adapter.Vh, torch.diag(adapter.S)
-    if spec.rotation_side == "output":
-        return weight + U @ change @ S @ Vh
     if spec.ab_svd_init == "pissa_init":
         return weight + U @ S.sqrt() @ change @ S.sqrt() @ Vh
     return weight + U @ S @ change @ Vh
 
 
-@pytest.mark.parametrize(
-    ("side", "expected"),
-    [
-        ("input", [[1.8, 2.4, 0.0], [-1.6, 1.2, 0.0], [0.0, 0.0, 1.0]]),
-        ("output", [[1.8, 1.6, 0.0], [-2.4, 1.2, 0.0], [0.0, 0.0, 1.0]]),
-    ],
-)
 @torch.no_grad()
-def test_worked_example(side, expected):
+def test_worked_example():
+    expected = [[1.8, 2.4, 0.0], [-1.6, 1.2, 0.0], [0.0, 0.0, 1.0]]
     model = nn.Sequential(nn.Linear(3, 3, bias=False))
     model[0].weight.copy_(torch.diag(torch.tensor([3.0, 2.0, 1.0])))
-    adapter, _ = adapt(model, rank=2, rotation_side=side, **PLAIN)
+    adapter, _ = adapt(model, rank=2, **PLAIN)
     adapter.q.fill_(0.5)
     torch.testing.assert_close(adapter.adapted_weight(adapter.weight), torch.tensor(expected))
     torch.testing.assert_close(model(torch.eye(3)).T, torch.tensor(expected))
@@ -292,12 +282,6 @@ def test_a_bound_that_peft_ignores_is_not_taken_over(tmp_path):
     assert load_adapter(linear(), tmp_path).spec.cayley_neumann_eps is None
 
 
-def test_rotated_outputs_have_no_name_in_peft(tmp_path):
-    _, adapters = adapt(linear(), rank=4, **MODES["output"])
-    save_adapter(adapters, tmp_path / "adapter")
-    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] is None
-
-
 # Refusals -----------------------------------------------------------------------------------------------
 
 
@@ -318,14 +302,6 @@ def test_rotated_outputs_have_no_name_in_peft(tmp_path):
             r"adapter.cayley_neumann_eps: must lie in \(0, 1\), or null; got 1.0",
         ),
         ({"cayley_neumann_eps": 0.5}, "adapter.cayley_neumann_eps: goes with use_cayley_neumann: true"),
-        (
-            {"rotation_side": "output"},
-            "adapter.rotation_side: output goes with ab_svd_init: psoft_init, psoft_mag_a",
-        ),
-        (
-            {"rotation_side": "output", "ab_svd_init": "pissa_init", **PLAIN},
-            "adapter.rotation_side: output goes with ab_svd_init: psoft_init",
-        ),
     ],
 )
 def test_faulty_options_are_refused(options, message):

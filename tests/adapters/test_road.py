@@ -15,7 +15,6 @@ from tests.adapters.tiny import linear, reached, relative, shake
 
 TOLERANCE = 1e-6  # float32, relative to the greatest output
 VARIANTS = ["road_1", "road_2", "road_4"]
-BOTH = pytest.mark.parametrize("side", ["output", "input"])
 ALL = pytest.mark.parametrize("variant", VARIANTS)
 
 
@@ -36,13 +35,12 @@ def matrix(adapter):
     return R
 
 
-@pytest.mark.parametrize("side", ["output", "input"])
 @pytest.mark.parametrize(
     ("group", "expected"), [(2, (-4, 2, 0.598076, 4.964102)), (4, (-6, -0.267949, 2, 4.464102))]
 )
-def test_worked_example(group, expected, side):
+def test_worked_example(group, expected):
     model = linear(4, 4, bias=False)
-    road, _ = adapt(model, group_size=group, side=side)
+    road, _ = adapt(model, group_size=group)
     road.base.weight.data.copy_(torch.eye(4))
     road.theta.data.copy_(torch.tensor([math.pi / 2, math.pi / 6]))
     road.alpha.data.copy_(torch.tensor([2.0, 1]))
@@ -50,23 +48,21 @@ def test_worked_example(group, expected, side):
 
 
 @ALL
-@BOTH
-def test_output_is_the_formula_with_R_written_out(variant, side):
+def test_output_is_the_formula_with_R_written_out(variant):
     model, x = linear(dtype=torch.float64), torch.randn(2, 5, 24, dtype=torch.float64)
-    road, adapters = adapt(model, variant=variant, side=side, group_size=8)
+    road, adapters = adapt(model, variant=variant, group_size=8)
     shake(adapters, by=1.0)
     R, W, b = matrix(road), road.base.weight, road.base.bias
-    expected = (x @ W.T + b) @ R.T if side == "output" else (x @ R.T) @ W.T + b
+    expected = (x @ W.T + b) @ R.T
     torch.testing.assert_close(model(x), expected)
-    torch.testing.assert_close(road.adapted_weight(W), R @ W if side == "output" else W @ R)
-    torch.testing.assert_close(road.adapted_bias(b), R @ b if side == "output" else b)
+    torch.testing.assert_close(road.adapted_weight(W), R @ W)
+    torch.testing.assert_close(road.adapted_bias(b), R @ b)
 
 
 @ALL
-@BOTH
-def test_gradients_are_those_of_finite_differences(variant, side):
+def test_gradients_are_those_of_finite_differences(variant):
     model = linear(6, 8, dtype=torch.float64)
-    road, adapters = adapt(model, variant=variant, side=side, group_size=2)
+    road, adapters = adapt(model, variant=variant, group_size=2)
     shake(adapters, by=0.5)
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
 
@@ -106,11 +102,10 @@ def test_lengths_of_pairs_are_scaled_by_alpha():
 
 
 @ALL
-@BOTH
-def test_start_is_bitwise_the_base_and_reaches_both_tensors(variant, side):
+def test_start_is_bitwise_the_base_and_reaches_both_tensors(variant):
     model, x = linear(), torch.randn(5, 24)
     before = model(x)
-    road, adapters = adapt(model, variant=variant, side=side)
+    road, adapters = adapt(model, variant=variant)
     assert torch.equal(model(x), before)
     assert road.decay_exempt() == [road.alpha]
     assert reached(model, adapters, x - 1) >= {"alpha"}
@@ -163,18 +158,6 @@ def test_equals_peft_both_ways_whatever_the_sizes(variant, sizes, tmp_path):
     assert relative(back(x), theirs(x)) < TOLERANCE
 
 
-def test_input_side_comes_back_and_is_refused_by_peft(tmp_path):
-    model, x = linear(), torch.randn(5, 24)
-    _, adapters = adapt(model, side="input", variant="road_4")
-    shake(adapters)
-    save_adapter(adapters, tmp_path / "adapter")
-    fresh = linear()
-    load_adapter(fresh, tmp_path / "adapter")
-    assert torch.equal(fresh(x), model(x))
-    with pytest.raises((KeyError, TypeError, ValueError)):
-        peft.PeftModel.from_pretrained(linear(), tmp_path / "adapter")
-
-
 @pytest.mark.parametrize("group", [-2, 0, 3])
 def test_odd_groups_are_refused(group):
     with pytest.raises(ConfigError, match=f"adapter.group_size: must be even and at least 2; got {group}"):
@@ -196,11 +179,6 @@ def test_unknown_variants_are_refused():
             [(12, 9), (16, 9)],
             {"group_size": 6},
             "6 does not divide the 16 outputs of 1; use 4, the greatest",
-        ),
-        (
-            [(12, 9)],
-            {"side": "input"},
-            "4 does not divide the 9 inputs of 0; take odd ones out: no size that",
         ),
         ([(8, 9), (15, 9)], {}, "4 does not divide the 15 outputs of 1; take odd ones out: no size that"),
     ],

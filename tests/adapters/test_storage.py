@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from lora_lab.adapters import METHODS, inject, storage
@@ -39,8 +40,7 @@ VARIANTS = {
     "pissa, residual": METHODS["pissa"].Spec(rank=4, mode="residual", niter=0),
     "pissa, randomised": METHODS["pissa"].Spec(rank=4, niter=2, rslora=True),
     "delora, current": METHODS["delora"].Spec(rank=4, residual_lambda="current", rank_pattern={"value": 2}),
-    "delora, zero_b": METHODS["delora"].Spec(rank=4, init="zero_b", weight_norm_scaling=False),
-    "delora, per rank": METHODS["delora"].Spec(rank=4, lambda_per_rank=True, rank_pattern={"value": 2}),
+    "delora, zero_b": METHODS["delora"].Spec(rank=4, init="zero_b"),
     "salt, no basis": METHODS["salt"].Spec(rank=None, ratio=0.5, r_lora=2, save_basis=False),
     "edora, no basis": METHODS["edora"].Spec(rank=4, rank_pattern={"value": 2}, save_basis=False),
     "salt_edora, polar": METHODS["salt_edora"].Spec(rank=2, r_tail=1, tail_mode="polar"),
@@ -112,7 +112,6 @@ def test_every_variant_comes_back_from_its_folder(variant, tmp_path):
         "lora, bias and one layer",
         "pissa, residual",
         "delora, current",
-        "delora, per rank",
     ],
 )
 def test_dropped_adapters_are_saved_as_no_change(variant, tmp_path):
@@ -125,6 +124,32 @@ def test_dropped_adapters_are_saved_as_no_change(variant, tmp_path):
     fresh = tiny_bert()
     load_adapter(fresh, tmp_path / "adapter")
     assert relative(logits(fresh), logits(base)) < 1e-6
+
+
+REMOVED = [
+    (name, field, value) for name, m in METHODS.items() for field, value in m.Spec.removed_fields.items()
+]
+
+
+@pytest.mark.parametrize(("method", "field", "value"), REMOVED)
+def test_a_removed_field_is_forgotten_at_its_default_and_refused_at_another_value(
+    method, field, value, tmp_path
+):
+    model = tiny_bert()
+    adapters = inject(model, METHODS[method].Spec(**OPTIONS.get(method, {})))
+    save_adapter(adapters, tmp_path / "adapter")
+    own = tmp_path / "adapter" / OWN
+    spec = OmegaConf.load(own)
+    OmegaConf.update(spec, f"adapter.{field}", value)
+    own.write_text(OmegaConf.to_yaml(spec))
+    fresh = tiny_bert()
+    assert asdict(load_adapter(fresh, tmp_path / "adapter").spec) == asdict(adapters.spec) | {
+        "modules_to_save": list(adapters.saved)
+    }
+    other = not value if isinstance(value, bool) else "something else"
+    OmegaConf.update(spec, f"adapter.{field}", other)
+    own.write_text(OmegaConf.to_yaml(spec))
+    refused(tmp_path / "adapter", f"adapter.{field}: {other!r} was removed", IncompatibleError)
 
 
 def test_model_in_half_precision_comes_back_from_its_folder(tmp_path):

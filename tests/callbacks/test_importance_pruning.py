@@ -560,7 +560,6 @@ FITTING = sorted(name for name, method in METHODS.items() if issubclass(method, 
 OPTIONS = {
     **dict.fromkeys(FITTING, ({}, 18)),
     "pissa residual": ({"mode": "residual"}, 18),
-    "delora one λ each": ({"lambda_per_rank": True}, 18),
     "svft": ({"pattern": "banded"}, (3 * 10 - 2) + 2 * (3 * 12 - 2)),
 }
 

@@ -13,7 +13,6 @@ from lora_lab.linalg.orthogonal import (
     cayley_change,
     cayley_neumann,
     givens,
-    givens_all_pairs,
     givens_tree,
     neumann_change,
     orthonormal_columns,
@@ -113,10 +112,6 @@ def test_shapes_of_singular_triplets_are_as_annotated(index):
 
 def test_shapes_of_skew_matrices_are_as_annotated():
     jaxtyped(typechecker=beartype)(skew)(torch.randn(6), 4)
-
-
-def test_shapes_of_all_pairs_are_as_annotated():
-    jaxtyped(typechecker=beartype)(givens_all_pairs)(4, torch.randn(6, 2, 2))
 
 
 @pytest.mark.parametrize(

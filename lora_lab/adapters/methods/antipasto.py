@@ -7,7 +7,7 @@
     U, S, V   (out, rank), (rank,), (in, rank)   frozen, see `singular_basis`
     indices   (rank,)                            frozen; which singular directions of W they are
     θ_v       (rank · (rank − 1) / 2,)           learned; N(0, (0.006·√2)²), or zeros with init: identity
-    θ_u       like θ_v                           learned, with rotate_u and without share_rotation
+    θ_u       like θ_v                           learned, with rotate_u
     Δ         (rank,)                            learned; N(4e-4, (4e-4)²), or zeros with init: identity
 
 R(−c) is the inverse of R(c): c and −c steer oppositely. W'(0) = W bitwise. c is no tensor and not stored;
@@ -45,6 +45,8 @@ class AntiPaSTOSpec(BasisSpec):
 
     method: str = "antipasto"
 
+    removed_fields = {"share_rotation": False, "seed_form": False}
+
     rank: int = 64
     """Number of singular directions that are edited, from 1 to min(in, out) of the smallest map; 16 to 256 in
     the paper."""
@@ -57,9 +59,6 @@ class AntiPaSTOSpec(BasisSpec):
 
     rotate_u: bool = False
     """Rotate the output's directions."""
-
-    share_rotation: bool = False
-    """Use θ_v for both; needs rotate_u and rotate_v."""
 
     use_delta_s: bool = True
     """Learn Δ, the shift of the singular values."""
@@ -81,10 +80,6 @@ class AntiPaSTOSpec(BasisSpec):
     init: Literal["reference", "identity"] = "reference"
     """`reference` starts with a small random edit; `identity` is for training on an ordinary loss."""
 
-    seed_form: bool = False
-    """W' = W + U (R diag(S) R − diag(S)) Vᵀ with R = (I − cK)(I + cK)⁻¹ and K = skew(θ_v). Needs
-    share_rotation, no Δ, cayley, and a max_rotation_angle of at least π."""
-
     def for_stored(self) -> Self:
         """See `AdapterSpec.for_stored`: the folder says which directions were chosen."""
         return replace(self, dim_select="top_s")
@@ -103,18 +98,8 @@ class AntiPaSTOSpec(BasisSpec):
             found += least_fault("block_size", self.block_size, 2)
             if self.block_size > 1 and self.rank % self.block_size:
                 found.append(f"block_size: must divide rank {self.rank}; got {self.block_size}")
-        if self.share_rotation and not (self.rotate_u and self.rotate_v):
-            found.append("share_rotation: needs rotate_u: true and rotate_v: true")
         if not self.use_delta_s and (self.rank == 1 or not (self.rotate_u or self.rotate_v)):
             found.append("use_delta_s: must be true where nothing rotates, and nothing is learned else")
-        bounded = self.max_rotation_angle < math.pi
-        if self.seed_form and (
-            bounded or self.use_delta_s or not self.share_rotation or self.rotation_method != "cayley"
-        ):
-            found.append(
-                "seed_form: needs share_rotation: true, use_delta_s: false, rotation_method: cayley and a "
-                "max_rotation_angle of at least π"
-            )
         return found
 
 
@@ -145,7 +130,7 @@ class AntiPaSTO(CoreUpdate, Steerable, Selectable):
         shape = (entries,) if spec.block_size is None else (rank // size, entries)
         self.theta_v, self.theta_u = (
             nn.Parameter(spread * torch.randn(shape, dtype=self.dtype)) if learned else None
-            for learned in (spec.rotate_v, spec.rotate_u and not spec.share_rotation)
+            for learned in (spec.rotate_v, spec.rotate_u)
         )
         shift = mean + mean * torch.randn(rank, dtype=self.dtype)
         self.delta_s = nn.Parameter(shift) if spec.use_delta_s else None
@@ -181,7 +166,7 @@ class AntiPaSTO(CoreUpdate, Steerable, Selectable):
         if spec.rotation_method == "matrix_exp":
             change = torch.linalg.matrix_exp(c * A) - torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
         else:
-            change = cayley_change((-c if spec.seed_form else c / 2) * A)
+            change = cayley_change(c / 2 * A)
         return change if spec.block_size is None else torch.block_diag(*change)
 
     def core(self) -> Float[Tensor, "rank rank"]:
@@ -193,11 +178,11 @@ class AntiPaSTO(CoreUpdate, Steerable, Selectable):
             )
         shift = torch.zeros_like(self.S) if self.delta_s is None else self.coefficient * self.delta_s
         right = self._rotation_change(self.theta_v)
-        left = right if self.spec.share_rotation else self._rotation_change(self.theta_u)
+        left = self._rotation_change(self.theta_u)
         # (I + E) D (I + F) − diag(S) as D F + diag(c Δ) + E (D F + D): nothing large cancels.
         change = torch.diag(shift)
         if right is not None:
-            change = change + (self.S + shift).unsqueeze(1) * (right if self.spec.seed_form else right.T)
+            change = change + (self.S + shift).unsqueeze(1) * right.T
         if left is not None:
             with torch.autocast(left.device.type, enabled=False):
                 change = change + left @ (torch.diag(self.S) + change)

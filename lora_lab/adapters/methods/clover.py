@@ -58,6 +58,8 @@ class CLOVERSpec(AdapterSpec):
 
     method: str = "clover"
 
+    removed_fields = {"s_mode": "full"}
+
     targets: Union[str, list[str]] = field(  # noqa: UP007
         default_factory=lambda: ["query", "key", "value", "attention_output"]
     )
@@ -67,9 +69,6 @@ class CLOVERSpec(AdapterSpec):
     qk_mode: Literal["auto", "cross"] = "auto"
     """Query and key together: `auto` where only a dot product joins them, else the query alone; `cross` in
     any case, or an error."""
-
-    s_mode: Literal["full", "diag"] = "full"
-    """Train all of ΔS, as the paper does, or its diagonal: one number for each singular value."""
 
     form: Literal["additive", "rebased"] = "additive"
     """For pairs: change the outputs of one map, or replace both maps by their bases as the reference does.
@@ -101,7 +100,7 @@ class Trained(LinearAdapter):
     """The map that holds A, whatever the form.
 
     Attributes:
-        dS: (heads, rank, rank) or (heads, rank), learned.
+        dS: (heads, rank, rank), learned.
         partner: path of the map that holds B; None where there is none.
     """
 
@@ -120,10 +119,6 @@ class Trained(LinearAdapter):
     def dropping(self) -> bool:
         """Whether dropout is at work."""
         return self.training and self.spec.dropout > 0
-
-    def core(self) -> Float[Tensor, "heads rank rank"]:
-        """Returns ΔS as matrices."""
-        return self.dS if self.spec.s_mode == "full" else self.dS.diag_embed()
 
     def decompose(self, path: str, width: int, other: Any) -> None:
         """Makes ΔS and its bases; a site alone does not tell how wide a head is.
@@ -159,12 +154,11 @@ class Trained(LinearAdapter):
             raise IncompatibleError(
                 f"adapter.rank: a head of {path} has {width} singular values; got {rank}. Lower it."
             )
-        shape = (heads, rank, rank) if self.spec.s_mode == "full" else (heads, rank)
-        self.dS = nn.Parameter(torch.zeros(shape, dtype=self.dtype, device=A.device))
+        self.dS = nn.Parameter(torch.zeros(heads, rank, rank, dtype=self.dtype, device=A.device))
         if others is not None:
             return paired_svd(A, stack_heads(others, heads, width))
         one = torch.eye(width, dtype=torch.float64, device=A.device).expand(heads, -1, -1)
-        if self.spec.s_mode == "full" and rank == width:
+        if rank == width:
             return *positive_qr(A.double()), one, one
         return paired_svd(A, one)  # which directions to train is a question of their singular values
 
@@ -240,7 +234,7 @@ class CLOVER(Trained, OutputAdapter):
                 out, inputs = sizes(other)
                 lengths.append(inputs if adapter.role in TO_OUTPUT else out)
             rank = spec.rank or width
-            count += min(lengths) // width * (rank**2 if spec.s_mode == "full" else rank)
+            count += min(lengths) // width * rank**2
         return count
 
     @classmethod
@@ -291,7 +285,7 @@ class CLOVER(Trained, OutputAdapter):
     def change(self, y: Float[Tensor, "... out"], drop: bool = False) -> Float[Tensor, "... out"]:
         """Returns drop(y M⁻¹) ΔS N⁻ᵀ."""
         with torch.autocast(y.device.type, enabled=False):
-            right = self.core() @ self.N_inverse  # (heads, rank, d)
+            right = self.dS @ self.N_inverse  # (heads, rank, d)
             if not drop:
                 right = self.M_inverse @ right  # (heads, d, d)
         return per_head(self.dropout(per_head(y, self.M_inverse)) if drop else y, right)
@@ -333,7 +327,7 @@ class RebasedCLOVER(Trained):
         rank, (heads, width) = self.rank, self.S.shape
         parts = z.unflatten(-1, (heads, -1, width))  # (..., heads, share, d)
         dropped = self.dropout(parts) if drop else parts
-        change = torch.einsum("...hsd,hde->...hse", dropped[..., :rank], self.core())
+        change = torch.einsum("...hsd,hde->...hse", dropped[..., :rank], self.dS)
         return (parts * self.S.unsqueeze(1) + F.pad(change, (0, width - rank))).flatten(-3)
 
     def adapted_weight(self, weight: Tensor) -> Tensor:

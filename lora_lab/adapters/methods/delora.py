@@ -5,12 +5,12 @@
 
     A    (rank, in)    rows a_i, learned; U(±1/√in) at the start
     B    (out, rank)   columns b_i, learned; U(±1/√rank) at the start, or zeros with init: zero_b
-    λ    (1,)          learned; delora_lambda at the start; (rank,) with lambda_per_rank
-    w    (in,)         frozen; the norms of W's columns, or ones
+    λ    (1,)          learned; delora_lambda at the start
+    w    (in,)         frozen; the norms of W's columns
     A₀, B₀             frozen copies of the start, hence W' = W bitwise; none with init: zero_b
     λ₀                 delora_lambda, or λ itself with residual_lambda: current
 
-PEFT has no A₀, B₀: ours opens there as a DELORA of rank 2·rank where all strengths are one λ, else as a LORA.
+PEFT has no A₀, B₀: ours opens there as a DELORA of rank 2·rank where λ₀ is λ, else as a LORA.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class DeLoRASpec(AdapterSpec):
 
     method: str = "delora"
 
+    removed_fields = {"lambda_per_rank": False, "weight_norm_scaling": True}
+
     rank: int = 8
     """Number of rank-one components; at least 1."""
 
@@ -63,20 +65,13 @@ class DeLoRASpec(AdapterSpec):
     """Strength of the subtracted start: `frozen` at delora_lambda, as in the paper, or the `current` λ, as in
     the authors' code."""
 
-    lambda_per_rank: bool = False
-    """Learn one λ per component."""
-
-    weight_norm_scaling: bool = True
-    """Scale by the norms of W's columns; without, w = 1."""
-
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Rank for some sites: role, path ending or regex → rank."""
 
     @property
     def opens_as_delora(self) -> bool:
         """Whether PEFT's DELORA, whose components all have the strength λ / rank, can say the update."""
-        frozen = self.init == "residual" and self.residual_lambda == "frozen"
-        return not (frozen or self.lambda_per_rank)
+        return self.init == "zero_b" or self.residual_lambda == "current"
 
     @property
     def size_field(self) -> str | None:
@@ -136,16 +131,12 @@ class DeLoRA(LowRankAdapter, RankAllocatable):
         A = kaiming_uniform(spec.rank, columns, dtype=weight.dtype)
         B = kaiming_uniform(rows, spec.rank, dtype=weight.dtype) if residual else A.new_zeros(rows, spec.rank)
         super().__init__(base, spec, (A, B), subtract=residual)
-        count = spec.rank if spec.lambda_per_rank else 1
-        self.lambda_ = nn.Parameter(torch.full((count,), spec.delora_lambda, dtype=self.dtype))
-        if spec.lambda_per_rank:
-            self.components = {**self.components, "lambda_": 0}
-        norms = torch.linalg.vector_norm(weight, dim=0)
-        self.register_buffer("w", norms if spec.weight_norm_scaling else torch.ones_like(norms))
+        self.lambda_ = nn.Parameter(torch.full((1,), spec.delora_lambda, dtype=self.dtype))
+        self.register_buffer("w", torch.linalg.vector_norm(weight, dim=0))
 
     @classmethod
     def site_parameter_count(cls, module: Any, spec: Any) -> int:
-        return super().site_parameter_count(module, spec) + (spec.rank if spec.lambda_per_rank else 1)
+        return super().site_parameter_count(module, spec) + 1
 
     @classmethod
     def build(cls, sites: list[Site], spec: DeLoRASpec) -> dict[str, Adapter]:
@@ -194,13 +185,12 @@ class DeLoRA(LowRankAdapter, RankAllocatable):
 
         Also LoRA's A and B where PEFT needs them.
         """
-        held, strength = self.held(), self.lambda_.data
+        held, strength = self.held(), self.lambda_.data * self._file_ratio
         rank = self.stored_rank(int(held.sum()))
         B, A = filled(self.B.data[:, held], self.A.data[held], rank)
         if self.start_A is not None and self.start_B is not None:
             start_B, start_A = filled(self.start_B[:, held], self.start_A[held], rank)
             A, B = torch.cat([A, -start_A]), torch.cat([B, start_B], dim=1)
-        strength = (strength[held] if self.spec.lambda_per_rank else strength) * self._file_ratio
         values = (A, B * self.active, strength, self.w)
         tensors = dict(zip(self.peft.tensors, values, strict=True))
         if self.spec.opens_as_delora:

@@ -11,7 +11,6 @@ L = ⌈log₂ in⌉ stages have in − 1 pairs. qGOFT (`strict_oft: false`) lear
     c   (in,)            learned, with `scaling`; ones at the start. In each case W' = W bitwise
 
 qGOFT's penalty holds the columns of every block near to orthogonal: soft_reg Σ (g₀₀ g₀₁ + g₁₀ g₁₁)².
-`topology: all_pairs` turns every pair of inputs once, in (in − 1) / 2 times as many blocks.
 """
 
 from __future__ import annotations
@@ -29,10 +28,7 @@ from lora_lab.adapters.maps import sizes
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import IncompatibleError
-from lora_lab.linalg.orthogonal import givens, givens_all_pairs, givens_tree, rotate_blocks
-
-MOST_PAIRED = 256
-"""Inputs up to which all pairs may be turned: their rounds come one after the other."""
+from lora_lab.linalg.orthogonal import givens, givens_tree
 
 
 @dataclass
@@ -40,6 +36,8 @@ class GOFTSpec(AdapterSpec):
     """GOFT's options; the paper adapts all linear maps."""
 
     method: str = "goft"
+
+    removed_fields = {"topology": "tree"}
 
     strict_oft: bool = True
     """Train angles, hence rotations; without it qGOFT, which trains four numbers a pair."""
@@ -53,9 +51,6 @@ class GOFTSpec(AdapterSpec):
     soft_reg: float = 0.01
     """Weight of qGOFT's penalty in the loss, at least 0; 0.01 for LLaMA and 0.001 to 0.05 for GLUE."""
 
-    topology: Literal["tree", "all_pairs"] = "tree"
-    """Which pairs are turned: those of a tree, or each one, of at most 256 inputs."""
-
     def faults(self) -> list[str]:
         found = super().faults()
         if not self.strict_oft and self.scaling:
@@ -65,11 +60,6 @@ class GOFTSpec(AdapterSpec):
         if not (math.isfinite(self.soft_reg) and self.soft_reg >= 0):
             found.append(f"soft_reg: must be finite and at least 0; got {self.soft_reg}")
         return found
-
-
-def number_of_pairs(inputs: int, spec: GOFTSpec) -> int:
-    """Returns how many pairs of a map's inputs are turned."""
-    return inputs - 1 if spec.topology == "tree" else inputs * (inputs - 1) // 2
 
 
 class GOFT(InputAdapter):
@@ -88,7 +78,7 @@ class GOFT(InputAdapter):
         super().__init__(base)
         self.spec = spec
         inputs = self.in_features
-        pairs = number_of_pairs(inputs, spec)
+        pairs = inputs - 1
         hard, scaled = spec.strict_oft, spec.scaling
         identities = torch.eye(2, dtype=self.dtype).repeat(pairs, 1, 1)
         self.theta = nn.Parameter(torch.zeros(pairs, dtype=self.dtype)) if hard else None
@@ -98,14 +88,14 @@ class GOFT(InputAdapter):
     @classmethod
     def site_parameter_count(cls, module: Any, spec: Any) -> int:
         inputs = sizes(module)[1]
-        return number_of_pairs(inputs, spec) * (1 if spec.strict_oft else 4) + (inputs if spec.scaling else 0)
+        return (inputs - 1) * (1 if spec.strict_oft else 4) + (inputs if spec.scaling else 0)
 
     @classmethod
     def build(cls, sites: list[Site], spec: Any) -> dict[str, Adapter]:
         """See `Adapter.build`.
 
         Raises:
-            IncompatibleError: if a site has a single input, or too many for all pairs.
+            IncompatibleError: if a site has a single input.
         """
         for site in sites:
             module: Any = site.module
@@ -113,11 +103,6 @@ class GOFT(InputAdapter):
             if inputs < 2:
                 raise IncompatibleError(
                     f"adapter.targets: {site.path} has one input, which cannot be rotated; take it out."
-                )
-            if spec.topology == "all_pairs" and inputs > MOST_PAIRED:
-                raise IncompatibleError(
-                    f"adapter.topology: all_pairs allows at most {MOST_PAIRED} inputs; {site.path} has "
-                    f"{inputs}, which would be {inputs * (inputs - 1) // 2} pairs. Use topology: tree."
                 )
         return super().build(sites, spec)
 
@@ -129,11 +114,7 @@ class GOFT(InputAdapter):
 
     def rotated(self, x: Tensor, inverse: bool = False) -> Tensor:
         """Returns x P_L … P_1, or x P_1ᵀ … P_Lᵀ."""
-        G = self.pair_blocks()
-        if self.spec.topology == "tree":
-            return givens_tree(x, G, inverse)
-        R = givens_all_pairs(self.in_features, G)
-        return rotate_blocks(x, (R.T if inverse else R).unsqueeze(0))
+        return givens_tree(x, self.pair_blocks(), inverse)
 
     def transform_input(self, x: Tensor) -> Tensor:
         x = self.rotated(x)

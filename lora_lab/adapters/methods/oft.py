@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -45,6 +45,8 @@ class OFTSpec(AdapterSpec):
 
     method: str = "oft"
 
+    removed_fields = {"cayley_sign": "peft"}
+
     oft_block_size: int = 32
     """Inputs in a block, b; at least 2, and a divisor of the number of inputs. 0 where `r` is given."""
 
@@ -60,10 +62,6 @@ class OFTSpec(AdapterSpec):
     num_cayley_neumann_terms: int = 5
     """Length of the polynomial, at least 2. 5 is PEFT's; 4 and 6 are nearer to orthogonal: for ‖Q_i‖ = 0.2
     by 6e-5 and 1e-7, against 3e-3."""
-
-    cayley_sign: Literal["peft", "plus"] = "peft"
-    """`plus` turns like the paper and the polynomial; it needs use_cayley_neumann: false, and PEFT cannot
-    open it."""
 
     block_share: bool = False
     """One R_i for all blocks of a map."""
@@ -85,10 +83,6 @@ class OFTSpec(AdapterSpec):
     def faults(self) -> list[str]:
         found = super().faults() + block_faults(self, "oft_block_size", "r")
         found += least_fault("num_cayley_neumann_terms", self.num_cayley_neumann_terms, 2)
-        if self.cayley_sign == "plus" and self.use_cayley_neumann:
-            found.append(
-                "cayley_sign: plus is the polynomial's sign anyway; use it without use_cayley_neumann"
-            )
         if self.coft and not (math.isfinite(self.eps) and self.eps > 0):
             found.append(f"eps: must be finite and above 0; got {self.eps}")
         if self.dropout and self.block_share:
@@ -101,9 +95,8 @@ SAME = ("oft_block_size", "r", "block_share", "coft", "eps", "use_cayley_neumann
 
 
 def _write_config(spec: OFTSpec) -> dict[str, Any]:
-    # PEFT warns of files without a version: its polynomial was another one before 0.18. And it has no other
-    # sign: without its type it refuses the folder instead of turning the other way.
-    return {"peft_version": "0.21.2"} | ({"peft_type": None} if spec.cayley_sign == "plus" else {})
+    # PEFT warns of files without a version: its polynomial was another one before 0.18.
+    return {"peft_version": "0.21.2"}
 
 
 def _read_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +176,7 @@ class OFT(InputAdapter):
         Q = self.blocks_of_Q()
         if self.spec.use_cayley_neumann:
             return cayley_neumann(Q, self.spec.num_cayley_neumann_terms)
-        return cayley(-Q if self.spec.cayley_sign == "plus" else Q)
+        return cayley(Q)
 
     def transform_input(self, x: Tensor) -> Tensor:
         R = self.rotation()

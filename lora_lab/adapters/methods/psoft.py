@@ -3,7 +3,6 @@
     W  = U diag(S) Vᵀ + rest,   R = (I + Q)(I − Q)⁻¹,   Qᵀ = −Q
     W' = W + U diag(S) (diag(b) R diag(a) − I) Vᵀ                            ab_svd_init: psoft_init
     W' = W + U diag(√S) (diag(b) R diag(a) − I) diag(√S) Vᵀ                  ab_svd_init: pissa_init
-    W' = W + U (R − I) diag(S) Vᵀ                                            rotation_side: output
 
     U, S, V   (out, rank), (rank,), (in, rank)   frozen, see `singular_basis`
     q         (rank · (rank − 1) / 2,)           learned; strict upper triangle of Q by rows, from zeros
@@ -38,6 +37,8 @@ class PSOFTSpec(BasisSpec):
 
     method: str = "psoft"
 
+    removed_fields = {"rotation_side": "input"}
+
     rank: int = 32
     """Number of singular directions that are turned, from 1 to min(in, out) of the smallest map."""
 
@@ -49,10 +50,6 @@ class PSOFTSpec(BasisSpec):
 
     ab_svd_init: Literal["psoft_init", "pissa_init"] = "psoft_init"
     """Where S stands: left of the rotation, or its root on either side, which keeps no lengths and angles."""
-
-    rotation_side: Literal["input", "output"] = "input"
-    """Whether R turns directions of the input, as in the paper and PEFT, or of the output, which PEFT cannot
-    open; `output` goes with psoft_init and without psoft_mag_a and psoft_mag_b."""
 
     psoft_orth: bool = True
     """Whether R is a rotation; else it is a free matrix."""
@@ -97,12 +94,6 @@ class PSOFTSpec(BasisSpec):
             found.append(f"niter: must be at least 0, or null for an exact SVD; got {self.niter}")
         if self.rank == 1 and self.psoft_orth and not (self.psoft_mag_a or self.psoft_mag_b):
             found.append("rank: must be at least 2 without psoft_mag_a and psoft_mag_b, to rotate; got 1")
-        plain = self.ab_svd_init == "psoft_init" and not (self.psoft_mag_a or self.psoft_mag_b)
-        if self.rotation_side == "output" and not plain:
-            found.append(
-                "rotation_side: output goes with ab_svd_init: psoft_init, psoft_mag_a: false and "
-                "psoft_mag_b: false"
-            )
         return found
 
 
@@ -118,8 +109,7 @@ SAME_FIELDS = {"r": "rank", "psoft_dropout": "dropout"} | {
 
 def _write_config(spec: PSOFTSpec) -> dict[str, Any]:
     randomised = {} if spec.niter is None else {"psoft_svd": "lowrank", "psoft_svd_lowrank_niter": spec.niter}
-    foreign = {"peft_type": None} if spec.rotation_side == "output" else {}
-    return {"psoft_alpha": spec.rank, "init_weights": spec.init == "identity", **randomised, **foreign}
+    return {"psoft_alpha": spec.rank, "init_weights": spec.init == "identity", **randomised}
 
 
 def _read_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -200,8 +190,6 @@ class PSOFT(CoreUpdate):
             one = torch.ones_like(self.S)
             a, b = (one if vector is None else vector for vector in (self.a, self.b))
             change = b.unsqueeze(1) * change * a + torch.diag(a * b - 1)
-        if self.spec.rotation_side == "output":
-            return change * self.S
         if self.spec.ab_svd_init == "psoft_init":
             return self.S.unsqueeze(1) * change
         root = self.S.sqrt()

@@ -56,6 +56,8 @@ class ReFTSpec(AdapterSpec):
 
     method: str = "reft"
 
+    removed_fields = {"dropout_on": "output"}
+
     targets: Union[str, list[str]] = "block"  # noqa: UP007
     """See `AdapterSpec.targets`; modules that put out hidden states."""
 
@@ -83,9 +85,6 @@ class ReFTSpec(AdapterSpec):
 
     dropout: float = 0.0
     """Probability of zeroing a number of an edited state while training, in [0, 1)."""
-
-    dropout_on: Literal["output", "delta"] = "output"
-    """Whether dropout acts on h', as in the reference, or on h' − h alone."""
 
     @property
     def size_field(self) -> str | None:
@@ -146,8 +145,7 @@ class Edit(nn.Module):
                 target = target - (h @ R if self.z is None else h @ R + self.z)
             delta = target @ R.T
             if self.training and spec.dropout:
-                kept = h if spec.dropout_on == "output" else torch.zeros_like(h)
-                delta = F.dropout(kept + delta, spec.dropout) - kept
+                delta = F.dropout(h + delta, spec.dropout) - h  # on the whole h', as in the authors' code
             return delta
 
 

@@ -1,7 +1,6 @@
 """RoAd: turn and scale pairs of a frozen map's outputs (Liao and Monz 2024, arXiv:2409.00119).
 
-    W' = R W,  b' = R b     y = R base(x)     side: output, the paper's
-    W' = W R                y = base(R x)     side: input
+    W' = R W,  b' = R b     y = R base(x)
 
     R h = c₁ ⊙ h + c₂ ⊙ J h       J turns a pair by 90°: (h₁, h₂) → (−h₂, h₁)
     c₁  = α cos θ,  c₂ = α sin θ
@@ -10,7 +9,7 @@
     θ, α   (n,)       learned, road_2: one each for every number
     θ, α   (2 n,)     learned, road_4: one each for every c₁ and every c₂, group by group
 
-n counts the outputs, or the inputs with side: input. θ = 0 and α = 1 at the start, hence W' = W bitwise. In
+n counts the outputs. θ = 0 and α = 1 at the start, hence W' = W bitwise. In
 each group of `group_size` numbers, j of the first half is paired with j of the second; 2 pairs neighbours.
 """
 
@@ -23,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_lab.adapters.base import Adapter, InputAdapter, LinearAdapter, OutputAdapter, PeftLayout
+from lora_lab.adapters.base import Adapter, OutputAdapter, PeftLayout
 from lora_lab.adapters.maps import sizes
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import AdapterSpec
@@ -37,15 +36,14 @@ class RoAdSpec(AdapterSpec):
 
     method: str = "road"
 
+    removed_fields = {"side": "output"}
+
     variant: Literal["road_1", "road_2", "road_4"] = "road_1"
     """How many numbers are learned: as many as there are outputs, twice, or four times as many."""
 
     group_size: int = 64
-    """Numbers in a group, even, a divisor of the outputs (of the inputs with side: input). 2 pairs neighbours
+    """Numbers in a group, even, a divisor of the outputs. 2 pairs neighbours
     as in the paper; what is paired with what hardly matters, and halves of 32 or more are quicker."""
-
-    side: Literal["output", "input"] = "output"
-    """What is turned: the map's outputs, or its inputs, which PEFT does not know."""
 
     init: Literal["default", "random"] = "default"
     """`default` starts as the identity; `random` draws θ from N(0, 0.5²), α from N(1, 0.5²)."""
@@ -58,13 +56,11 @@ class RoAdSpec(AdapterSpec):
 
 
 def _write_config(spec: RoAdSpec) -> dict[str, Any]:
-    # PEFT turns outputs alone: without its type it refuses the folder instead of misreading it.
-    foreign = {"peft_type": None} if spec.side == "input" else {}
-    return {"init_weights": spec.init == "default", **foreign}
+    return {"init_weights": spec.init == "default"}
 
 
-class _RoAd(LinearAdapter):
-    """What both sides share: θ, α, and the R that they make."""
+class RoAd(OutputAdapter):
+    """The turned output of one linear map."""
 
     Spec = RoAdSpec
     family = "activation"
@@ -88,28 +84,25 @@ class _RoAd(LinearAdapter):
 
     @classmethod
     def site_parameter_count(cls, module: Any, spec: Any) -> int:
-        width = sizes(module)[1 if spec.side == "input" else 0]
-        return {"road_1": 1, "road_2": 2, "road_4": 4}[spec.variant] * width
+        return {"road_1": 1, "road_2": 2, "road_4": 4}[spec.variant] * sizes(module)[0]
 
     @classmethod
     def build(cls, sites: list[Site], spec: RoAdSpec) -> dict[str, Adapter]:
-        """See `Adapter.build`: the class is chosen by `side`.
+        """Makes the adapters, if the sizes of all maps fit.
 
         Raises:
-            IncompatibleError: if a module's numbers do not fall into groups of `group_size`.
+            IncompatibleError: if a module's outputs do not fall into groups of `group_size`.
         """
-        side = "in" if spec.side == "input" else "out"
-        widths = {site.path: getattr(site.module, f"{side}_features") for site in sites}
+        widths = {site.path: sizes(site.module)[0] for site in sites}
         for path, width in widths.items():
             if width % spec.group_size:
                 fits = [g for g in range(2, spec.group_size, 2) if not any(w % g for w in widths.values())]
                 way = f"use {fits[-1]}, the greatest" if fits else "take odd ones out: no size"
                 raise IncompatibleError(
-                    f"adapter.group_size: {spec.group_size} does not divide the {width} {side}puts of "
+                    f"adapter.group_size: {spec.group_size} does not divide the {width} outputs of "
                     f"{path}; {way} that suits all targets."
                 )
-        kind = RoAdInput if spec.side == "input" else RoAd
-        return {site.path: kind.at(site, spec) for site in sites}
+        return super().build(sites, spec)
 
     def coefficients(self) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
         """Returns c₁ and c₂."""
@@ -119,10 +112,6 @@ class _RoAd(LinearAdapter):
             return (alpha_1 * theta_1.cos()).flatten(), (alpha_2 * theta_2.sin()).flatten()
         own, other = alpha * theta.cos(), alpha * theta.sin()
         return (own, other) if self.spec.variant == "road_2" else (paired(own, group), paired(other, group))
-
-
-class RoAd(_RoAd, OutputAdapter):
-    """The turned output of one linear map."""
 
     def transform_output(self, y: Tensor) -> Tensor:
         if self.spec.variant == "road_1":
@@ -136,17 +125,3 @@ class RoAd(_RoAd, OutputAdapter):
     def adapted_weight(self, weight: Tensor) -> Tensor:
         """See `LinearAdapter.adapted_weight`: R acts on pairs of rows."""
         return map_pairs(weight, *self.coefficients(), self.spec.group_size, axis=0)
-
-
-class RoAdInput(_RoAd, InputAdapter):
-    """The turned input of one linear map."""
-
-    def transform_input(self, x: Tensor) -> Tensor:
-        return map_pairs(x, *self.coefficients(), self.spec.group_size)
-
-    def adapted_weight(self, weight: Tensor) -> Tensor:
-        """See `LinearAdapter.adapted_weight`: W R, the transposed R on every row of W."""
-        own, other = self.coefficients()
-        first, second = halves(other, self.spec.group_size, 0)
-        swapped = torch.stack((second, first), 1).flatten()
-        return map_pairs(weight, own, -swapped, self.spec.group_size)
