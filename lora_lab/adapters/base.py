@@ -9,14 +9,16 @@ A method states its mathematics once, as `adapted_weight` or one of its fast for
     HiddenStateAdapter  h' = f(h)         on the output of a whole block
 
 The base is never written to. An adapter's tensors are float32 where the base is in half precision or
-quantised, else of the base's type, and so are task heads; full fine-tuning keeps the base's type.
+quantised, else of the base's type, and so are modules trained whole. That stays so when the model is cast:
+after `model.half()` the base is float16 and what is trained is float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from itertools import chain
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Bool, Float
@@ -27,7 +29,7 @@ from lora_lab.adapters.maps import is_convolution, is_linear, matrix, project, w
 from lora_lab.adapters.sites import Site, site_spec
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import IncompatibleError
-from lora_lab.linalg.rank import widened
+from lora_lab.linalg.rank import narrows, widened
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,34 @@ class Adapter(nn.Module):
     def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base
+
+    def __getattr__(self, name: str) -> Any:
+        """Looks a name up in the adapter, then in its base: model code reads attributes (`conv1.stride`)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Before `__init__` has placed the base there is none to ask; a base's protocols (`__deepcopy__`)
+            # are not the adapter's.
+            if name.startswith("__") or "base" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.lender, name)
+
+    @property
+    def lender(self) -> nn.Module:
+        """The module whose attributes the adapter shows as its own."""
+        return self._modules["base"]  # type: ignore[return-value]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves and casts as any module does, but never narrows the adapter's own tensors below float32."""
+        base = {id(tensor) for tensor in chain(self.base.parameters(), self.base.buffers())}
+
+        def widening(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if id(tensor) in base or not narrows(tensor.dtype, moved.dtype):
+                return moved
+            return tensor.to(moved.device, torch.float32)
+
+        return super()._apply(widening, recurse)
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
@@ -158,6 +188,11 @@ class Adapter(nn.Module):
     def singular_values(self) -> Float[Tensor, " k"] | None:
         """Returns the singular values of W' − W in falling order; None where no matrix is edited."""
         return None
+
+    @property
+    def rests_by_chance(self) -> bool:
+        """Whether a training step may leave a trained tensor without a gradient, by the method's own dice."""
+        return False
 
     def penalty(self) -> Tensor | float:
         """Returns a term for the training loss (an orthogonality penalty, say); 0 for most methods."""
@@ -256,16 +291,26 @@ class LinearAdapter(Adapter):
         """See `Adapter.accepts`."""
         return is_linear(module) or (cls.convolves and is_convolution(module))
 
-    # Model code looks at these of the linear maps it calls (T5 asks for `wo.weight.dtype`).
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """See `Adapter._apply`; the type in which the adapter computes follows its base."""
+        super()._apply(fn, recurse)
+        self.dtype = torch.promote_types(self.base.weight.dtype, torch.float32)
+        return self
+
+    # Some models read the weight of a map and never call it (Mamba's `dt_proj`), or ask for its type alone
+    # (T5's `wo.weight.dtype`): what they see is what the merged map would show.
     @property
     def weight(self) -> Tensor:
-        """The frozen base's weight."""
-        return self.base.weight
+        """W', in the shape and type of the base's weight; the gradient reaches the adapter through it."""
+        own: Tensor = self.base.weight
+        return self.adapted_weight(widened(matrix(self.base))).reshape(own.shape).to(own.dtype)
 
     @property
     def bias(self) -> Float[Tensor, " out"] | None:
-        """The frozen base's bias."""
-        return self.base.bias
+        """b', in the type of the base's bias."""
+        own: Tensor | None = self.base.bias
+        adapted = self.adapted_bias(None if own is None else widened(own))
+        return adapted if adapted is None else adapted.to((self.base.weight if own is None else own).dtype)
 
     def adapted_weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """Returns W' from W: the method's definition, and the oracle of every faster form."""
@@ -372,18 +417,7 @@ class OutputAdapter(LinearAdapter):
         return self.transform_output(self.cast(y)).to(y.dtype)
 
 
-class BorrowingAdapter(Adapter):
-    """An adapter of a module that is no linear map: whatever it does not have itself, its base lends."""
-
-    def __getattr__(self, name: str) -> Any:
-        """Looks a name up in the adapter, then in the module it stands for."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._modules["base"], name)
-
-
-class HiddenStateAdapter(BorrowingAdapter):
+class HiddenStateAdapter(Adapter):
     """h' = f(h) on a block's output. Not a map of weights, hence never mergeable."""
 
     mergeable = False

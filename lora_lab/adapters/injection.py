@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_lab.adapters.base import Adapter
+from lora_lab.adapters.liveness import Liveness, conclude, unwatch, watch
 from lora_lab.adapters.methods import METHODS
 from lora_lab.adapters.protocols import Prunable, Shareable
 from lora_lab.adapters.sites import Site, find_sites, saved_modules, site_seed
 from lora_lab.adapters.spec import AdapterSpec
-from lora_lab.adapters.trained import TrainedHead
+from lora_lab.adapters.trained import TrainedCopy
 from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError, suggest
 from lora_lab.models.quantization import QuantizedLinear
 
@@ -53,12 +55,14 @@ def inject(model: nn.Module, spec: AdapterSpec, seed: int = 0) -> AdapterSet:
     sites = _sites(model, spec, method, seed)
     adapters = method.build(sites, spec)
     copies: dict = {}
-    heads = {path: TrainedHead(model.get_submodule(path), copies) for path in saved_modules(model, spec)}
+    heads = {path: TrainedCopy(model.get_submodule(path), copies) for path in saved_modules(model, spec)}
     hooks = method.watch(model, adapters)
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(False)
     adapter_set = AdapterSet(model, spec, adapters, heads, requires_grad, hooks)
+    _warn_of_second_names(model, adapter_set._all)
     adapter_set._place(adapter_set._all)
+    watch(adapter_set, Liveness(model, adapter_set.adapters, adapter_set.saved))
     return adapter_set
 
 
@@ -94,6 +98,31 @@ def _sites(model: nn.Module, spec: AdapterSpec, method: type[Adapter], seed: int
     return find_sites(model, spec, method.accepts, seed) if spec.targets else []
 
 
+def _warn_of_second_names(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
+    """Warns of modules that the model holds under several names: one adapter is at work at all of them."""
+    first = {id(model.get_submodule(path)): path for path in adapters}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if first.get(id(module), path) != path:
+            warnings.warn(
+                f"{first[id(module)]} is also {path}: one module under two names has one adapter, which "
+                "files hold under the first name. PEFT adapts it there alone and computes otherwise.",
+                stacklevel=3,
+            )
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    """Stands for `save_pretrained` while adapters are in a model.
+
+    Raises:
+        IncompatibleError: always.
+    """
+    raise IncompatibleError(
+        "save_pretrained: the model holds adapters, and what it would write is neither the base nor the "
+        "adapted model. Call save_adapter(adapters, folder) to store the adapters; to store a whole model, "
+        "call it inside `with adapters.merged() as model:`, or after adapters.merge()."
+    )
+
+
 class AdapterSet:
     """The adapters of one model. Iterating gives them in the model's order.
 
@@ -110,7 +139,7 @@ class AdapterSet:
         model: nn.Module,
         spec: AdapterSpec,
         adapters: Mapping[str, Adapter],
-        saved: Mapping[str, TrainedHead],
+        saved: Mapping[str, TrainedCopy],
         requires_grad: Mapping[str, bool],
         hooks: Sequence[RemovableHandle] = (),
     ):
@@ -307,7 +336,7 @@ class AdapterSet:
                 unchanged then.
         """
         self._place(self._merged_modules())
-        self._unhook()
+        self._leave()
         return self.model
 
     @contextmanager
@@ -325,12 +354,23 @@ class AdapterSet:
         self._place({path: adapter.base for path, adapter in self._all.items()})
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._requires_grad.get(name, True))
-        self._unhook()
+        self._leave()
         return self.model
 
-    def _unhook(self) -> None:
+    def check_alive(self) -> None:
+        """Judges by the gradients of the optimizer's steps so far whether every adapter learns.
+
+        Steps are looked at by themselves; a training that ends after few of them calls this.
+
+        Raises:
+            TargetError: if an adapter had no gradient; see `liveness`.
+        """
+        conclude(self)
+
+    def _leave(self) -> None:
         for hook in self._hooks:
             hook.remove()
+        unwatch(self)
 
     def _merged_modules(self) -> dict[str, nn.Module]:
         if not self._in_place():
@@ -351,6 +391,16 @@ class AdapterSet:
             for name, child in list(parent._modules.items()):
                 if child is not None and id(child) in replacement:
                     parent._modules[name] = replacement[id(child)]
+        self._guard_saving()
+
+    def _guard_saving(self) -> None:
+        """Lets transformers' models write themselves only while no adapter is in them."""
+        holders = [m for m in self.model.modules() if callable(getattr(type(m), "save_pretrained", None))]
+        for holder in holders:
+            if any(isinstance(part, Adapter) for part in holder.modules()):
+                holder.__dict__["save_pretrained"] = _refuse_to_save
+            elif holder.__dict__.get("save_pretrained") is _refuse_to_save:
+                del holder.__dict__["save_pretrained"]
 
 
 def load_tensors(

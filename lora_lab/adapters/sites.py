@@ -61,7 +61,7 @@ def find_sites(
 
     Args:
         model: the model, not yet adapted.
-        spec: gives `targets`, `layers` and `modules_to_save`.
+        spec: gives `targets`, `exclude`, `layers` and `modules_to_save`.
         accepts: whether the method can edit a module.
         seed: the run's seed.
 
@@ -86,6 +86,15 @@ def find_sites(
         if not paths:
             raise TargetError(_no_match(target, model, modules))
         matched.update(dict.fromkeys(paths, target))
+    for name in spec.exclude:
+        left_out = [path for path in matched if _names_or_holds(name, path, roles)]
+        if not left_out:
+            endings = {path.rpartition(".")[2] for path in matched}
+            raise TargetError(f"adapter.exclude: '{name}' is in none of the targets{suggest(name, endings)}")
+        for path in left_out:
+            del matched[path]
+    if not matched:
+        raise TargetError("adapter.exclude: leaves out everything that targets name; shorten one of the two.")
     for path, target in matched.items():
         _refuse_impossible(path, target, model, saved, accepts, spec.method)
     layers = {path: roles[path].layer if path in roles else layer_of(path) for path in matched}
@@ -193,6 +202,18 @@ def _matching(
         return [path for path in modules if pattern.fullmatch(path)]
     by_role = [path for path, found in roles.items() if found.role == target]
     return by_role or [path for path in modules if _ends_with(path, target)]
+
+
+def _names_or_holds(name: str, path: str, roles: Mapping[str, Any]) -> bool:
+    """Whether a word of `exclude` means a module or one around it."""
+    if name.startswith("regex:"):
+        try:
+            return re.fullmatch(name.removeprefix("regex:"), path) is not None
+        except re.error as error:
+            raise TargetError(f"adapter.exclude: '{name}' is no regular expression: {error}.") from None
+    if path in roles and roles[path].role == name:
+        return True
+    return any(_ends_with(path[: end.start()], name) for end in re.finditer(r"\.|$", path))
 
 
 def _refuse_impossible(

@@ -34,6 +34,7 @@ FOREIGN_NAMES = {
     "up_block_size": "block_size",
     "target_modules": "targets",
     "target_pattern": "targets",
+    "exclude_modules": "exclude",
     "layers_to_transform": "layers",
     "init_lora_weights": "init",
     "init_weights": "init",
@@ -58,6 +59,9 @@ class AdapterSpec:
     """Where adapters stand: roles (`query`), module names or path endings (`q_proj`, `mlp.down_proj`), one
     pattern for whole paths (`regex:.*layers\\.[0-3]\\..*q_proj`), `all-linear` (every linear map except
     heads), or `all` (every module the method can edit)."""
+
+    exclude: list[str] = field(default_factory=list)
+    """What to leave out of the targets, in the same words; a name also leaves out all that is inside."""
 
     layers: list[int] | None = None
     """Indices of the blocks to adapt, counted from 0; null means all."""

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from lora_lab.adapters.base import BorrowingAdapter
+from lora_lab.adapters.base import Adapter
 from lora_lab.adapters.maps import is_linear
 from lora_lab.linalg.rank import widened
 
 
-class TrainedCopy(BorrowingAdapter):
-    """A whole module trained in place of its frozen original, which is kept aside for `remove`."""
+class TrainedCopy(Adapter):
+    """A whole module trained in place of its frozen original, which is kept aside for `remove`.
+
+    On a base in half precision the trained tensors are float32, as bfloat16 has too few digits for the steps
+    of a weight. Every call casts them to the base's types: the module computes as the merged one will.
+    """
 
     base: Any
     trained: Any
@@ -27,26 +31,52 @@ class TrainedCopy(BorrowingAdapter):
         super().__init__(base)
         # One `copies` (deepcopy's memo) for all sites keeps tied parameters tied.
         self.trained = copy.deepcopy(base, copies).requires_grad_(True)
+        for parameter in self.trained.parameters():
+            parameter.data = widened(parameter.data)
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
         """Whether the module owns a floating parameter."""
         return any(p.is_floating_point() for p in module.parameters(recurse=False))
 
+    @property
+    def lender(self) -> nn.Module:
+        """See `Adapter.lender`: model code that looks at a weight must see the one in use."""
+        return self._modules["trained"]  # type: ignore[return-value]
+
     def __getattr__(self, name: str) -> Any:
-        """Lends the trained copy's attributes: model code that looks at a weight must see the one in use."""
-        try:
-            return nn.Module.__getattr__(self, name)
-        except AttributeError:
-            return getattr(self._modules["trained"], name)
+        """See `Adapter.__getattr__`; a trained tensor shows in the base's type."""
+        found = super().__getattr__(name)
+        parts = self.__dict__["_modules"]
+        if isinstance(found, nn.Parameter) and found.dtype != (own := getattr(parts["base"], name)).dtype:
+            return found.to(own.dtype)
+        return found
+
+    def narrowed(self) -> dict[str, Tensor]:
+        """Returns the trained tensors whose type is not the base's, by name, cast to it."""
+        base = dict(self.base.named_parameters())
+        return {
+            name: tensor.to(base[name].dtype)
+            for name, tensor in self.trained.named_parameters()
+            if tensor.dtype != base[name].dtype
+        }
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
         """Runs the trained copy."""
+        if narrowed := self.narrowed():
+            return functional_call(self.trained, narrowed, arguments, options)
         return self.trained(*arguments, **options)
 
+    @torch.no_grad()
     def merged_module(self) -> nn.Module:
-        """Returns the trained copy."""
-        return self.trained
+        """Returns the trained copy; one in the base's types where these differ."""
+        narrowed = self.narrowed()
+        if not narrowed:
+            return self.trained
+        merged = copy.deepcopy(self.trained)
+        for name, tensor in narrowed.items():
+            merged.get_parameter(name).data = tensor
+        return merged
 
     def decay_exempt(self) -> list[nn.Parameter]:
         """See `Adapter.decay_exempt`: biases and the scales of norms."""
@@ -65,32 +95,3 @@ class TrainedCopy(BorrowingAdapter):
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Adapter.load_peft_tensors`."""
         self.trained.load_state_dict(dict(tensors))
-
-
-class TrainedHead(TrainedCopy):
-    """A module trained whole beside adapters, in float32 where the base is in half precision.
-
-    It takes and gives the base's type: bfloat16 has too few digits for the steps of its weights, not for its
-    inputs.
-    """
-
-    def __init__(self, base: nn.Module, copies: dict[int, Any]):
-        super().__init__(base, copies)
-        self.narrow: torch.dtype = next(self.trained.parameters()).dtype
-        self.wide: torch.dtype = torch.promote_types(self.narrow, torch.float32)
-        self.trained.to(self.wide)
-
-    def forward(self, *arguments: Any, **options: Any) -> Any:
-        """Runs the trained module in its own type."""
-        widen = partial(_retyped, old=self.narrow, new=self.wide)
-        named = {name: widen(value) for name, value in options.items()}
-        output = self.trained(*map(widen, arguments), **named)
-        return _retyped(output, self.wide, self.narrow)
-
-    def merged_module(self) -> nn.Module:
-        """Returns a copy of the trained module in the base's type."""
-        return copy.deepcopy(self.trained).to(self.narrow)
-
-
-def _retyped(value: Any, old: torch.dtype, new: torch.dtype) -> Any:
-    return value.to(new) if isinstance(value, Tensor) and value.dtype == old else value

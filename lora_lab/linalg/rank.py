@@ -10,6 +10,12 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def narrows(old: torch.dtype, new: torch.dtype) -> bool:
+    """Whether a cast would turn numbers of float32 or wider into half precision."""
+    floats = old.is_floating_point and new.is_floating_point
+    return floats and new.itemsize < torch.float32.itemsize <= old.itemsize
+
+
 def product_singular_values(
     left: Float[Tensor, "out k"], right: Float[Tensor, "k in"]
 ) -> Float[Tensor, " least"]:

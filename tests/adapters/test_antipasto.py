@@ -93,7 +93,7 @@ def test_worked_example(c, expected):
     adapter.theta_v.fill_(1.0)
     adapter.delta_s.copy_(torch.tensor([0.1, 0.2]))
     with set_coefficient(model, c):
-        torch.testing.assert_close(adapter.adapted_weight(adapter.weight), torch.tensor(expected))
+        torch.testing.assert_close(adapter.adapted_weight(adapter.base.weight), torch.tensor(expected))
         torch.testing.assert_close(model(torch.eye(3)).T, torch.tensor(expected))
 
 
@@ -353,7 +353,10 @@ def test_calibration_takes_a_third_for_each_kind_and_the_rest_for_the_difference
     calibrate(adapters, chosen, rejected)
     assert adapter.indices.tolist() == [2, 5, 6]
     torch.testing.assert_close(adapter.S, torch.tensor([6.0, 3.0, 2.0]))
-    assert relative(adapter.adapted_weight(adapter.weight), by_hand(adapter, adapter.weight, 1.0)) < TOLERANCE
+    assert (
+        relative(adapter.adapted_weight(adapter.base.weight), by_hand(adapter, adapter.base.weight, 1.0))
+        < TOLERANCE
+    )
     assert model.training
     assert not adapter._forward_pre_hooks
 

@@ -32,13 +32,13 @@ def test_output_is_the_papers_formula(shape, magnitude, fold, subspace):
     options = {"use_magnitude": magnitude, "fold_sigma": fold, "subspace": subspace}
     _, adapters, adapter = adapt(model, alpha=6.0, **options)
     shake(adapters)
-    weight, x = adapter.weight, torch.randn(2, 5, shape[1], dtype=torch.float64)
+    weight, x = adapter.base.weight, torch.randn(2, 5, shape[1], dtype=torch.float64)
     S = torch.linalg.svdvals(weight)[:4] if subspace == "top" else torch.linalg.svdvals(weight)[-4:]
     A = (S.diag() if fold else torch.eye(4, dtype=torch.float64)) @ adapter.Vh
     V = weight + 6 / 4 * adapter.U @ adapter.R @ A
     if magnitude:
         V = adapter.m.unsqueeze(1) / V.norm(dim=1, keepdim=True) * V
-    assert relative(model(x), F.linear(x, V, adapter.bias)) < 1e-12
+    assert relative(model(x), F.linear(x, V, adapter.base.bias)) < 1e-12
     assert relative(adapter.adapted_weight(weight), V) < 1e-12
 
 
@@ -68,7 +68,7 @@ def test_default_start_is_almost_the_base():
     adapter = adapt(model)[2]
     assert 0 < relative(model(x), before) < 2e-4
     assert 0.3e-5 < float(adapter.R.detach().std()) < 3e-5
-    torch.testing.assert_close(adapter.m.detach(), adapter.weight.norm(dim=1))
+    torch.testing.assert_close(adapter.m.detach(), adapter.base.weight.norm(dim=1))
 
 
 def test_norms_count_as_constants():
@@ -77,7 +77,7 @@ def test_norms_count_as_constants():
     x, probe = torch.randn(5, 24, dtype=torch.float64), torch.randn(5, 16, dtype=torch.float64)
     learned = [adapter.R, adapter.m]
     found = torch.autograd.grad((model(x) * probe).sum(), learned)
-    V = adapter.weight + adapter.left() @ adapter.Vh
+    V = adapter.base.weight + adapter.left() @ adapter.Vh
     norm = V.norm(dim=1)
     expected, attached = (
         torch.autograd.grad((adapter.m / n * (x @ V.T) * probe).sum(), learned, retain_graph=True)
@@ -115,7 +115,7 @@ def test_the_tail_core_is_the_head_tail_splits_last_block():
     _, adapters, adapter = adapt(model, **CORE)
     assert adapters.trainable_count() == 16
     shake(adapters)
-    U, S, Vh = torch.linalg.svd(adapter.weight, full_matrices=False)
+    U, S, Vh = torch.linalg.svd(adapter.base.weight, full_matrices=False)
     sign = (U[:, -4:] * adapter.U).sum(0).sign()
     x = torch.randn(5, 6, dtype=torch.float64)
     hidden = F.linear(F.linear(x, sign.unsqueeze(1) * Vh[-4:]), adapter.R)
@@ -134,9 +134,9 @@ def test_dropout_acts_on_all_but_the_bases_own_product():
     given = model.train()(x)
     torch.manual_seed(7)
     dropped = F.dropout(x, 0.5)
-    gain = adapter.m / (adapter.weight + adapter.left() @ adapter.Vh).norm(dim=1)
+    gain = adapter.m / (adapter.base.weight + adapter.left() @ adapter.Vh).norm(dim=1)
     delta = dropped @ (adapter.left() @ adapter.Vh).T
-    expected = adapter.base(x) + (gain - 1) * (dropped @ adapter.weight.T) + gain * delta
+    expected = adapter.base(x) + (gain - 1) * (dropped @ adapter.base.weight.T) + gain * delta
     assert relative(given, expected) < TOLERANCE
 
 
@@ -147,7 +147,9 @@ def test_norms_are_of_this_base_where_the_basis_came_from_another():
     model, other_adapters, other = adapt(linear(seed=1))
     other_adapters.load_state_dict(adapters.state_dict())
     x = torch.randn(5, 24)
-    assert relative(model(x), F.linear(x, other.adapted_weight(other.weight), other.bias)) < TOLERANCE
+    assert (
+        relative(model(x), F.linear(x, other.adapted_weight(other.base.weight), other.base.bias)) < TOLERANCE
+    )
 
 
 def test_weight_decay_spares_the_magnitudes():

@@ -61,7 +61,7 @@ def test_worked_example():
     model[0].weight.copy_(torch.diag(torch.tensor([3.0, 2.0, 1.0])))
     adapter, _ = adapt(model, rank=2, **PLAIN)
     adapter.q.fill_(0.5)
-    torch.testing.assert_close(adapter.adapted_weight(adapter.weight), torch.tensor(expected))
+    torch.testing.assert_close(adapter.adapted_weight(adapter.base.weight), torch.tensor(expected))
     torch.testing.assert_close(model(torch.eye(3)).T, torch.tensor(expected))
 
 

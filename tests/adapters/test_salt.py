@@ -37,7 +37,7 @@ def test_worked_example():
     adapter, _ = given(torch.diag(torch.tensor([3.0, 2, 1])), rank=1, r_lora=1)
     fill(adapter, alpha=[0.5], beta=[1.0], X=[[1.0], [0]], Y=[[0.0, 2]])
     expected = torch.tensor([[5.5, 0, 0], [0, 2, 2], [0, 0, 1]])
-    assert relative(adapter.adapted_weight(adapter.weight), expected) < TOLERANCE
+    assert relative(adapter.adapted_weight(adapter.base.weight), expected) < TOLERANCE
     x = torch.randn(4, 3)
     assert relative(adapter(x), x @ expected.T) < TOLERANCE
 

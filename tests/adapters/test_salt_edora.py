@@ -34,7 +34,7 @@ def test_output_is_the_sum_of_head_and_tail(shape, rank):
     model = linear(*shape, dtype=torch.float64)
     _, adapters, adapter = adapt(model, rank=rank)
     shake(adapters)
-    (U_top, S_top, Vh_top), (U_bot, _, Vh_bot) = head_and_tail(adapter.weight, rank)
+    (U_top, S_top, Vh_top), (U_bot, _, Vh_bot) = head_and_tail(adapter.base.weight, rank)
     sign = (torch.cat([U_top, U_bot], dim=1) * adapter.U).sum(0).sign()[rank:]  # the two pick their own
     x = torch.randn(2, 5, shape[1], dtype=torch.float64)
     shift = S_top * adapter.alpha + adapter.beta
@@ -52,7 +52,7 @@ def test_head_and_tail_are_apart_and_the_middle_stays(mode):
     shake(adapters)
     identity = torch.eye(8, dtype=torch.float64)
     assert relative(adapter.U.T @ adapter.U, identity) < 1e-12
-    U, S, Vh = torch.linalg.svd(adapter.weight, full_matrices=False)
+    U, S, Vh = torch.linalg.svd(adapter.base.weight, full_matrices=False)
     core = U.T @ adapter.delta_weight() @ Vh.T
     middle = slice(5, 13)
     assert core[middle].abs().max() < 1e-12
@@ -80,9 +80,9 @@ def test_polar_core_rotates_the_tail_and_changes_sizes():
 def test_rotation_alone_keeps_the_spectrum():
     _, adapters, adapter = adapt(tail_mode="polar")
     adapter.theta.data.normal_()
-    edited = adapter.adapted_weight(adapter.weight).detach()
-    torch.testing.assert_close(torch.linalg.svdvals(edited), torch.linalg.svdvals(adapter.weight))
-    assert relative(edited, adapter.weight) > 1e-2
+    edited = adapter.adapted_weight(adapter.base.weight).detach()
+    torch.testing.assert_close(torch.linalg.svdvals(edited), torch.linalg.svdvals(adapter.base.weight))
+    assert relative(edited, adapter.base.weight) > 1e-2
 
 
 @pytest.mark.parametrize("mode", ["free", "polar"])

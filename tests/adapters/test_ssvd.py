@@ -30,7 +30,7 @@ def test_worked_examples(rotation, expected):
     _, _, adapter = adapt(model, rank=2, rotation=rotation)
     adapter.theta.data.fill_(0.5)
     adapter.dsigma.data.copy_(torch.tensor([1.0, 0]))
-    assert relative(adapter.adapted_weight(adapter.weight), torch.tensor(expected)) < 1e-6
+    assert relative(adapter.adapted_weight(adapter.base.weight), torch.tensor(expected)) < 1e-6
     x = torch.randn(4, 3)
     assert relative(model(x), x @ torch.tensor(expected).T) < 1e-6
 
@@ -40,7 +40,7 @@ def test_rotation_keeps_outputs_the_other_inputs_and_the_spectrum_but_its_shifts
     _, adapters, adapter = adapt(linear(*shape, dtype=torch.float64), rank=4)
     shake(adapters)
     adapter.dsigma.data[0] = -2 * adapter.S[0]  # a value below zero comes back as its size
-    weight = adapter.weight
+    weight = adapter.base.weight
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
     edited = adapter.adapted_weight(weight)
     expected = torch.cat([(adapter.S + adapter.dsigma).abs(), S[4:]]).sort(descending=True).values
@@ -60,7 +60,7 @@ def test_output_is_the_papers_formula(shape, rotation, gate):
     model = linear(*shape, dtype=torch.float64)
     _, adapters, adapter = adapt(model, rank=5, rotation=rotation, gate=gate)
     shake(adapters)
-    U, S, Vh = torch.linalg.svd(adapter.weight, full_matrices=False)
+    U, S, Vh = torch.linalg.svd(adapter.base.weight, full_matrices=False)
     sign = (U[:, :5] * adapter.U).sum(0).sign()
     U[:, :5] *= sign
     Vh[:5] *= sign.unsqueeze(1)
@@ -75,7 +75,7 @@ def test_output_is_the_papers_formula(shape, rotation, gate):
     S[:5] += (adapter.dsigma * (torch.sigmoid(adapter.gate) if gate else 1)).detach()
     G = torch.block_diag(G, torch.eye(len(S) - 5, dtype=torch.float64))
     x = torch.randn(2, 5, shape[1], dtype=torch.float64)
-    assert relative(model(x), x @ (U @ S.diag() @ G @ Vh).T + adapter.bias) < 1e-12
+    assert relative(model(x), x @ (U @ S.diag() @ G @ Vh).T + adapter.base.bias) < 1e-12
 
 
 @pytest.mark.parametrize("rotation", ["cayley", "first_order", "free"])
@@ -105,7 +105,7 @@ def test_count_of_trained_numbers_is_the_formulas(options, count):
     shake(adapters)
     x = torch.randn(3, 24, dtype=torch.float64)
     model(x).sum().backward()
-    assert relative(model(x), x @ adapter.adapted_weight(adapter.weight).T + adapter.bias) < 1e-12
+    assert relative(model(x), x @ adapter.adapted_weight(adapter.base.weight).T + adapter.base.bias) < 1e-12
 
 
 @pytest.mark.parametrize("rotation", ["cayley", "first_order", "free"])
@@ -125,7 +125,7 @@ def test_a_step_keeps_nothing_of_the_weights_size():
     """Bytes for the backward pass: the k numbers a token has between the vectors, and small cores."""
     model = linear(300, 400)
     _, adapters, adapter = adapt(model, rank=10)
-    base = {t.data_ptr() for t in (adapter.weight, adapter.U, adapter.Vh)}
+    base = {t.data_ptr() for t in (adapter.base.weight, adapter.U, adapter.Vh)}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         model(torch.randn(7, 400, requires_grad=True))  # as behind other adapted maps

@@ -9,22 +9,24 @@ B   (width, rank)        learned; N(0, 1) at the start
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lora_lab.adapters.base import BorrowingAdapter, PeftLayout
+from lora_lab.adapters.base import Adapter, PeftLayout
 from lora_lab.adapters.families.low_rank import ScaledSpec, filled, resized
 from lora_lab.adapters.protocols import RankAllocatable
 from lora_lab.linalg.rank import product_singular_values, widened
 
 
-class LowRankEmbedding(BorrowingAdapter, RankAllocatable):
+class LowRankEmbedding(Adapter, RankAllocatable):
     """The adapter of one embedding: columns of A are looked up, then mapped by B."""
 
-    base: nn.Embedding
+    base: Any
+    """An `nn.Embedding`."""
     components: dict[str, int] = {"A": 0, "B": 1, "kept": 0}
     peft = PeftLayout("LORA", {"lora_embedding_A": "A", "lora_embedding_B": "B"})
 
@@ -55,16 +57,25 @@ class LowRankEmbedding(BorrowingAdapter, RankAllocatable):
         """See `Adapter.singular_values`."""
         return abs(self.scale) * product_singular_values(self.B, self.A)
 
+    @property
+    def weight(self) -> Float[Tensor, "vocabulary width"]:
+        """W', for models that read it (DeBERTa's `rel_embeddings`); see `LinearAdapter.weight`."""
+        return (widened(self.base.weight) + self.delta_weight()).to(self.base.weight.dtype)
+
     def forward(self, tokens: Int[Tensor, "*tokens"]) -> Float[Tensor, "*tokens width"]:
-        """Looks up base and update."""
-        y = self.base(tokens)
-        return (y + F.linear(F.embedding(tokens, self.A.T) * self.scale, self.B)).to(y.dtype)
+        """Looks up base and update; the padding token's column gets no gradient, like the base's row."""
+        y, base = self.base(tokens), self.base
+        columns = F.embedding(tokens, self.A.T, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
+        return (y + F.linear(columns * self.scale, self.B)).to(y.dtype)
 
     @torch.no_grad()
     def merged_module(self) -> nn.Module:
         """See `Adapter.merged_module`."""
-        weight = (widened(self.base.weight) + self.delta_weight()).to(self.base.weight.dtype)
-        return nn.Embedding.from_pretrained(weight, freeze=True, padding_idx=self.base.padding_idx)
+        base = self.base
+        merged = nn.Embedding.from_pretrained(
+            self.weight, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq
+        )
+        return merged.train(base.training)
 
     def without_gradient_at_start(self) -> tuple[str, ...]:
         """See `Adapter.without_gradient_at_start`: here A starts at zero."""

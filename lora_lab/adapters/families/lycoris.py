@@ -68,6 +68,11 @@ class LycorisAdapter(AdditiveAdapter):
         self.dropout = nn.Dropout(spec.dropout)
         self.core = core_shape(base, spec)
 
+    @property
+    def rests_by_chance(self) -> bool:
+        """See `Adapter.rests_by_chance`."""
+        return self.spec.module_dropout > 0
+
     def started(self, *shape: int, spread: float | None = None) -> nn.Parameter:
         """Draws a tensor: N(0, spread²), or U(±1/√n) with n numbers for each index of its first axis."""
         if spread is not None:

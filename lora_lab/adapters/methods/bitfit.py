@@ -15,7 +15,7 @@ from typing import Any, Union  # noqa: UP035
 import torch
 from torch import Tensor, nn
 
-from lora_lab.adapters.base import BorrowingAdapter, PeftLayout
+from lora_lab.adapters.base import Adapter, PeftLayout
 from lora_lab.adapters.maps import is_linear
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.linalg.rank import widened
@@ -31,7 +31,7 @@ class BitFitSpec(AdapterSpec):
     """See `AdapterSpec.targets`; `all` means every linear map and layer norm that has a bias."""
 
 
-class BitFit(BorrowingAdapter):
+class BitFit(Adapter):
     """The shift of one module's bias."""
 
     base: Any
@@ -56,6 +56,11 @@ class BitFit(BorrowingAdapter):
     def site_parameter_count(cls, module: Any, spec: Any) -> int:
         return len(module.bias)
 
+    @property
+    def bias(self) -> Tensor:
+        """b', for models that read it instead of calling the module; see `LinearAdapter.weight`."""
+        return (widened(self.base.bias) + self.delta).to(self.base.bias.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         """Shifts the base's output."""
         y = self.base(x)
@@ -69,6 +74,5 @@ class BitFit(BorrowingAdapter):
         else:
             merged = nn.Linear(base.in_features, base.out_features, device="meta")
         merged.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
-        bias = (widened(base.bias) + self.delta).to(base.bias.dtype)
-        merged.bias = nn.Parameter(bias, requires_grad=False)
+        merged.bias = nn.Parameter(self.bias, requires_grad=False)
         return merged.train(self.training)

@@ -92,6 +92,10 @@ class LoRADrop(LowRankAdapter, RankAllocatable, Shareable, RandomlyDropped):
             raise ConfigError(f"adapter.{fault}")
         self._drop_prob = probability
 
+    @property
+    def rests_by_chance(self) -> bool:
+        return self.drop_prob > 0
+
     @classmethod
     def watch(cls, model: nn.Module, adapters: Mapping[str, Any]) -> list[RemovableHandle]:
         """See `Adapter.watch`: a batch begins where the model is called."""

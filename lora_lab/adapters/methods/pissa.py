@@ -99,7 +99,7 @@ class PiSSA(LowRankAdapter, RankAllocatable):
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         if self.residual is None:
             return super().forward(x)
-        y = project(self.base, x, self.residual, self.base.bias)
+        y = project(self.base, x, self.residual.to(x.dtype), self.base.bias)
         hidden = project(self.base, self.cast(x), self.A) * (self.scale * self.active)
         return (y + mix(self.base, hidden, self.B)).to(y.dtype)
 
