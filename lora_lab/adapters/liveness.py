@@ -50,6 +50,9 @@ class Liveness:
         self.adapters = adapters
         self.saved = saved
         self.steps = 0
+        """Optimizer steps in which something had a gradient."""
+        self.empty = 0
+        """Optimizer steps in which nothing had."""
         self.decided = False
         self._alive: dict[str, set[str]] = {}  # path → names of the tensors whose gradient was not zero once
         self._connected: set[str] = set()  # paths that had a gradient once, of whatever numbers
@@ -77,8 +80,11 @@ class Liveness:
             if graded:
                 self._connected.add(path)
             alive |= {name for name, grad in graded.items() if name not in alive and _any(grad)}
-        self.steps += 1
-        self._judge(trained, last=self.steps >= PATIENCE)
+        if any(_any(p.grad) for found in trained.values() for p in found.values() if p.grad is not None):
+            self.steps += 1
+        else:
+            self.empty += 1
+        self._judge(trained, last=self.steps >= PATIENCE or (not self.steps and self.empty >= PATIENCE))
 
     def conclude(self) -> None:
         """Judges by fewer steps than PATIENCE, at the end of a training that had no more.
@@ -86,7 +92,7 @@ class Liveness:
         Raises:
             TargetError: if a tensor is dead; one that no first step reaches has more time.
         """
-        if self.steps and not self.decided:
+        if self.steps + self.empty and not self.decided:
             self._judge({path: self._reached_at_once(path) for path in self._alive}, last=True)
 
     def _reached_at_once(self, path: str) -> dict[str, nn.Parameter]:
@@ -157,7 +163,8 @@ class Liveness:
 
     def _stop(self, paths: list[str], why: str) -> None:
         self.decided = True
-        steps = "the first optimizer step" if self.steps == 1 else f"{self.steps} optimizer steps"
+        count = self.steps or self.empty
+        steps = "the first optimizer step" if count == 1 else f"{count} optimizer steps"
         raise TargetError(
             f"adapter.targets: {_listed(paths, most=8)} learned nothing in {steps}: {why}. What stands there "
             "counts as trained and never will be. Take these out, by naming them in adapter.exclude."

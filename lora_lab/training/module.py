@@ -122,6 +122,10 @@ class FineTuner(L.LightningModule):
         """Adds a batch to the validation metrics."""
         self.evaluate(batch, self.evaluation["validation"])
 
+    def on_train_end(self) -> None:
+        """Stops a run in which an adapter never learned, however short it was."""
+        self.adapters.check_alive()
+
     def on_validation_epoch_end(self) -> None:
         """Logs the validation metrics."""
         self._log_evaluation("validation")

@@ -102,6 +102,11 @@ class ReFTSpec(AdapterSpec):
             found.append("init: consreft puts a constant in Rᵀh's place, never h' = h; use reference")
         elif self.init == "identity" and self.intervention in REPLACING and self.act_fn != "none":
             found.append(f"init: {self.intervention} with an act_fn is never h' = h; use reference")
+        elif self.init == "identity" and self.act_fn == "relu":
+            found.append(
+                "init: identity starts at W h + b = 0, where relu is flat: nothing would ever learn; "
+                "use reference, or another act_fn"
+            )
         return found + probability_fault("dropout", self.dropout)
 
 
