@@ -92,7 +92,7 @@ class Liveness:
         Raises:
             TargetError: if a tensor is dead; one that no first step reaches has more time.
         """
-        if self.steps + self.empty and not self.decided:
+        if self.steps and not self.decided:
             self._judge({path: self._reached_at_once(path) for path in self._alive}, last=True)
 
     def _reached_at_once(self, path: str) -> dict[str, nn.Parameter]:
