@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_lab.adapters import inject
-from lora_lab.adapters.families.positions import prompt_slots
+from lora_lab.adapters.families.positions import cached_tokens, prompt_slots
 from lora_lab.adapters.methods.reft import Edit, ReFTSpec
 from lora_lab.adapters.storage import load_adapter, save_adapter
 from lora_lab.errors import ConfigError, IncompatibleError
@@ -233,6 +233,44 @@ def test_generation_with_a_cache_equals_the_full_forward(name, places, make_mode
         input_ids=written.sequences, attention_mask=full_mask, position_ids=order, prompt_lengths=mask.sum(1)
     ).logits
     torch.testing.assert_close(torch.stack(written.logits, 1), logits[:, 5:-1], **ROUNDING)
+
+
+@torch.no_grad()
+def test_a_static_cache_without_padding_writes_the_same_text(make_model):
+    model = make_model("llama")
+    adapters = inject(model, ReFTSpec(rank=2, positions="f1+l2"))
+    for parameter in adapters.trainable_parameters():
+        parameter += 0.3 * torch.randn_like(parameter)
+    ids, options = torch.randint(5, 100, (2, 6)), {"max_new_tokens": 5, "do_sample": False}
+    written = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options), written)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_cache": False}, "use_cache: False"),
+        ({"prefill_chunk_size": 3}, "3 tokens at once follow 3 in a cache"),
+        ({"cache_implementation": "static"}, "with a dynamic cache"),
+    ],
+)
+def test_generation_that_hides_the_prompt_is_refused(options, message, make_model):
+    model = make_model("llama")
+    inject(model, ReFTSpec(rank=2))
+    ids = torch.tensor([[7, 8, 9, 10, 11, 12], [0, 0, 20, 21, 22, 23]])
+    with pytest.raises(IncompatibleError, match=message):
+        model.generate(ids, attention_mask=(ids != 0).long(), max_new_tokens=3, **options)
+
+
+def test_a_cache_counts_whatever_its_name(make_model):
+    class Held:
+        def get_seq_length(self):
+            return torch.tensor(4)
+
+    assert cached_tokens({"input_ids": torch.zeros(1, 1), "use_cache": True, "new_name": Held()}) == 4
+    assert cached_tokens({"cache": None, "attention_mask": {}}) == 0
+    with pytest.raises(IncompatibleError, match="states, a tuple that does not tell"):
+        cached_tokens({"states": (torch.zeros(1),)})
 
 
 def test_one_edit_each_or_one_for_both(make_model):

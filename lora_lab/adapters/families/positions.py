@@ -83,19 +83,60 @@ class Positions:
         ]
         tokens = given[names[0]]
         self.shape, self.slots = tuple(tokens.shape[:2]), {}
-        cache = given.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
+        cached = cached_tokens(given)
+        if cached and self.shape[1] > 1 and prompt_lengths is None:
+            raise IncompatibleError(
+                f"adapter.positions: {self.shape[1]} tokens at once follow {cached} in a cache, and may be of"
+                " the prompt (prefill_chunk_size) or not (draft tokens). Read the prompt in one call; give"
+                " what was written after it a token at a time, or with the keyword prompt_lengths."
+            )
+        if cached:
             return  # The cache holds the edited prompt; what comes now was generated.
+        if given.get("use_cache") is False and prompt_lengths is None and not torch.is_grad_enabled():
+            raise IncompatibleError(
+                "adapter.positions: generation with use_cache: False shows the model prompt and answer as "
+                "one text. Generate with a cache, or call the model with the keyword prompt_lengths."
+            )
         mask = given.get("attention_mask")
         if mask is None:
             mask = torch.ones(self.shape, dtype=torch.long, device=tokens.device)
-        if mask.shape != self.shape:
+        if not isinstance(mask, Tensor) or mask.shape != self.shape:
+            form = f"the shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise IncompatibleError(
-                f"adapter.positions: {self.shape} tokens need an attention_mask of the same shape; got "
-                f"{tuple(mask.shape)}. Pass the tokenizer's mask, or use positions: all."
+                f"adapter.positions: {self.shape} tokens need an attention_mask of the same shape; got"
+                f" {form}. Pass the tokenizer's mask with a dynamic cache (a static one changes it before the"
+                " model is called), or use positions: all."
             )
         lengths = mask.sum(1) if prompt_lengths is None else prompt_lengths.to(mask.device)
         self.slots = prompt_slots(mask.long().argmax(1), lengths, self.counts, self.shape[1])
+
+
+PLAIN = (Tensor, bool, int, float, str, torch.dtype, type(None))
+"""Types of what a model may be called with and which hold no earlier tokens."""
+
+
+def cached_tokens(given: Mapping[str, Any]) -> int:
+    """Returns how many tokens the cache of a call holds, under whatever name it comes; 0 without one.
+
+    Args:
+        given: the call's arguments by name.
+
+    Raises:
+        IncompatibleError: if something is given that may hold earlier tokens and does not tell how many.
+    """
+    count = 0
+    for name, value in given.items():
+        if isinstance(value, PLAIN) or name == "attention_mask":
+            continue
+        try:
+            count = max(count, int(value.get_seq_length()))
+        except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+            raise IncompatibleError(
+                f"adapter.positions: the model is called with {name}, a {type(value).__name__} that does not "
+                "tell how many tokens it holds, so that the prompt cannot be found. Leave it out, or use "
+                "positions: all."
+            ) from error
+    return count
 
 
 def read_counts(text: str) -> dict[str, int]:

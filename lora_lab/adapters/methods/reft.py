@@ -18,10 +18,10 @@ Positions count from the first token that is not padding. The prompt is the whol
 `prompt_lengths` (batch,) tokens if the model is called with that keyword, which it never gets to see. While a
 key-value cache holds the prompt, nothing is edited: the prompt was, when it was read.
 
-Not covered: `positions` other than `all` in encoder-decoders and on images; generation without a cache, with
-a prompt read in chunks, or with draft tokens; attention masks with holes. If a checkpointed function contains
-the adapter itself (transformers' own contain the block alone), its backward has to come before the model's
-next forward.
+`positions` other than `all` are refused in encoder-decoders and on images, and in generation without a cache,
+with a prompt read in chunks, with draft tokens, or with a static cache and padding. Not covered: attention
+masks with holes. If a checkpointed function contains the adapter itself (transformers' own contain the block
+alone), its backward has to come before the model's next forward.
 """
 
 from __future__ import annotations
