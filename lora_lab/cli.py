@@ -14,6 +14,20 @@ from rich.console import Console
 from lora_lab.errors import ConfigError, LabError, suggest
 from lora_lab.stopping import Interruption
 
+NO_CONFIG = """train: needs the YAML file of an experiment.
+
+  lora-lab train experiments/quickstart/experiment.yaml  comes with the repository
+  lora-lab train my.yaml adapter.rank=4 seed=1           settings replace the file's
+
+The smallest one names a model and data:
+
+  model: {name: random:mlp, task: regression}
+  data: {source: toy}
+  adapter: {method: lora, targets: all-linear}
+
+lora-lab describe trainer (or model, data …) lists what each part may say."""
+"""What `lora-lab train` without arguments says."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
@@ -56,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train, evaluate and record one run")
-    train.add_argument("config", metavar="CONFIG", help="the experiment's YAML file")
+    train.add_argument("config", metavar="CONFIG", nargs="?", help="the experiment's YAML file")
     train.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings over the file, adapter.rank=4"
     )
@@ -81,8 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     methods = commands.add_parser("methods", help="list methods and controllers")
     methods.set_defaults(command=_methods)
 
-    describe = commands.add_parser("describe", help="explain a method or controller: rule, fields, example")
-    describe.add_argument("name", metavar="NAME")
+    describe = commands.add_parser(
+        "describe", help="explain a method, a controller or a part of the config: formula, fields, example"
+    )
+    describe.add_argument("name", metavar="NAME", nargs="?", help="without one, list all names")
     describe.set_defaults(command=_describe)
 
     fetch = commands.add_parser("fetch", help="fetch embedded models and data into the cache")
@@ -101,6 +117,8 @@ def _train(options: argparse.Namespace) -> None:
 
     from lora_lab.config import compose
 
+    if options.config is None:
+        raise ConfigError(NO_CONFIG)
     config = compose(options.config, options.overrides)
     if options.print_config:
         print(yaml.safe_dump(asdict(config), sort_keys=False), end="")
@@ -134,14 +152,15 @@ def _methods(options: argparse.Namespace) -> None:
 
 
 def _describe(options: argparse.Namespace) -> None:
-    from lora_lab.adapters import METHODS
-    from lora_lab.callbacks import CONTROLLERS
-    from lora_lab.report.tables import description
+    from lora_lab.report.descriptions import known
+    from lora_lab.report.tables import description, topics_table
 
-    known = METHODS.keys() | CONTROLLERS.keys()
-    if options.name not in known:
-        raise ConfigError(f"no method or controller '{options.name}'{suggest(options.name, known)}")
-    Console().print(description(options.name))
+    if options.name is None:
+        Console().print(topics_table())
+    elif options.name in known():
+        Console().print(description(options.name))
+    else:
+        raise ConfigError(f"nothing is known of '{options.name}'{suggest(options.name, known())}")
 
 
 def _fetch(options: argparse.Namespace) -> None:

@@ -2,13 +2,18 @@
 
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass
 
 import pytest
 import yaml
 
 from lora_lab.adapters import METHODS
-from lora_lab.cli import main
-from lora_lab.config import compose
+from lora_lab.callbacks import CONTROLLERS
+from lora_lab.cli import NO_CONFIG, main
+from lora_lab.config import ExperimentConfig, compose
+from lora_lab.data import DATA_SOURCES
+from lora_lab.report.descriptions import known
+from lora_lab.tasks import TASKS
 
 TOY = """
 name: commands
@@ -26,25 +31,71 @@ def config(tmp_path):
     return str(tmp_path / "experiment.yaml")
 
 
-def test_methods_lists_every_method_with_paper_and_controllers(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+@pytest.mark.parametrize("columns", ["80", "200"])
+def test_methods_lists_every_method_with_paper_and_controllers(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
     assert main(["methods"]) == 0
     told = capsys.readouterr().out
     for name in METHODS:
         assert f" {name} " in told
+    for name in CONTROLLERS:
+        assert f" {name} " in told
     assert "RankAllocatable" in told
-    assert "arXiv:2106.09685" in told
+    assert "2106.09685" in told
+    assert max(map(len, told.splitlines())) <= int(columns)
+    assert "…" not in told  # nothing is cut
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_describe_tells_formula_fields_defaults_and_an_example(capsys, monkeypatch, name):
-    monkeypatch.setenv("COLUMNS", "160")
+def test_describe_shows_formula_fields_defaults_and_an_example(capsys, monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(["describe", name]) == 0
     told = capsys.readouterr().out
     assert any(edited in told for edited in ("W'", "A'", "h'", "b'"))
-    assert "targets" in told
+    assert "targets: str | list[str] = " in told
     assert f"method: {name}" in told
-    assert "[] means none" in " ".join(told.replace("│", " ").split())  # brackets are no markup
+    assert "[] means none" in " ".join(told.split())  # brackets are no markup
+
+
+def test_describe_covers_every_part_of_a_config_and_lists_what_it_knows(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["describe"]) == 0
+    listed = capsys.readouterr().out.replace(",", " ").split()
+    nodes = [field.name for field in fields(ExperimentConfig) if is_dataclass(field.default_factory)]
+    assert {"model", "data", "optimization", "trainer", "tracking"} <= set(nodes)
+    topics = [*nodes, *DATA_SOURCES, *TASKS, *METHODS, *CONTROLLERS]
+    assert set(topics) - {"adapter"} <= set(listed)
+    for name in {*topics, "experiment"} - {"adapter", *METHODS}:
+        assert main(["describe", name]) == 0
+        assert len(capsys.readouterr().out.splitlines()) > 4
+    assert main(["describe", "trainr"]) == 2
+    assert "did you mean 'trainer'?" in capsys.readouterr().err
+
+
+def test_describe_says_every_default_and_meaning_and_peft_name():
+    for name, found in known().items():
+        for field in found.fields:
+            assert field.meaning or name == "experiment", f"{name}.{field.name} has no docstring"
+    block = {field.name: field for field in known()["oft"].fields}
+    assert (block["dropout"].default, block["dropout"].peft) == ("0.0", "module_dropout")
+    assert known()["files"].fields[0].default == "required"
+    assert known()["oft"].papers == ("2306.07280", "2506.19847")
+
+
+def test_train_without_a_file_says_what_to_do(capsys):
+    assert main(["train"]) == 2
+    told = capsys.readouterr().err
+    assert "experiments/quickstart/experiment.yaml" in told
+    assert max(map(len, told.splitlines())) <= 80
+
+
+def test_the_smallest_experiment_that_the_message_shows_runs(tmp_path, capsys, monkeypatch):
+    lines = NO_CONFIG.splitlines()
+    shown = "\n".join(line.strip() for line in lines if line.startswith("  ") and "{" in line)
+    (tmp_path / "smallest.yaml").write_text(shown)
+    monkeypatch.chdir(tmp_path)
+    short = ["trainer.max_steps=1", "trainer.progress_bar=false", "tracking.wandb=disabled", "data.size=64"]
+    assert main(["train", "smallest.yaml", *short]) == 0
 
 
 def test_print_config_prints_what_composes_to_the_same_and_trains_nothing(config, capsys, tmp_path):
@@ -75,9 +126,10 @@ def test_train_shows_a_table_and_a_second_call_shows_it_again_without_training(c
 
 
 def test_fetch_lists_what_there_is(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(["fetch"]) == 0
     told = capsys.readouterr().out
+    assert max(map(len, told.splitlines())) <= 80
     assert "minilm" in told
     assert "Apache-2.0" in told
 

@@ -2,9 +2,11 @@
 
 import ast
 import inspect
+from functools import cache
 from textwrap import dedent
 
 
+@cache
 def field_documentation(kind: type) -> dict[str, str]:
     """Returns field name → the docstring under it, for a dataclass and all that it inherits from."""
     found: dict[str, str] = {}

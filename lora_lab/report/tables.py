@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Group, RenderableType
 from rich.filesize import decimal
-from rich.markdown import Markdown
+from rich.padding import Padding
+from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
 from lora_lab.adapters import METHODS
-from lora_lab.adapters.protocols import PROTOCOLS
 from lora_lab.callbacks import CONTROLLERS
-from lora_lab.config.documentation import field_documentation
+from lora_lab.report.descriptions import REQUIRED, describe, known
 
 
 def record_table(record: Mapping[str, Any]) -> Table:
@@ -50,59 +49,83 @@ def metrics_table(metrics: Mapping[str, float], title: str) -> Table:
     return table
 
 
-def assets_table(rows: Sequence[Mapping[str, str]]) -> Table:
-    """Shows what can be fetched, one row for each asset."""
-    table = Table(title="Embedded models and data", title_justify="left", show_lines=True)
-    for heading in rows[0]:
-        table.add_column(heading)
+def assets_table(rows: Sequence[Mapping[str, str]]) -> RenderableType:
+    """Shows what can be fetched, one block of lines for each asset."""
+    parts: list[RenderableType] = [Text("Embedded models and data", style="italic")]
     for row in rows:
-        table.add_row(*row.values())
-    return table
+        head = Text.assemble(
+            "\n", (row["name"], "bold"), f"  {row['kind']}, {row['download']}, {row['licence']}"
+        )
+        details = [row["description"], f"from: {row['sources']}", f"cached: {row['cached']}"]
+        parts += [head, Padding(Text("\n".join(details)), (0, 0, 0, 4))]
+    return Group(*parts)
 
 
 def methods_table() -> Table:
-    """Shows every method: family, the protocols that protocols, merging, PEFT's name, paper."""
-    table = Table(title="Methods", title_justify="left")
-    for heading in ("method", "family", "protocols", "merges", "in PEFT", "paper"):
-        table.add_column(heading, no_wrap=heading == "method")
+    """Shows every method: what it does, PEFT's name for it, its paper."""
+    table = _overview("Methods", "method", "in PEFT")
     for name, method in METHODS.items():
-        offered = ", ".join(protocol.__name__ for protocol in PROTOCOLS if protocol in method.__mro__) or "-"
-        merges = "yes" if method.mergeable else "no"
-        table.add_row(name, method.family, offered, merges, method.peft.peft_type or "-", method.paper)
+        found = describe(name)
+        table.add_row(name, found.title, method.peft.peft_type or "-", "\n".join(found.papers) or "-")
     return table
 
 
 def controllers_table() -> Table:
-    """Shows every controller: what adapters have to be for it, the methods that are, paper."""
-    table = Table(title="Controllers", title_justify="left", show_lines=True)
-    for heading in ("controller", "asks for adapters that are", "methods", "paper"):
-        table.add_column(heading, no_wrap=heading == "controller")
+    """Shows every controller: what it does, what it needs adapters to be, its paper."""
+    table = _overview("Controllers", "controller", "needs adapters")
     for name, controller in CONTROLLERS.items():
-        needs = controller.Spec().needs()
-        fitting = ", ".join(method for method, kind in METHODS.items() if issubclass(kind, needs))
-        table.add_row(name, needs.__name__, fitting, controller.paper)
+        found = describe(name)
+        needs = controller.Spec().needs().__name__
+        table.add_row(name, found.title, needs, "\n".join(found.papers) or "-")
+    return table
+
+
+def topics_table() -> Table:
+    """Shows all names that can be described, by kind."""
+    kinds: dict[str, list[str]] = {}
+    for name, found in known().items():
+        kinds.setdefault(found.kind, []).append(name)
+    table = Table(
+        title="Names for `lora-lab describe NAME`", title_justify="left", show_header=False, box=SIMPLE
+    )
+    for kind, names in kinds.items():
+        table.add_row(kind, ", ".join(names))
     return table
 
 
 def description(name: str) -> RenderableType:
-    """Shows a method, a controller, or both where they share a name: head of the file, fields, example."""
-    parts: list[RenderableType] = []
-    if name in METHODS:
-        parts += _description(METHODS[name], "adapter", f"adapter:\n  method: {name}")
-    if name in CONTROLLERS:
-        parts += _description(CONTROLLERS[name], f"controllers.{name}", f"controllers:\n  {name}: {{}}")
+    """Shows a method, a controller or a part of a config: head, facts, fields, example."""
+    found = describe(name)
+    parts: list[RenderableType] = [Text(found.title, style="bold")]
+    if found.text:
+        parts.append(Text(f"\n{found.text}"))
+    if found.facts:
+        facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        for label, fact in found.facts.items():
+            facts.add_row(Text(label), Text(fact))
+        parts += [Text(), facts]
+    if found.fields:
+        parts.append(Text(f"\nFields of `{found.node}`" if found.node else "\nFields", style="italic"))
+    for field in found.fields:
+        head = Text.assemble("\n", (field.name, "bold"), f": {field.type}")
+        head.append(f" = {field.default}" if field.default != REQUIRED else f" ({REQUIRED})")
+        parts.append(head)
+        parts.append(Padding(Text(field.meaning), (0, 0, 0, 4)))
+    if found.example:
+        parts += [
+            Text("\nExample:"),
+            Syntax(found.example, "yaml", theme="ansi_dark", background_color="default"),
+        ]
     return Group(*parts)
 
 
-def _description(kind: Any, node: str, example: str) -> list[RenderableType]:
-    head = (sys.modules[kind.__module__].__doc__ or "").strip()
-    table = Table(title=f"Fields of `{node}`", title_justify="left", show_lines=True)
-    for heading in ("field", "default", "meaning"):
-        table.add_column(heading, no_wrap=heading == "field")
-    documentation = field_documentation(kind.Spec)
-    for name_of_field, default in asdict(kind.Spec()).items():
-        table.add_row(name_of_field, Text(str(default)), Text(documentation.get(name_of_field, "")))
-    return [Text(head), Text(), table, Text("\nExample:"), Markdown(f"```yaml\n{example}\n```")]
+def _overview(title: str, kind: str, third: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(kind, no_wrap=True, style="bold")
+    table.add_column("what it does", ratio=1)
+    table.add_column(third, no_wrap=True)
+    table.add_column("arXiv", no_wrap=True)
+    return table
 
 
 def _facts(title: str) -> Table:
