@@ -10,20 +10,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import pandas as pd
 import torch
-from rich.progress import track
 from torch import Tensor
 
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
-
-from lora_lab.adapters.storage import load_adapter  # noqa: E402
-from lora_lab.config import compose  # noqa: E402
-from lora_lab.config.schema import ExperimentConfig  # noqa: E402
-from lora_lab.experiment import RunResult, build_parts, quiet_libraries, run  # noqa: E402
-from lora_lab.training.module import FineTuner  # noqa: E402
+from lora_lab.adapters.storage import load_adapter
+from lora_lab.config import compose
+from lora_lab.config.schema import ExperimentConfig
+from lora_lab.experiment import RunResult, build_parts, quiet_libraries
+from lora_lab.report.comparison import markdown_table, picture, run_all, spread
+from lora_lab.training.module import FineTuner
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
@@ -101,8 +97,7 @@ def main() -> None:
         lora = [f"adapter.rank={rank}", *quiet]
         configs += [compose(HERE / "lora.yaml", [f"seed={seed}", *lora]) for seed in SEEDS]
     rows = []
-    for config in track(configs, "runs"):
-        result = run(config)
+    for config, result in run_all(configs):
         about = {name: result.record[name] for name in ABOUT}
         about["processor"] = result.record["hardware"]["processor"]
         about["torch"] = result.record["packages"]["torch"]
@@ -116,29 +111,29 @@ def main() -> None:
 
 def table(results: pd.DataFrame, metric: str) -> str:
     """Returns a table of the README in Markdown: mean over the seeds, lowest and highest in brackets."""
-    lines = [f"| rank k | {' | '.join(CURVES)} |", "|---" * (len(CURVES) + 1) + "|"]
-    for rank in RANKS:
-        cells = []
-        for curve in CURVES:
-            values = results.loc[(results["curve"] == curve) & (results["rank"] == rank), metric]
-            spread = f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
-            cells.append(spread if len(values) else "")
-        lines.append(f"| {rank} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+
+    def cell(curve: str, rank: int) -> str:
+        return spread(results.loc[(results["curve"] == curve) & (results["rank"] == rank), metric])
+
+    return markdown_table(
+        ["rank k", *CURVES], ([rank, *(cell(curve, rank) for curve in CURVES)] for rank in RANKS)
+    )
 
 
 def draw(results: pd.DataFrame, path: Path) -> None:
     """Draws the mean of each curve over the ranks, in a band from the lowest to the highest seed."""
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for axes, metric in zip(panels, METRICS, strict=True):
-        for curve, style in zip(CURVES, ("o-", "s-", "^--", "D--"), strict=True):
-            spread = results[results["curve"] == curve].groupby("rank")[metric].agg(["mean", "min", "max"])
-            (line,) = axes.plot(spread.index, spread["mean"], style, markersize=4, label=curve)
-            axes.fill_between(spread.index, spread["min"], spread["max"], color=line.get_color(), alpha=0.15)
-        axes.set(xlabel="rank at which the adapter is read", ylabel=f"test {metric}", xticks=list(RANKS))
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
+    with picture(path, len(METRICS), (11, 4.2)) as panels:
+        for axes, metric in zip(panels, METRICS, strict=True):
+            for curve, style in zip(CURVES, ("o-", "s-", "^--", "D--"), strict=True):
+                bounds = (
+                    results[results["curve"] == curve].groupby("rank")[metric].agg(["mean", "min", "max"])
+                )
+                (line,) = axes.plot(bounds.index, bounds["mean"], style, markersize=4, label=curve)
+                axes.fill_between(
+                    bounds.index, bounds["min"], bounds["max"], color=line.get_color(), alpha=0.15
+                )
+            axes.set(xlabel="rank at which the adapter is read", ylabel=f"test {metric}", xticks=list(RANKS))
+        panels[0].legend(frameon=False, fontsize=8)
 
 
 if __name__ == "__main__":

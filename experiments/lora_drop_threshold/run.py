@@ -8,17 +8,14 @@ Finished runs are not trained again, interrupted ones go on from their last chec
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import pandas as pd
+from matplotlib.axes import Axes
 
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
-from rich.progress import track  # noqa: E402
-
-from lora_lab.config import compose  # noqa: E402
-from lora_lab.experiment import run  # noqa: E402
-from lora_lab.report.collect import collect  # noqa: E402
-from lora_lab.tracking import read_metrics  # noqa: E402
+from lora_lab.config import compose
+from lora_lab.experiment import RunResult
+from lora_lab.report.collect import collect
+from lora_lab.report.comparison import markdown_table, picture, run_all, spread
+from lora_lab.tracking import read_metrics
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
@@ -40,10 +37,8 @@ def choices() -> dict[str, tuple[str, list[str]]]:
     return found
 
 
-def row_of(name: str, file: str, settings: list[str]) -> pd.DataFrame:
-    """Trains one run and returns its row, with what the controller decided."""
-    config = compose(HERE / f"{file}.yaml", [*settings, "trainer.progress_bar=false"])
-    result = run(config)
+def row_of(name: str, file: str, result: RunResult) -> pd.DataFrame:
+    """Returns a run's row, with what the controller decided."""
     row = collect([result.record])
     last: dict[str, Any] = {}
     for logged in read_metrics(result.folder.path):
@@ -58,7 +53,13 @@ def row_of(name: str, file: str, settings: list[str]) -> pd.DataFrame:
 
 def draw(results: pd.DataFrame, path: Path) -> None:
     """Draws accuracy against the share of adapters, and the importance that the choice was made by."""
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    with picture(path, 2, (11, 4.2)) as (left, right):
+        draw_accuracy(results, left)
+        draw_importance(results, right)
+
+
+def draw_accuracy(results: pd.DataFrame, left: Axes) -> None:
+    """Draws accuracy against the share of adapters."""
     kinds = results["choice"].str.partition(" ")
     looks = {
         "head": ("head alone", "black", "s"),
@@ -84,6 +85,10 @@ def draw(results: pd.DataFrame, path: Path) -> None:
         )
     left.set(xlabel="share of adapters with tensors of their own", ylabel="test accuracy", xlim=(-0.05, 1.08))
     left.legend(frameon=False, loc="lower right")
+
+
+def draw_importance(results: pd.DataFrame, right: Axes) -> None:
+    """Draws the importance that the choice was made by."""
     decided = results[results["choice"] == "restart"]
     for role, colour in (("query", "tab:blue"), ("value", "tab:orange")):
         columns = [name for name in results if name.startswith(PREFIX) and name.endswith(role)]
@@ -99,32 +104,29 @@ def draw(results: pd.DataFrame, path: Path) -> None:
         )
     right.set(xlabel="layer", ylabel="share of the role's importance")
     right.legend(frameon=False)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def table(results: pd.DataFrame) -> str:
     """Returns the README's table in Markdown: means over the seeds, the lowest and highest in brackets."""
-    lines = ["| adapters | of their own | parameters | validation | test |", "|---|---|---|---|---|"]
-    for choice, rows in results.groupby("choice", sort=False):
-        cells = []
-        for name in ("validation/accuracy", "test/accuracy"):
-            values = rows[name]
-            cells.append(f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})")
-        kept = ", ".join(str(count) for count in rows["kept"])
-        parameters = f"{rows['kept_parameters'].mean():,.0f}"
-        lines.append(f"| {choice} | {kept} | {parameters} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = []
+    for choice, found in results.groupby("choice", sort=False):
+        kept = ", ".join(str(count) for count in found["kept"])
+        parameters = f"{found['kept_parameters'].mean():,.0f}"
+        metrics = (spread(found[name]) for name in ("validation/accuracy", "test/accuracy"))
+        rows.append([choice, kept, parameters, *metrics])
+    return markdown_table(["adapters", "of their own", "parameters", "validation", "test"], rows)
 
 
 def main() -> None:
     """Runs everything and shows it."""
-    todo = [(seed, name, *choice) for seed in SEEDS for name, choice in choices().items()]
-    rows = [
-        row_of(name, file, [*settings, f"seed={seed}"]) for seed, name, file, settings in track(todo, "runs")
+    named = [
+        (name, file, [*settings, f"seed={seed}"])
+        for seed in SEEDS
+        for name, (file, settings) in choices().items()
     ]
+    quiet = "trainer.progress_bar=false"
+    runs = run_all(compose(HERE / f"{file}.yaml", [*settings, quiet]) for _, file, settings in named)
+    rows = [row_of(name, file, result) for (name, file, _), (_, result) in zip(named, runs, strict=True)]
     results = pd.concat(rows)
     results["choice"] = pd.Categorical(results["choice"], list(choices()))
     results = results.sort_values(["choice", "seed"])

@@ -18,6 +18,7 @@ from rich.progress import track
 from lora_lab.config import compose
 from lora_lab.experiment import run
 from lora_lab.report.collect import collect
+from lora_lab.report.comparison import markdown_table
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.csv"
@@ -42,16 +43,19 @@ def main() -> None:
 
 
 def table(results: pd.DataFrame) -> str:
-    """Returns the README's table in Markdown, the head first and then by test accuracy."""
-    lines = ["| method | parameters | validation | test | step | memory |", "|---|---|---|---|---|---|"]
-    ordered = results.sort_values("test/accuracy", ascending=False)
-    for _, row in ordered.iterrows():
-        lines.append(
-            f"| `{row['row']}` | {row['method_parameters']:,} | {row['validation/accuracy']:.3f} "
-            f"| {row['test/accuracy']:.3f} | {row['median_step_milliseconds']:.0f} ms "
-            f"| {row['peak_memory_megabytes']:,.0f} MB |"
+    """Returns the README's table in Markdown, the best test accuracy first."""
+    rows = [
+        (
+            f"`{row['row']}`",
+            f"{row['method_parameters']:,}",
+            f"{row['validation/accuracy']:.3f}",
+            f"{row['test/accuracy']:.3f}",
+            f"{row['median_step_milliseconds']:.0f} ms",
+            f"{row['peak_memory_megabytes']:,.0f} MB",
         )
-    return "\n".join(lines)
+        for _, row in results.sort_values("test/accuracy", ascending=False).iterrows()
+    ]
+    return markdown_table(["method", "parameters", "validation", "test", "step", "memory"], rows)
 
 
 if __name__ == "__main__":

@@ -7,32 +7,37 @@ Takes 10 to 15 minutes on 2 CPU cores. Finished runs are not trained again.
 
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+import pandas as pd
 
 from lora_lab.config import compose
-from lora_lab.experiment import run
 from lora_lab.report.collect import collect
+from lora_lab.report.comparison import markdown_table, run_all, spread
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
-SHOWN = ("validation/accuracy", "test/accuracy", "wall_seconds")
+SHOWN = {"validation/accuracy": ".3f", "test/accuracy": ".3f", "wall_seconds": ".0f"}
+
+
+def table(results: pd.DataFrame) -> str:
+    """Returns the README's figures: mean over the seeds, the lowest and highest in brackets."""
+    rows = [
+        [
+            method,
+            f"{found['trainable_parameters'].iloc[0]:,}",
+            *(spread(found[n], f) for n, f in SHOWN.items()),
+        ]
+        for method, found in results.groupby("method", sort=False)
+    ]
+    return markdown_table(["method", "trained parameters", *SHOWN], rows)
 
 
 def main() -> None:
-    """Runs everything and shows means over seeds with the half-range."""
-    configs = [
-        compose(HERE / f"{name}.yaml", [f"seed={seed}"]) for seed in SEEDS for name in ("experiment", "head")
-    ]
-    results = collect(run(config).record for config in configs)
+    """Runs everything, with the bar of all runs in place of each run's own."""
+    settings = [[f"seed={seed}", "trainer.progress_bar=false"] for seed in SEEDS]
+    configs = [compose(HERE / f"{name}.yaml", own) for own in settings for name in ("experiment", "head")]
+    results = collect(result.record for _, result in run_all(configs))
     results.to_csv(HERE / "results.csv", index=False)
-    table = Table("method", "trained parameters", *SHOWN, title="mean (lowest to highest of 3 seeds)")
-    for method, rows in results.groupby("method", sort=False):
-        cells = [
-            f"{rows[name].mean():.4g} ({rows[name].min():.4g} to {rows[name].max():.4g})" for name in SHOWN
-        ]
-        table.add_row(method, f"{rows['trainable_parameters'].iloc[0]:,}", *cells)
-    Console().print(table)
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -7,19 +7,16 @@ Writes results.csv and losses.png beside this file. Finished runs are not traine
 
 from pathlib import Path
 
-import matplotlib
 import pandas as pd
 import torch
 
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
-
-from lora_lab.adapters.storage import load_adapter  # noqa: E402
-from lora_lab.config import compose  # noqa: E402
-from lora_lab.experiment import RunResult, build_parts, evaluate, run  # noqa: E402
-from lora_lab.models.conversion import save_model  # noqa: E402
-from lora_lab.report.collect import collect  # noqa: E402
-from lora_lab.tracking import read_metrics  # noqa: E402
+from lora_lab.adapters.storage import load_adapter
+from lora_lab.config import compose
+from lora_lab.experiment import RunResult, build_parts, evaluate, run
+from lora_lab.models.conversion import save_model
+from lora_lab.report.collect import collect
+from lora_lab.report.comparison import picture
+from lora_lab.tracking import read_metrics
 
 HERE = Path(__file__).parent
 PARTS = {
@@ -79,17 +76,13 @@ def main() -> None:
 
 def draw(results: dict[str, RunResult], path: Path) -> None:
     """Draws the training losses, each part's on its own task."""
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for name, result in results.items():
-        rows = [row for row in read_metrics(result.folder.path) if "train/loss" in row]
-        task = "sum" if name == "pre-trained" else "product"
-        axes.plot(
-            [row["step"] + 1 for row in rows], [row["train/loss"] for row in rows], label=f"{name} ({task})"
-        )
-    axes.set(xlabel="optimizer step", ylabel="training loss (mean squared error)", yscale="log")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
+    with picture(path) as (axes,):
+        for name, result in results.items():
+            rows = [row for row in read_metrics(result.folder.path) if "train/loss" in row]
+            steps, losses = [row["step"] + 1 for row in rows], [row["train/loss"] for row in rows]
+            axes.plot(steps, losses, label=f"{name} ({'sum' if name == 'pre-trained' else 'product'})")
+        axes.set(xlabel="optimizer step", ylabel="training loss (mean squared error)", yscale="log")
+        axes.legend(frameon=False)
 
 
 if __name__ == "__main__":

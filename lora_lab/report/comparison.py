@@ -1,0 +1,67 @@
+"""What experiments of several runs share: running them, a spread over seeds, a table, a picture.
+
+for config, result in run_all(compose("experiment.yaml", [f"seed={seed}"]) for seed in range(3)):
+    ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.progress import track
+
+from lora_lab.config import ExperimentConfig
+from lora_lab.experiment import RunResult, run
+
+
+def run_all(configs: Iterable[ExperimentConfig]) -> Iterator[tuple[ExperimentConfig, RunResult]]:
+    """Yields each config with its run, under one progress bar.
+
+    Finished runs are not trained again, interrupted ones continue. The configs have bars of their own off:
+    `trainer.progress_bar=false`.
+    """
+    for config in track(list(configs), "runs"):
+        yield config, run(config)
+
+
+def spread(values: pd.Series[Any], form: str = ".3f") -> str:
+    """Returns `mean (lowest to highest)`, or nothing where there are no values.
+
+    Args:
+        values: one number for each seed.
+        form: format of a number.
+    """
+    if values.empty:
+        return ""
+    return f"{values.mean():{form}} ({values.min():{form}} to {values.max():{form}})"
+
+
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Returns a table in Markdown."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    text = [f"| {' | '.join(map(str, cells))} |" for cells in lines]
+    text[1] = text[1].replace(" ", "")
+    return "\n".join(text)
+
+
+@contextmanager
+def picture(path: Path, panels: int = 1, size: tuple[float, float] = (7, 4)) -> Iterator[list[Axes]]:
+    """Yields empty axes side by side; writes the picture when the context ends.
+
+    Args:
+        path: a PNG file.
+        panels: number of axes.
+        size: width and height in inches.
+    """
+    figure = Figure(figsize=size, layout="constrained")
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    yield axes
+    for panel in axes:
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
