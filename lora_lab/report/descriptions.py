@@ -115,9 +115,12 @@ def _method(name: str) -> Description:
         "Paper": method.paper,
         "Merges into plain weights": "yes" if method.mergeable else "no",
         "Opens in PEFT": f"yes, as {method.peft.peft_type}" if method.peft.peft_type else "no",
+        "Tensors in PEFT": ", ".join(f"`{theirs}` is {own}" for theirs, own in method.peft.tensors.items()),
         "Protocols": ", ".join(offered) or "none",
         "Controllers": ", ".join(takers) or "none",
     }
+    if method.peft.peft_type is None:
+        del facts["Tensors in PEFT"]
     title, text = _head(sys.modules[method.__module__].__doc__)
     example = f"adapter:\n  method: {name}"
     settings = tuple(_fields(method.Spec, ours))
