@@ -1,5 +1,6 @@
 """The command line as a user meets it."""
 
+import re
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
@@ -144,3 +145,14 @@ def test_an_unknown_flag_is_refused(config):
     with pytest.raises(SystemExit) as caught:
         main(["train", config, "--resme"])
     assert caught.value.code == 2
+
+
+def test_the_progress_bar_fits_into_80_columns_with_loss_and_the_metric_that_decides(
+    config, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["train", config, "trainer.progress_bar=true", "trainer.log_every=1"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "━" in line]
+    assert max(map(len, lines)) <= 80
+    line = next(line for line in lines if line.startswith("Epoch 0/0"))
+    assert re.search(r"2/2 .*loss: \d+\.\d+ +mse: \d+\.\d+ *$", line)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import lightning as L
-from lightning.pytorch.callbacks import RichProgressBar
 
 from lora_lab.adapters import AdapterSet
 from lora_lab.callbacks import Controller, build_controllers
 from lora_lab.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lora_lab.callbacks.adapter_statistics import AdapterStatistics
 from lora_lab.callbacks.memory_statistics import MemoryStatistics
+from lora_lab.callbacks.progress import ProgressBar
 from lora_lab.callbacks.resume_checkpoint import ResumeCheckpoint
 from lora_lab.callbacks.speed_statistics import SpeedStatistics
 from lora_lab.config.schema import ExperimentConfig
@@ -76,4 +76,4 @@ class RunCallbacks:
 
 def progress_bars(config: ExperimentConfig) -> list[L.Callback]:
     """Returns the progress bar, if the config asks for one."""
-    return [RichProgressBar()] if config.trainer.progress_bar else []
+    return [ProgressBar()] if config.trainer.progress_bar else []
