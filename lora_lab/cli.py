@@ -16,10 +16,11 @@ from lora_lab.stopping import Interruption
 
 NO_CONFIG = """train: needs the YAML file of an experiment.
 
-  lora-lab train experiments/quickstart/experiment.yaml  comes with the repository
-  lora-lab train my.yaml adapter.rank=4 seed=1           settings replace the file's
+One that comes with the repository; settings after it replace the file's:
 
-The smallest one names a model and data:
+  lora-lab train experiments/quickstart/experiment.yaml adapter.rank=4 seed=1
+
+The smallest one names a model, data and a method:
 
   model: {name: random:mlp, task: regression}
   data: {source: toy}

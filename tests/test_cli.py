@@ -12,6 +12,7 @@ from lora_lab.adapters import METHODS
 from lora_lab.callbacks import CONTROLLERS
 from lora_lab.cli import NO_CONFIG, main
 from lora_lab.config import ExperimentConfig, compose
+from lora_lab.config.documentation import field_documentation
 from lora_lab.data import DATA_SOURCES
 from lora_lab.report.descriptions import known
 from lora_lab.tasks import TASKS
@@ -81,6 +82,12 @@ def test_describe_says_every_default_and_meaning_and_peft_name():
     assert (block["dropout"].default, block["dropout"].peft) == ("0.0", "module_dropout")
     assert known()["files"].fields[0].default == "required"
     assert known()["oft"].papers == ("2306.07280", "2506.19847")
+
+
+def test_a_class_without_source_has_fields_without_meaning():
+    shown: dict = {"__name__": "notebook"}
+    exec("from dataclasses import dataclass\n@dataclass\nclass Spec:\n    rank: int = 1\n", shown)
+    assert field_documentation(shown["Spec"]) == {}
 
 
 def test_train_without_a_file_says_what_to_do(capsys):

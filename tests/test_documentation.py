@@ -18,7 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from lora_lab.adapters import METHODS
 from lora_lab.assets import fetch
+from lora_lab.callbacks import CONTROLLERS
 from lora_lab.cli import main
 from lora_lab.errors import AssetError
 from lora_lab.report.readme import section, with_tables
@@ -27,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if not {"generated", "_build"} & set(page.parts)]
 BLOCK = re.compile(
-    r"(?:^<!-- (?P<mark>.*?) -->\n)?^```(?P<kind>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+    r"(?:^<!-- (?P<mark>.*?) -->\n)?^```(?P<kind>\w*|\{.*?\})\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 SMALL = ["trainer.progress_bar=false", "tracking.wandb=disabled"]
 
@@ -72,6 +74,8 @@ def test_what_a_page_shows_runs(page, tmp_path, monkeypatch):
     for name in ("configs", "experiments", "tests", "lora_lab"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.setenv("COLUMNS", "80")
+    for table in (METHODS, CONTROLLERS):  # what a page registers goes with it
+        monkeypatch.setattr(table, "_kinds", {name: table[name] for name in table})
     namespace: dict[str, object] = {"__name__": "page"}
     for block in blocks(page):
         settings = block.mark.removeprefix("test:").split() if block.mark.startswith("test:") else []

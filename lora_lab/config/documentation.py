@@ -8,10 +8,17 @@ from textwrap import dedent
 
 @cache
 def field_documentation(kind: type) -> dict[str, str]:
-    """Returns field name → the docstring under it, for a dataclass and all that it inherits from."""
+    """Returns field name → the docstring under it, for a dataclass and all that it inherits from.
+
+    Classes whose source is not at hand, of a notebook for instance, add nothing.
+    """
     found: dict[str, str] = {}
     for ancestor in reversed(kind.__mro__[:-1]):
-        body = ast.parse(dedent(inspect.getsource(ancestor))).body[0].body  # type: ignore[attr-defined]
+        try:
+            source = dedent(inspect.getsource(ancestor))
+        except (OSError, TypeError):
+            continue
+        body = ast.parse(source).body[0].body  # type: ignore[attr-defined]
         for statement, following in zip(body, body[1:], strict=False):
             if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
                 if isinstance(following.value, ast.Constant) and isinstance(following.value.value, str):
