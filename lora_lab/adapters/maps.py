@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -20,7 +21,11 @@ CONVOLUTIONS: dict[type[nn.Module], Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.co
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear map: it lends a floating (out, in) `weight`, dequantised where need be."""
+    """Whether a module is a linear map: y = x Wᵀ + b with a floating (out, in) `weight`.
+
+    A quantised map lends its weight dequantised. A class of its own has to compute what its weight says: some
+    use the weight of an `nn.Linear` in groups.
+    """
     if not (hasattr(module, "in_features") and hasattr(module, "out_features")):
         return False
     weight = getattr(module, "weight", None)
@@ -28,7 +33,24 @@ def is_linear(module: nn.Module) -> bool:
         isinstance(weight, Tensor)
         and weight.is_floating_point()
         and weight.shape == (module.out_features, module.in_features)
+        and (type(module).forward is nn.Linear.forward or _computes(module, weight))
     )
+
+
+@torch.no_grad()
+def _computes(module: nn.Module, weight: Tensor) -> bool:
+    """Whether a module applies its weight to a row, up to the rounding of half precision."""
+    if weight.is_meta:
+        return True
+    x = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)[None]
+    bias = getattr(module, "bias", None)
+    try:
+        y = module.forward(x)  # past the hooks that others may have put on it
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    expected = F.linear(x, weight, bias if isinstance(bias, Tensor) else None)
+    same = isinstance(y, Tensor) and y.shape == expected.shape
+    return same and torch.allclose(y.to(expected), expected, rtol=0.05, atol=0.05, equal_nan=True)
 
 
 def is_convolution(module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,11 +52,11 @@ def measure(task: str, model_type: str) -> list[dict[str, Any]]:
                 _logits(model, inputs)
         except Exception as error:  # whatever an architecture of others raises is its reason
             return [{**row, "targets": "", "outcome": "not built", "message": _line(error)}]
-        row["roles"] = " ".join(roles_of(model))
         spec = LoRASpec(rank=2) if targets is None else LoRASpec(rank=2, targets=targets)
         try:
             with time_limit(SECONDS), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                row["roles"] = " ".join(roles_of(model))
                 adapters = inject(model, spec)
                 row |= {"adapters": len(adapters), "trained": adapters.trainable_count(saved=False)}
                 row |= _after_one_step(model, adapters, inputs)
@@ -125,7 +126,7 @@ def _line(error: BaseException) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs all architectures and writes the table after each."""
+    """Runs all architectures and writes the table after each; rows that the file has already are kept."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="CSV file to write")
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
@@ -136,12 +137,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.simplefilter("ignore")
     machine = about(["transformers", "torch"])
     rows: list[dict[str, Any]] = []
+    if given.out.exists():
+        known = pd.read_csv(given.out, keep_default_na=False).to_dict("records")
+        rows = [{str(name): value for name, value in row.items()} for row in known]
+    done = {(row["task"], row["architecture"]) for row in rows}
     for task in given.tasks:
-        for model_type in sorted(TASKS[task][1]):
-            if given.only is None or model_type in given.only:
-                rows += [row | machine for row in measure(task, model_type)]
-                write_rows(given.out, rows)
-                outcomes = [f"{row['targets']}: {row['outcome']}" for row in rows[-len(TARGETS) :]]
+        for model_type in sorted(set(given.only or TASKS[task][1]) & set(TASKS[task][1])):
+            if (task, model_type) not in done:
+                new = [row | machine for row in measure(task, model_type)]
+                rows += new
+                write_rows(given.out, sorted(rows, key=lambda row: (row["task"], row["architecture"])))
+                outcomes = [f"{row['targets']}: {row['outcome']}" for row in new]
                 print(task, model_type, *outcomes, sep="  ", flush=True)
 
 

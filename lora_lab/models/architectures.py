@@ -108,7 +108,7 @@ def find_roles(model: nn.Module) -> list[RoleSite]:
     if not hasattr(model, "config"):
         return []
     sites = []
-    sizes = getattr(model.config, "hidden_size", None), head_width(model)
+    sizes = _size(model, "hidden_size"), head_width(model)
     for path, block, layer in _blocks(model):
         roles = _Block(block, *sizes).roles()
         sites.append(RoleSite(path, "block", layer, path))
@@ -145,11 +145,19 @@ def head_width(model: nn.Module) -> int | None:
     Returns:
         The width by the model's config; None where it has no config that tells.
     """
-    config = getattr(model, "config", None)
-    if width := getattr(config, "head_dim", None):
-        return int(width)
-    size, heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
-    return int(size) // int(heads) if size and heads else None
+    if width := _size(model, "head_dim"):
+        return width
+    size, heads = _size(model, "hidden_size"), _size(model, "num_attention_heads")
+    return size // heads if size and heads else None
+
+
+def _size(model: nn.Module, name: str) -> int | None:
+    """Returns a number of the model's config; None where it has none, or another one for each layer."""
+    try:
+        found = getattr(getattr(model, "config", None), name, None)
+    except RuntimeError:  # transformers' answer for configs that vary by layer
+        return None
+    return found if isinstance(found, int) else None
 
 
 def between_query_and_key(model: nn.Module, query: str) -> str | None:

@@ -21,7 +21,7 @@ from transformers import (
 
 from lora_lab.errors import ConfigError
 from lora_lab.models.architectures import kind_of
-from lora_lab.models.conversion import linearise, split_fused_projections
+from lora_lab.models.conversion import SPLITTABLE, linearise, split_fused_projections
 from lora_lab.models.perceptron import MLP
 from lora_lab.models.pooled_encoder import PooledEncoder, restore_classifier, was_mean_pooled
 from lora_lab.models.quantization import Quantization, QuantizationOptions, quantization_faults, quantize
@@ -53,8 +53,8 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Whether Python code of the repository may run. Read it first."""
     split_fused: bool = False
-    """Whether the fused attention projections of GPT-2 and of `nn.MultiheadAttention` become linear layers
-    `query`, `key`, `value`."""
+    """Whether fused attention projections (GPT-2, Phi-3, GPT-NeoX, Bloom, Falcon and others), and those of
+    `nn.MultiheadAttention`, become linear layers `query`, `key`, `value`."""
     quantization: Quantization = "none"
     """Codes in which the linear maps of the blocks are held, under any adapter: `nf4` or `fp4` (4 bits a
     weight), `int8`, or none. Embeddings, norms and heads stay in `dtype`."""
@@ -182,7 +182,7 @@ def _task_faults(config: ModelConfig, model_type: str) -> list[str]:
         )
     if config.pooling == "mean" and (kind in ("encoder_decoder", "vision") or not reads_text):
         faults.append(f"pooling: {name} has no masked tokens of one stack to average; use 'model'")
-    if config.split_fused and (not reads_text or (model_type in TINY and model_type != "gpt2")):
+    if config.split_fused and (not reads_text or (model_type in TINY and model_type not in SPLITTABLE)):
         faults.append(f"split_fused: {name} has no fused query-key-value projection; set it to false")
     if config.quantization != "none" and not reads_text:
         faults.append(f"quantization: {name} has no blocks whose maps could become codes; set it to none")

@@ -1,15 +1,17 @@
 """One kind of linear layer for every model: `nn.Linear` in memory, the architecture's own layout on disk."""
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_lab.errors import CheckpointError, ConfigError
-from lora_lab.models.architectures import find_roles
+from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError
+from lora_lab.models.architectures import find_roles, head_width, widths
 from lora_lab.models.attention import SplitMultiheadAttention, linear_of, split_attention
 from lora_lab.models.pooled_encoder import PooledEncoder
 from lora_lab.models.quantization import QuantizedLinear
@@ -31,23 +33,53 @@ def split_fused_projections(model: nn.Module) -> nn.Module:
     """Replaces every fused query-key-value projection by linear layers `query`, `key`, `value`, in place.
 
     Returns:
-        The same model. GPT-2 now has the roles query, key and value; see `split_attention` for what holds
+        The same model, which now has the roles query, key and value; see `split_attention` for what holds
         `nn.MultiheadAttention`.
 
     Raises:
         ConfigError: If the model has no fused projection.
-        IncompatibleError: See `split_attention`.
+        IncompatibleError: If it is not known which rows of it are which, and see `split_attention`.
     """
-    sites = [site for site in find_roles(model) if site.role == "query_key_value"]
-    if not sites and not any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+    fused = [site.path for site in find_roles(model) if site.role == "query_key_value"]
+    if not fused and not any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
         raise ConfigError(
             f"model.split_fused: {type(model).__name__} has no fused query-key-value projection; set it to"
             " false"
         )
-    for site in sites:
-        fused = cast(nn.Linear, model.get_submodule(site.path))
-        model.set_submodule(site.path, FusedProjection(fused))
+    layouts = {path: _layout(model, path) for path in fused}
+    for path, (groups, rows) in layouts.items():
+        projection = cast(nn.Linear, model.get_submodule(path))
+        model.set_submodule(path, FusedProjection(projection, groups, rows))
     return split_attention(model)
+
+
+SIDE_BY_SIDE = ("gpt2", "openai-gpt", "mpt", "phi3", "phi4_multimodal", "modernbert", "dbrx")
+"""Model types whose fused projection has all rows of queries first, then those of keys, then of values."""
+HEAD_BY_HEAD = ("gpt_neox", "gpt_neox_japanese", "bloom", "persimmon", "fuyu")
+"""Model types whose fused projection has the query, key and value of one head after another."""
+SPLITTABLE = (*SIDE_BY_SIDE, *HEAD_BY_HEAD, "falcon", "gpt_bigcode", "codegen")
+"""Model types whose fused projections can be split. Shapes do not say which rows are which."""
+
+
+def _layout(model: nn.Module, path: str) -> tuple[int, dict[str, int]]:
+    """Returns in how many groups the rows of a fused projection lie, and the rows of each part in a group."""
+    config: Any = model.config
+    kind = config.model_type
+    width, heads = head_width(model), config.num_attention_heads
+    found = widths(model.get_submodule(path))
+    if kind not in SPLITTABLE or width is None or found is None:
+        raise IncompatibleError(
+            f"model.split_fused: it is not known which rows of {path} are queries, keys and values ({kind});"
+            " set it to false and target query_key_value"
+        )
+    pairs = (found[1] // width - heads) // 2  # heads of keys, which are as many as those of values
+    if kind == "codegen":  # four parts for four devices; values stand before keys
+        return 4, {"query": heads * width // 4, "value": heads * width // 4, "key": heads * width // 4}
+    grouped = kind == "falcon" and config.new_decoder_architecture
+    single = kind in ("falcon", "gpt_bigcode") and config.multi_query
+    if kind in SIDE_BY_SIDE or (single and not grouped):
+        return 1, {"query": heads * width, "key": pairs * width, "value": pairs * width}
+    return pairs, {"query": heads // pairs * width, "key": width, "value": width}
 
 
 def save_model(model: PreTrainedModel, folder: str | Path) -> None:
@@ -75,8 +107,9 @@ def save_model(model: PreTrainedModel, folder: str | Path) -> None:
     for path, module in model.named_modules():
         if isinstance(module, FusedProjection):
             for tensor in ("weight", "bias"):
-                parts = [weights.pop(f"{path}.{part}.{tensor}") for part in ("query", "key", "value")]
-                weights[f"{path}.{tensor}"] = torch.cat(parts)
+                names = [f"{path}.{part}.{tensor}" for part in module.rows]
+                if names[0] in weights:
+                    weights[f"{path}.{tensor}"] = module.joined([weights.pop(name) for name in names], 0)
         if isinstance(module, SplitMultiheadAttention):
             for name in module.state_dict():
                 del weights[f"{path}.{name}"]
@@ -93,11 +126,13 @@ def save_model(model: PreTrainedModel, folder: str | Path) -> None:
 
 def _transposed_layers(model: PreTrainedModel) -> list[str]:
     """Returns the paths of linear layers that the architecture's own class holds as `Conv1D`."""
-    if getattr(model.config, "model_type", None) != "gpt2":
+    pooled = isinstance(model, PooledEncoder)
+    own = model.body if isinstance(model, PooledEncoder) else model
+    if not hasattr(sys.modules[type(own).__module__], Conv1D.__name__):
         return []
     with torch.device("meta"):
-        prefix = f"{model.encoder_name}." if isinstance(model, PooledEncoder) else ""
-        original = AutoModel.from_config(model.config) if prefix else type(model)(model.config)
+        original = AutoModel.from_config(model.config) if pooled else type(own)(model.config)
+    prefix = f"{model.encoder_name}." if isinstance(model, PooledEncoder) else ""
     return [prefix + path for path, module in original.named_modules() if isinstance(module, Conv1D)]
 
 
@@ -107,15 +142,29 @@ class FusedProjection(nn.Module):
     It has no `weight` of its own, so that the role of the fused layer passes to its parts.
 
     Args:
-        fused: Linear layer whose output is query, key and value of equal width side by side.
+        fused: Linear layer whose output is query, key and value.
+        groups: In how many groups its rows lie, each with all three parts.
+        rows: The rows of each part in a group, in their order.
     """
 
-    def __init__(self, fused: nn.Linear):
+    def __init__(self, fused: nn.Linear, groups: int, rows: dict[str, int]):
         super().__init__()
-        biases = fused.bias.chunk(3) if fused.bias is not None else (None,) * 3
-        parts = [linear_of(*part) for part in zip(fused.weight.chunk(3), biases, strict=True)]
-        self.query, self.key, self.value = parts
+        self.groups, self.rows = groups, rows
+        weights = self._parts(fused.weight)
+        biases = self._parts(fused.bias) if fused.bias is not None else (None,) * 3
+        for name, weight, bias in zip(rows, weights, biases, strict=True):
+            self.add_module(name, linear_of(weight, bias))
+
+    def _parts(self, tensor: Tensor) -> list[Tensor]:
+        grouped = tensor.unflatten(0, (self.groups, -1)).split(list(self.rows.values()), 1)
+        return [part.flatten(0, 1) for part in grouped]
+
+    def joined(self, parts: Sequence[Tensor], axis: int) -> Tensor:
+        """Puts the parts together along an axis in the order of the fused layer's rows."""
+        axis = axis % parts[0].dim()
+        grouped = [part.unflatten(axis, (self.groups, -1)) for part in parts]
+        return torch.cat(grouped, axis + 1).flatten(axis, axis + 1)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Projects (..., width) to (..., 3 · width)."""
-        return torch.cat((self.query(hidden), self.key(hidden), self.value(hidden)), dim=-1)
+        """Projects (..., width) to (..., rows)."""
+        return self.joined([self.get_submodule(name)(hidden) for name in self.rows], -1)

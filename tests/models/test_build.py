@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
@@ -19,11 +20,12 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from lora_lab import assets
-from lora_lab.errors import AssetError, CheckpointError, ConfigError
+from lora_lab.bench.tiny_architectures import tiny_config, tiny_model
+from lora_lab.errors import AssetError, CheckpointError, ConfigError, IncompatibleError
 from lora_lab.models import sources
-from lora_lab.models.architectures import find_roles, kind_of
+from lora_lab.models.architectures import find_roles, kind_of, roles_of
 from lora_lab.models.build import ModelConfig, build_model, build_tokenizer, check_model
-from lora_lab.models.conversion import linearise, save_model, split_fused_projections
+from lora_lab.models.conversion import FusedProjection, linearise, save_model, split_fused_projections
 from lora_lab.models.perceptron import MultiLayerPerceptron
 from lora_lab.models.sources import EmbeddedSource, FolderSource, HubSource, RandomSource
 from lora_lab.models.tiny import TINY
@@ -198,6 +200,74 @@ def test_split_projections_equal_the_fused_one():
     assert torch.equal(torch.cat([part.weight for part in parts]), weight)
     assert all(type(part) is nn.Linear and part.weight.shape == (16, 16) for part in parts)
     torch.testing.assert_close(model(tokens).logits, expected, **TOLERANCE)
+
+
+FUSED = {
+    "gpt_neox": {},
+    "gpt_neox_japanese": {},
+    "bloom": {},
+    "persimmon": {},
+    "falcon": {"multi_query": True, "new_decoder_architecture": False},
+    "falcon by heads": {"multi_query": False, "new_decoder_architecture": False, "num_kv_heads": 4},
+    "falcon in groups": {"new_decoder_architecture": True},
+    "phi3": {},
+    "mpt": {},
+    "codegen": {},
+    "gpt_bigcode": {"multi_query": True},
+    "gpt_bigcode by heads": {"multi_query": False},
+    "openai-gpt": {},
+}
+
+
+def fused_model(name):
+    """A model whose heads of keys are fewer than those of queries where it can be."""
+    torch.manual_seed(0)
+    model_type = name.split()[0]
+    config = tiny_config(model_type)
+    for key, value in FUSED[name].items():
+        setattr(config, key, value)
+    model = linearise(AutoModelForCausalLM.from_config(config).eval())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FUSED)
+def test_split_projections_are_the_query_the_key_and_the_value(name, tmp_path):
+    """The first token of a causal model attends to itself alone: its query and key do nothing to it."""
+    model = fused_model(name)
+    tokens = torch.randint(3, 90, (2, 5))
+    expected = model(tokens).logits
+    split_fused_projections(model)
+    assert {"query", "key", "value", "attention_output"} <= set(roles_of(model))
+    torch.testing.assert_close(model(tokens).logits, expected, **TOLERANCE)
+    moved = {}
+    for role in ("query", "key", "value"):
+        handles = [
+            model.get_submodule(site.path).register_forward_hook(
+                lambda _, __, y: torch.cat((y[:, :1] + torch.linspace(-3, 2, y.shape[-1]), y[:, 1:]), dim=1)
+            )
+            for site in find_roles(model)
+            if site.role == role
+        ]
+        assert len(handles) == 2
+        difference = (model(tokens).logits - expected).abs().amax(dim=(0, 2)) > 1e-4
+        moved[role] = difference.tolist()
+        for handle in handles:
+            handle.remove()
+    assert moved == {"query": [False] * 5, "key": [False] + [True] * 4, "value": [True] * 5}
+    save_model(model, tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(tokens).logits, expected, **TOLERANCE)
+
+
+def test_a_fused_projection_of_unknown_layout_stays_whole():
+    model = tiny_model("sequence_classification", "deberta")
+    with pytest.raises(IncompatibleError, match="not known which rows of .*in_proj are queries"):
+        split_fused_projections(model)
+    assert not any(isinstance(module, FusedProjection) for module in model.modules())
 
 
 def test_models_without_fused_projection_cannot_be_split():
