@@ -140,7 +140,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(config, uninterr
     folder = folder_of(config, run)
     stop_after(process, folder, rows, how)
     status = json.loads((folder / "run.json").read_text())["status"]
-    assert status == ("failed" if how is signal.SIGINT else "running")
+    assert status == ("interrupted" if how is signal.SIGINT else "running")
     assert process.returncode == (130 if how is signal.SIGINT else -signal.SIGKILL)
 
     refused, _ = (again := start(config, run, "--no-resume")).communicate(timeout=120)

@@ -1,23 +1,78 @@
-"""A run's loggers, from first row to last."""
+"""A run's loggers, from first row to last.
+
+What goes wrong with tracking once training has begun costs rows at W&B and nothing else: it is said once, and
+training goes on.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import time
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+from wandb.errors import AuthenticationError, UsageError
 
 from lora_lab.errors import ConfigError
 from lora_lab.files import writable
 from lora_lab.tracking.config import Mode, TrackingConfig, wandb_mode
-from lora_lab.tracking.metrics_file import MetricsFile
+from lora_lab.tracking.metrics_file import NAME, MetricsFile
 
 STEP = "trainer/global_step"
 """W&B's horizontal axis, by the name that Lightning gives it."""
+FINISH_SECONDS = 120
+"""How long the end of a run waits for W&B's server, and for its file to be whole."""
+
+
+class TolerantWandbLogger(WandbLogger):
+    """Lightning's logger, of which no call can end a run."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self._failed = False
+
+    def attempt(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        """Calls; the first fault is warned of, and the others are not."""
+        try:
+            call(*arguments, **options)
+        except Exception as error:  # W&B's service has exceptions of many kinds
+            if not self._failed:
+                warnings.warn(
+                    f"tracking: W&B failed ({_words(error)}). Training goes on; {NAME} has every row.",
+                    stacklevel=2,
+                )
+            self._failed = True
+
+    @rank_zero_only
+    def log_metrics(self, *arguments: Any, **options: Any) -> None:
+        """Logs a row."""
+        self.attempt(super().log_metrics, *arguments, **options)
+
+    @rank_zero_only
+    def log_hyperparams(self, *arguments: Any, **options: Any) -> None:
+        """Adds to the run's config."""
+        self.attempt(super().log_hyperparams, *arguments, **options)
+
+    @rank_zero_only
+    def log_table(self, *arguments: Any, **options: Any) -> None:
+        """Logs a table."""
+        self.attempt(super().log_table, *arguments, **options)
+
+    @rank_zero_only
+    def log_image(self, *arguments: Any, **options: Any) -> None:
+        """Logs pictures."""
+        self.attempt(super().log_image, *arguments, **options)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Notes the end of training."""
+        self.attempt(super().finalize, status)
 
 
 def build_loggers(
@@ -35,8 +90,11 @@ def build_loggers(
         run: name of the run; together they decide W&B's id, so that a resumed run keeps it.
         settings: the composed config, of plain values; W&B shows it as the run's config.
 
+    Where W&B does not start for another reason than the settings, a warning is given; an online run is then
+    tracked offline, and an offline one by the CSV file alone.
+
     Raises:
-        ConfigError: if W&B refuses the names, or cannot be reached.
+        ConfigError: if W&B refuses the names or the API key.
         CheckpointError: if the folder cannot be written to.
     """
     mode = wandb_mode(config)
@@ -45,23 +103,37 @@ def build_loggers(
         loggers: list[Logger] = [MetricsFile(folder)]
     if mode == "disabled":
         return loggers
-    started = _start(config, mode, folder, experiment, run, settings)
-    return [*loggers, WandbLogger(run, save_dir=folder, project=config.project, experiment=started)]
+    modes: list[Mode] = ["online", "offline"] if mode == "online" else ["offline"]
+    for mode in modes:
+        try:
+            started = _start(config, mode, folder, experiment, run, settings)
+        except (UsageError, AuthenticationError) as error:
+            raise ConfigError(
+                f"tracking: W&B refuses to start ({_words(error)}). Change the names under tracking, log in "
+                "again, or use tracking.wandb=offline and `wandb sync` later."
+            ) from error
+        except Exception as error:  # W&B's service has exceptions that are no WandbError
+            then = "tracked offline" if mode != modes[-1] else f"tracked by {NAME} alone"
+            warnings.warn(f"tracking: W&B does not start ({_words(error)}); the run is {then}.", stacklevel=2)
+        else:
+            own = TolerantWandbLogger(run, save_dir=folder, project=config.project, experiment=started)
+            return [*loggers, own]
+    return loggers
 
 
 @rank_zero_only
 def close_loggers(loggers: Iterable[Logger], failed: bool = False) -> None:
-    """Ends the W&B run, if there is one.
-
-    Offline, W&B may still write its last rows when this returns; the process does not exit before it is done.
+    """Ends the W&B run, if there is one, and waits until W&B's file is whole.
 
     Args:
         loggers: what `build_loggers` made.
         failed: whether the run shall count as failed.
     """
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish(exit_code=int(failed))
+        if isinstance(logger, TolerantWandbLogger):
+            logger.attempt(_finish, logger.experiment, failed)
+        elif isinstance(logger, MetricsFile):
+            logger.close()
 
 
 def run_id(config: TrackingConfig, experiment: str, run: str) -> str:
@@ -75,27 +147,47 @@ def _start(
     config: TrackingConfig, mode: Mode, folder: Path, experiment: str, run: str, settings: dict[str, Any]
 ) -> wandb.Run:
     # Lightning would start W&B with an obsolete argument, about which W&B complains on the terminal.
-    try:
-        started = wandb.init(
-            dir=folder,
-            mode=mode,
-            project=config.project,
-            entity=config.entity,
-            group=config.group or experiment,
-            name=run,
-            id=run_id(config, experiment, run),
-            tags=config.tags,
-            config=settings,
-            # Offline there is no server to resume on; `replay` does it.
-            resume="allow" if mode == "online" else None,
-            # create_new: a run that the user's own script has open is neither joined nor ended.
-            settings=wandb.Settings(silent=True, console="off", reinit="create_new"),
-        )
-    except Exception as error:  # W&B's service has exceptions that are no WandbError
-        raise ConfigError(
-            f"tracking: W&B does not start ({error}). Mend the names under tracking, or use "
-            "tracking.wandb=offline and `wandb sync` later."
-        ) from error
+    started = wandb.init(
+        dir=folder,
+        mode=mode,
+        project=config.project,
+        entity=config.entity,
+        group=config.group or experiment,
+        name=run,
+        id=run_id(config, experiment, run),
+        tags=config.tags,
+        config=settings,
+        # Offline there is no server to resume on; `replay` does it.
+        resume="allow" if mode == "online" else None,
+        # create_new: a run that the user's own script has open is neither joined nor ended.
+        settings=wandb.Settings(
+            silent=True, console="off", reinit="create_new", finish_timeout=FINISH_SECONDS
+        ),
+    )
     started.define_metric(STEP)
     started.define_metric("*", step_metric=STEP, step_sync=True)
     return started
+
+
+def _finish(run: wandb.Run, failed: bool) -> None:
+    """Ends W&B's run, and waits for its service: that writes the last rows after `finish` has returned."""
+    path = Path(run.settings.sync_file).resolve()
+    run.finish(exit_code=int(failed))
+    deadline = time.monotonic() + FINISH_SECONDS
+    while _is_open(path) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def _is_open(path: Path) -> bool:
+    """Whether a process that this one has started has the file open."""
+    for child in psutil.Process().children(recursive=True):
+        try:
+            if any(file.path == str(path) for file in child.open_files()):
+                return True
+        except psutil.Error:  # it has just ended, or belongs to another user
+            continue
+    return False
+
+
+def _words(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,11 +1,17 @@
-"""`metrics.csv`: every logged row of a run, readable at any moment of it."""
+"""`metrics.csv`: every logged row of a run, readable at any moment of it.
+
+Own code because Lightning's CSVLogger loses rows when a column is added or the process is killed.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
+import os
+import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +45,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         return [{name: _number(value) for name, value in row.items() if value} for row in rows]
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error}). Mend it, or delete it to go on without the rows so far."
+            f"{path}: cannot be read ({error}). Correct it, or delete it to go on without the rows so far."
         ) from error
 
 
@@ -49,6 +55,8 @@ class MetricsFile(Logger):
     Lightning's CSVLogger empties the file whenever a new column appears, and a process killed then has lost
     all of its rows. Here a new column makes a new file that takes the old one's place when it is whole; any
     other row is one write at the end. An earlier file in the folder stays until the first row.
+
+    Rows that the disk has no room for are kept in memory and written when it has.
     """
 
     name = ""
@@ -58,6 +66,9 @@ class MetricsFile(Logger):
         super().__init__()
         self.folder = folder
         self._columns: list[str] = []
+        self._waiting: list[dict[str, Any]] = []
+        self._size = 0
+        self._failed = False
 
     @property
     def save_dir(self) -> str:
@@ -66,21 +77,47 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Writes one row; it is in the file when this returns."""
-        row = {"step": step, **metrics}
-        if not row.keys() <= set(self._columns):
-            earlier = read_metrics(self.folder) if self._columns else []
-            self.write([*earlier, row])
+        """Writes one row; it is in the file when this returns, unless the disk refuses it."""
+        self._waiting.append({"step": step, **metrics})
+        self.close()
+
+    @rank_zero_only
+    def close(self) -> None:
+        """Writes the rows that are not in the file yet."""
+        if not self._waiting:
             return
-        with (self.folder / NAME).open("a", encoding="utf-8", newline="") as file:
-            file.write(_lines([row], self._columns))
+        path = self.folder / NAME
+        try:
+            if {name for row in self._waiting for name in row} <= set(self._columns):
+                with path.open("a", encoding="utf-8", newline="") as file:
+                    file.write(_lines(self._waiting, self._columns))
+                self._size = path.stat().st_size
+            else:
+                earlier = read_metrics(self.folder) if self._columns else []
+                self.write([*earlier, *self._waiting])
+            self._waiting = []
+        except (OSError, CheckpointError) as error:
+            with suppress(OSError):  # half a row would spoil the next one
+                if path.stat().st_size > self._size > 0:
+                    os.truncate(path, self._size)
+            if not self._failed:
+                warnings.warn(
+                    f"{path}: no row can be written ({error}). Training goes on and tries again with each row.",
+                    stacklevel=2,
+                )
+            self._failed = True
 
     @rank_zero_only
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """Puts these rows in the place of all that the file holds."""
-        self._columns = list(dict.fromkeys(["step", *(name for row in rows for name in row)]))
-        header = dict(zip(self._columns, self._columns, strict=True))
-        write_text(self.folder / NAME, _lines([header, *rows], self._columns))
+        """Puts these rows in the place of all that the file holds.
+
+        Raises:
+            CheckpointError: if the disk refuses them.
+        """
+        columns = list(dict.fromkeys(["step", *(name for row in rows for name in row)]))
+        header = dict(zip(columns, columns, strict=True))
+        write_text(self.folder / NAME, _lines([header, *rows], columns))
+        self._columns, self._size = columns, (self.folder / NAME).stat().st_size
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *arguments: Any, **options: Any) -> None:
         """Writes nothing: the run's folder holds its config."""
