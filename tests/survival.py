@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +35,7 @@ import pandas as pd
 import torch
 import wandb
 from safetensors.torch import load_file
+from wandb.sdk.data_types._private import MEDIA_TMP
 
 import lora_lab.experiment
 import lora_lab.report.tables  # noqa: F401
@@ -46,7 +48,7 @@ model: {name: "random:mlp", task: regression}
 data: {source: toy, size: 120, batch_size: 4}
 adapter: {method: lora, rank: 2, dropout: 0.1, targets: [layer1, layer2], modules_to_save: [layer3]}
 trainer: {max_epochs: 2, validate_every: 0.5, log_every: 1, checkpoint_every: 7, progress_bar: false}
-tracking: {wandb: offline}
+tracking: {wandb: auto}
 """
 VOLATILE = ("speed/", "memory/", "_runtime", "_timestamp", "_step", "_wandb", "epoch_seconds")
 """Names of what measures the machine and not the run."""
@@ -109,11 +111,13 @@ class Trials:
         file = os.open(output, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
+        os.makedirs(MEDIA_TMP.name, exist_ok=True)  # the parent's, which an earlier child has cleaned up
         code = 1
         try:
             code = main(["train", str(self.folder / "x.yaml"), f"output={self.folder}", f"run={run}"])
         finally:
-            wandb.teardown()  # as at the end of any process; other exit functions are the parent's
+            with suppress(Exception):
+                wandb.teardown()  # as at the end of any process; other exit functions are the parent's
             sys.stdout.flush()
             os._exit(code)
 

@@ -103,17 +103,19 @@ def build_loggers(
         loggers: list[Logger] = [MetricsFile(folder)]
     if mode == "disabled":
         return loggers
-    modes: list[Mode] = ["online", "offline"] if mode == "online" else ["offline"]
-    for mode in modes:
+    own_id = run_id(config, experiment, run)
+    # W&B's service keeps the id of a run that it could not start.
+    attempts = [(mode, own_id)] if mode == "offline" else [(mode, own_id), ("offline", f"{own_id}-offline")]
+    for mode, name in attempts:
         try:
-            started = _start(config, mode, folder, experiment, run, settings)
+            started = _start(config, mode, folder, experiment, run, name, settings)
         except (UsageError, AuthenticationError) as error:
             raise ConfigError(
                 f"tracking: W&B refuses to start ({_words(error)}). Change the names under tracking, log in "
                 "again, or use tracking.wandb=offline and `wandb sync` later."
             ) from error
         except Exception as error:  # W&B's service has exceptions that are no WandbError
-            then = "tracked offline" if mode != modes[-1] else f"tracked by {NAME} alone"
+            then = "tracked offline" if mode == "online" else f"tracked by {NAME} alone"
             warnings.warn(f"tracking: W&B does not start ({_words(error)}); the run is {then}.", stacklevel=2)
         else:
             own = TolerantWandbLogger(run, save_dir=folder, project=config.project, experiment=started)
@@ -144,7 +146,13 @@ def run_id(config: TrackingConfig, experiment: str, run: str) -> str:
 
 @rank_zero_only
 def _start(
-    config: TrackingConfig, mode: Mode, folder: Path, experiment: str, run: str, settings: dict[str, Any]
+    config: TrackingConfig,
+    mode: Mode,
+    folder: Path,
+    experiment: str,
+    run: str,
+    name: str,
+    settings: dict[str, Any],
 ) -> wandb.Run:
     # Lightning would start W&B with an obsolete argument, about which W&B complains on the terminal.
     started = wandb.init(
@@ -154,7 +162,7 @@ def _start(
         entity=config.entity,
         group=config.group or experiment,
         name=run,
-        id=run_id(config, experiment, run),
+        id=name,
         tags=config.tags,
         config=settings,
         # Offline there is no server to resume on; `replay` does it.

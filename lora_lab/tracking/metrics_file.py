@@ -102,7 +102,7 @@ class MetricsFile(Logger):
                     os.truncate(path, self._size)
             if not self._failed:
                 warnings.warn(
-                    f"{path}: no row can be written ({error}). Training goes on and tries again with each row.",
+                    f"{path}: no row can be written ({error}). Training goes on, and each row tries again.",
                     stacklevel=2,
                 )
             self._failed = True
