@@ -271,7 +271,7 @@ def history(folder: Path) -> list[dict]:
     ]
 
 
-def survive(folder: Path, kills: int, seed: int = 0) -> Trials:
+def survive(folder: Path, kills: int, seed: int = 0, report: Path | None = None) -> Trials:
     """Kills runs so many times and returns what was seen."""
     trials = Trials(folder, random.Random(seed))
     (folder / "x.yaml").write_text(CONFIG)
@@ -288,14 +288,15 @@ def survive(folder: Path, kills: int, seed: int = 0) -> Trials:
         else:
             done += trials.kill_until_finished(run, kind == "end", min(left, trials.draw.randint(1, 4)))
         number += 1
-        print(f"{done} kills, {number} runs, {len(trials.faults)} faults", file=sys.stderr, flush=True)
-    trials.seen["kills"], trials.seen["runs"] = done, number
+        trials.seen["kills"], trials.seen["runs"], trials.seen["faults"] = done, number, len(trials.faults)
+        if report is not None:
+            report.write_text(json.dumps(dict(sorted(trials.seen.items())), indent=1) + "\n")
     return trials
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
-        trials = survive(Path(place), int(sys.argv[1]), int(sys.argv[3]) if len(sys.argv) > 3 else 0)
+        seed = int(sys.argv[3]) if len(sys.argv) > 3 else 0
+        trials = survive(Path(place), int(sys.argv[1]), seed, Path(sys.argv[2]))
     print("\n\n".join(trials.faults))
-    Path(sys.argv[2]).write_text(json.dumps(dict(sorted(trials.seen.items())), indent=1) + "\n")
     sys.exit(bool(trials.faults))

@@ -105,17 +105,19 @@ def build_loggers(
         return loggers
     own_id = run_id(config, experiment, run)
     # W&B's service keeps the id of a run that it could not start.
-    attempts = [(mode, own_id)] if mode == "offline" else [(mode, own_id), ("offline", f"{own_id}-offline")]
-    for mode, name in attempts:
+    attempts: list[tuple[Mode, str]] = [(mode, own_id)]
+    if mode == "online":
+        attempts.append(("offline", f"{own_id}-offline"))
+    for tried, name in attempts:
         try:
-            started = _start(config, mode, folder, experiment, run, name, settings)
+            started = _start(config, tried, folder, experiment, run, name, settings)
         except (UsageError, AuthenticationError) as error:
             raise ConfigError(
                 f"tracking: W&B refuses to start ({_words(error)}). Change the names under tracking, log in "
                 "again, or use tracking.wandb=offline and `wandb sync` later."
             ) from error
         except Exception as error:  # W&B's service has exceptions that are no WandbError
-            then = "tracked offline" if mode == "online" else f"tracked by {NAME} alone"
+            then = "tracked offline" if tried == "online" else f"tracked by {NAME} alone"
             warnings.warn(f"tracking: W&B does not start ({_words(error)}); the run is {then}.", stacklevel=2)
         else:
             own = TolerantWandbLogger(run, save_dir=folder, project=config.project, experiment=started)
