@@ -32,6 +32,7 @@ ORDER = [
     "experiment",
     "report",
     "bench",
+    "testing",
     "cli",
 ]
 """A part may import from parts above it and from itself."""

@@ -11,11 +11,20 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lora_lab.adapters import inject
-from lora_lab.adapters.methods.adalora import AdaLoRASpec
+from lora_lab.adapters.methods.adalora import AdaLoRA, AdaLoRASpec
 from lora_lab.adapters.storage import CONFIG, OWN, TENSORS, load_adapter, save_adapter
 from lora_lab.errors import CheckpointError, ConfigError
 from lora_lab.linalg.orthogonal import row_overlaps
+from lora_lab.testing import Variant, contract
 from tests.adapters.tiny import linear, logits, reached, relative, shake, tiny_bert, tokens
+
+test_contract = contract(
+    AdaLoRA,
+    Variant("", {"rank": 6}, trained=6 * (24 + 16 + 1)),
+    Variant("squared", {"rank": 6, "orth_reg_squared": True}),
+    Variant("unpenalised", {"rank": 6, "orth_reg_weight": 0.0}),
+)
+
 
 TOLERANCE = 1e-6  # float32, relative to the greatest number
 P = [[0.1, 0.2], [0.3, 0.4]]

@@ -9,14 +9,30 @@ from torch import nn
 
 from lora_lab import assets
 from lora_lab.adapters import inject
-from lora_lab.adapters.methods.antipasto import AntiPaSTOSpec
+from lora_lab.adapters.methods.antipasto import AntiPaSTO, AntiPaSTOSpec
 from lora_lab.adapters.protocols import Selectable, Steerable
 from lora_lab.adapters.steering import calibrate, set_coefficient
 from lora_lab.adapters.storage import load_adapter, save_adapter
 from lora_lab.errors import AssetError, CheckpointError, ConfigError, DataError, IncompatibleError
 from lora_lab.linalg import spectral
 from lora_lab.models.build import ModelConfig, build_model, build_tokenizer
+from lora_lab.testing import Variant, contract
 from tests.adapters.tiny import linear, logits, relative, shake, tiny_bert
+
+test_contract = contract(
+    AntiPaSTO,
+    Variant("", {"rank": 4}, trained=4 * 3 // 2 + 4),
+    Variant("identity", {"rank": 4, "init": "identity"}, start="exact"),
+    Variant("reversed", {"rank": 4, "coefficient": -1.5, "dim_select": "random"}),
+    Variant("output", {"rank": 4, "rotate_v": False, "rotate_u": True}),
+    Variant(
+        "both",
+        {"rank": 4, "rotate_u": True, "rotation_method": "matrix_exp", "save_basis": False},
+        trained=2 * (4 * 3 // 2) + 4,
+    ),
+    Variant("blocks", {"rank": 4, "block_size": 2, "use_delta_s": False}, trained=2 * 1),
+)
+
 
 TOLERANCE = 1e-6
 MODES = {

@@ -6,12 +6,27 @@ import torch
 from peft.tuners.boft import layer as pefts_layer
 
 from lora_lab.adapters import inject
-from lora_lab.adapters.methods.boft import BOFTSpec
+from lora_lab.adapters.methods.boft import BOFT, BOFTSpec
 from lora_lab.adapters.methods.oft import OFTSpec
 from lora_lab.adapters.storage import load_adapter, save_adapter
 from lora_lab.errors import ConfigError, IncompatibleError
 from lora_lab.linalg import orthogonal
+from lora_lab.testing import Variant, contract
 from tests.adapters.tiny import linear, relative, shake, train
+
+test_contract = contract(
+    BOFT,
+    Variant(
+        "",
+        {"boft_block_size": 2, "boft_n_butterfly_factor": 2},
+        trained=2 * 24 * 2 + 16,
+        rounded=("checkpointing",),
+    ),
+    Variant("one factor", trained=24 * 4 + 16),
+    Variant("blocks", {"boft_block_size": 0, "boft_block_num": 4, "boft_n_butterfly_factor": 3}),
+    Variant("unscaled", {"boft_n_butterfly_factor": 2, "train_scale": False}, trained=2 * 24 * 4),
+)
+
 
 TOLERANCE = 1e-6
 SHAPES = [(8, 4, 1), (16, 4, 3), (24, 4, 2), (64, 4, 5), (48, 8, 2), (64, 8, 4), (12, 2, 2), (64, 2, 6)]

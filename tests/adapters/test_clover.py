@@ -16,7 +16,28 @@ from lora_lab.adapters.storage import load_adapter, save_adapter
 from lora_lab.errors import ConfigError, IncompatibleError, TargetError
 from lora_lab.models.build import ModelConfig, build_model
 from lora_lab.models.tiny import TINY
+from lora_lab.testing import Variant, contract
 from tests.adapters.tiny import linear, logits, relative, shake, tiny_bert, tiny_llama, tokens
+
+test_contract = contract(
+    CLOVER,
+    Variant(
+        "",
+        {"block_size": 8},
+        trained=2 * 8 * 8,
+        on={
+            "gpt2": {"targets": ["up", "down"]},
+            "plain": {"targets": ["first", "second"], "block_size": 4},
+            "opt": {},
+            "llama biased": {},
+        },
+    ),
+    Variant("rank", {"block_size": 8, "rank": 3}, trained=2 * 3 * 3),
+    Variant("alone", {"block_size": 8, "targets": ["query", "key", "down"]}),
+    Variant("rebased", {"block_size": 8, "form": "rebased"}, start="rounded"),
+    Variant("rebased rank", {"block_size": 8, "form": "rebased", "rank": 3}, start="rounded"),
+)
+
 
 PAIRS = ["query", "key", "value", "attention_output"]
 VO = ["value", "attention_output"]

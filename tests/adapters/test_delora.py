@@ -11,11 +11,20 @@ import torch
 from torch import nn
 
 from lora_lab.adapters import inject
-from lora_lab.adapters.methods.delora import DeLoRASpec
+from lora_lab.adapters.methods.delora import DeLoRA, DeLoRASpec
 from lora_lab.adapters.storage import load_adapter, save_adapter
 from lora_lab.callbacks.saved_tensors import SavedTensors
 from lora_lab.errors import ConfigError, TargetError
+from lora_lab.testing import Variant, contract
 from tests.adapters.tiny import linear, logits, reached, relative, shake, tiny_llama, train
+
+test_contract = contract(
+    DeLoRA,
+    Variant("", {"rank": 4}, trained=4 * (24 + 16) + 1),
+    Variant("current", {"rank": 4, "residual_lambda": "current"}),
+    Variant("zero_b", {"rank": 4, "init": "zero_b"}),
+)
+
 
 TOLERANCE = 1e-6  # float32, relative to the greatest output
 pytestmark = pytest.mark.filterwarnings("ignore:delora with init. zero_b")

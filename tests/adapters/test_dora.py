@@ -9,10 +9,19 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_lab.adapters import inject
-from lora_lab.adapters.methods.dora import DoRASpec
+from lora_lab.adapters.methods.dora import DoRA, DoRASpec
 from lora_lab.adapters.storage import load_adapter, save_adapter
 from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError, TargetError
+from lora_lab.testing import Variant, contract
 from tests.adapters.tiny import linear, reached, relative, shake, tiny_bert, train
+
+test_contract = contract(
+    DoRA,
+    Variant("", {"rank": 4}, trained=4 * (24 + 16) + 16),
+    Variant("in", {"rank": 4, "dora_axis": "in"}, trained=4 * (24 + 16) + 24),
+    Variant("attached", {"rank": 4, "detach_norm": False}),
+)
+
 
 TOLERANCE = 1e-6  # float32, relative to the greatest output
 AXES = pytest.mark.parametrize("axis", ["out", "in"])

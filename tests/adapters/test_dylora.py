@@ -10,13 +10,22 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_lab.adapters import inject
-from lora_lab.adapters.methods.dylora import DyLoRASpec
+from lora_lab.adapters.methods.dylora import DyLoRA, DyLoRASpec
 from lora_lab.adapters.methods.lora import LoRASpec
 from lora_lab.adapters.protocols import NestedRank
 from lora_lab.adapters.storage import CONFIG, OWN, TENSORS, load_adapter, save_adapter
 from lora_lab.errors import CheckpointError, ConfigError
+from lora_lab.testing import Variant, contract
 from lora_lab.training.optimization import keep_frozen_parts
 from tests.adapters.tiny import linear, logits, relative, shake, tiny_bert
+
+test_contract = contract(
+    DyLoRA,
+    Variant("", {"rank": 4}, trained=4 * (24 + 16)),
+    Variant("frozen", {"rank": 4, "frozen": True, "rslora": True}),
+    Variant("separate", {"rank": 4, "separate_ranks": [1, 3, 4]}, trained=(1 + 3 + 4) * (24 + 16)),
+)
+
 
 TOLERANCE = 1e-6  # float32, relative to the greatest output
 RANKS = range(1, 5)

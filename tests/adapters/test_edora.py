@@ -1,6 +1,7 @@
 """EDoRA: the formula, its norms, the core on the smallest values, start and gradients, refusals."""
 
 import logging
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -9,9 +10,19 @@ from torch import nn
 
 from lora_lab.adapters import inject
 from lora_lab.adapters.methods.dora import DoRASpec
-from lora_lab.adapters.methods.edora import EDoRASpec
+from lora_lab.adapters.methods.edora import EDoRA, EDoRASpec
 from lora_lab.errors import ConfigError, IncompatibleError
+from lora_lab.testing import Variant, contract
 from tests.adapters.tiny import linear, reached, relative, shake
+
+test_contract = contract(
+    EDoRA,
+    Variant("", {"rank": 4}, trained=4 * 4 + 16),
+    Variant("exact", {"rank": 4, "init_sigma": 0.0}, start="exact"),
+    Variant("tail", {"rank": 4, "subspace": "tail", "fold_sigma": False}),
+    Variant("core", asdict(EDoRASpec.tail_core(4)), start="exact", trained=4 * 4),
+)
+
 
 TOLERANCE = 2e-6  # float32, relative to the greatest output
 CORE = {"alpha": 4.0, "init_sigma": 0.0, "use_magnitude": False, "subspace": "tail", "fold_sigma": False}

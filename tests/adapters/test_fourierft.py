@@ -14,7 +14,17 @@ from lora_lab.adapters.methods.fourierft import FourierFT, FourierFTSpec
 from lora_lab.adapters.storage import load_adapter, save_adapter
 from lora_lab.errors import ConfigError, IncompatibleError, TargetError
 from lora_lab.linalg.fourier import first_of_permutation
+from lora_lab.testing import Variant, contract
 from tests.adapters.tiny import linear, reached, relative, shake, tiny_llama
+
+test_contract = contract(
+    FourierFT,
+    Variant("", {"n_frequency": 40, "scaling": 10.0}, trained=40),
+    Variant("zeros", {"n_frequency": 40, "init": "zeros"}, start="exact"),
+    Variant("fft", {"n_frequency": 40, "scaling": 10.0, "mode": "fft"}),
+    Variant("zeros fft", {"n_frequency": 40, "init": "zeros", "mode": "fft"}, start="exact"),
+)
+
 
 TOLERANCE = 1e-6  # float32, relative to the greatest output
 SIZES = pytest.mark.parametrize("sizes", [(16, 24), (7, 5), (6, 9), (5, 8), (1, 6), (6, 1), (2, 2), (1, 1)])

@@ -4,11 +4,20 @@ import pytest
 import torch
 
 from lora_lab.adapters import inject
-from lora_lab.adapters.methods.goft import GOFTSpec
+from lora_lab.adapters.methods.goft import GOFT, GOFTSpec
 from lora_lab.adapters.storage import load_adapter, save_adapter
 from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError
 from lora_lab.linalg.orthogonal import givens, givens_tree
+from lora_lab.testing import Variant, contract
 from tests.adapters.tiny import linear, shake, train
+
+test_contract = contract(
+    GOFT,
+    Variant(trained=24 - 1, rounded=("checkpointing",)),
+    Variant("scaled", {"scaling": True, "angle_param": "raw"}, trained=24 - 1 + 24),
+    Variant("soft", {"strict_oft": False}, trained=4 * (24 - 1)),
+)
+
 
 SOFT = {"strict_oft": False}
 OPTIONS = [{}, {"angle_param": "raw"}, {"scaling": True}, SOFT]

@@ -4,9 +4,19 @@ from peft import HRAConfig, get_peft_model
 from torch import nn
 
 from lora_lab.adapters import inject
-from lora_lab.adapters.methods.hra import HRASpec
+from lora_lab.adapters.methods.hra import HRA, HRASpec
 from lora_lab.adapters.storage import load_adapter, save_adapter
 from lora_lab.errors import ConfigError, IncompatibleError
+from lora_lab.testing import Variant, contract
+
+test_contract = contract(
+    HRA,
+    Variant("", {"rank": 4}, start="rounded", trained=24 * 4),
+    Variant("random", {"rank": 3, "identity_start": False}, start="other"),
+    Variant("GS", {"rank": 3, "apply_GS": True}, start="rounded", trained=24 * 3, rounded=("folder",)),
+    Variant("GS random", {"rank": 3, "apply_GS": True, "identity_start": False}, start="other"),
+    Variant("penalised", {"rank": 4, "reg_lambda": 0.1}, start="rounded"),
+)
 
 
 def one(width_in: int = 12, width_out: int = 5, dtype: torch.dtype = torch.float32, **options):

@@ -6,6 +6,21 @@ from lora_lab.adapters import inject
 from lora_lab.adapters.methods.ia3 import IA3, IA3Input, IA3Spec
 from lora_lab.adapters.storage import load_adapter, read_spec, save_adapter
 from lora_lab.errors import TargetError
+from lora_lab.testing import Variant, contract
+
+test_contract = contract(
+    IA3,
+    Variant(
+        trained=24,
+        on={
+            "gpt2": {"targets": ["query_key_value", "down"]},
+            "plain": {"targets": ["first", "second"], "feedforward_modules": ["second"]},
+            "int8": {},
+        },
+        linear={"feedforward_modules": ["linear"]},
+    ),
+    Variant("outputs", {"targets": ["key", "value", "down"], "feedforward_modules": []}, trained=16),
+)
 
 
 def one(feedforward: bool, width_in: int = 3, width_out: int = 3):

@@ -5,8 +5,18 @@ import torch
 from torch import nn
 
 from lora_lab.adapters import METHODS, inject
-from lora_lab.adapters.methods.loha import LoHaSpec
+from lora_lab.adapters.methods.loha import LoHa, LoHaSpec
+from lora_lab.testing import Variant, contract
 from tests.adapters.tiny import linear, relative, shake
+
+test_contract = contract(
+    LoHa,
+    Variant("", {"rank": 4, "alpha": 6.0}, trained=2 * 4 * (24 + 16)),
+    Variant("factored", {"rank": 1}),
+    Variant("lycoris", {"rank": 4, "init": "lycoris"}),
+    Variant("random", {"rank": 4, "init": "random"}, start="other"),
+)
+
 
 EXACT = 1e-12  # float64
 

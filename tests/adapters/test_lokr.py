@@ -8,9 +8,20 @@ from peft.tuners.lokr.layer import factorization as pefts_factorization
 from torch import nn
 
 from lora_lab.adapters import inject
-from lora_lab.adapters.methods.lokr import LoKrSpec, factorization
+from lora_lab.adapters.methods.lokr import LoKr, LoKrSpec, factorization
 from lora_lab.errors import ConfigError
+from lora_lab.testing import Variant, contract
 from tests.adapters.tiny import linear, relative, shake
+
+test_contract = contract(
+    LoKr,
+    Variant("", {"rank": 1, "alpha": 2.0}, trained=4 * 4 + 1 * (4 + 6)),
+    Variant("both", {"rank": 1, "decompose_both": True}, trained=1 * (4 + 4) + 1 * (4 + 6)),
+    Variant("whole", {"rank": 64, "decompose_factor": 3}, trained=2 * 3 + 8 * 8),
+    Variant("lycoris", {"rank": 1, "init": "lycoris"}),
+    Variant("random", {"rank": 1, "init": "random"}, start="other"),
+)
+
 
 EXACT = 1e-12  # float64
 

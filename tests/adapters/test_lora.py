@@ -7,10 +7,23 @@ import torch
 from torch import nn
 
 from lora_lab.adapters import inject
-from lora_lab.adapters.methods.lora import LoRASpec
+from lora_lab.adapters.methods.lora import LoRA, LoRASpec
 from lora_lab.adapters.methods.pissa import PiSSASpec
 from lora_lab.errors import ConfigError, IncompatibleError, TargetError
+from lora_lab.testing import Variant, contract
 from tests.adapters.tiny import linear, logits, reached, relative, shake, tiny_bert, tiny_llama, tokens, train
+
+test_contract = contract(
+    LoRA,
+    Variant("", {"rank": 4, "alpha": 8.0}, trained=4 * (24 + 16), on={"int8": {}}),
+    Variant("rslora", {"rank": 4, "rslora": True}),
+    Variant("bias", {"rank": 4, "lora_bias": True}, trained=4 * (24 + 16) + 16),
+    Variant("gaussian", {"rank": 4, "init": "gaussian"}),
+    Variant("olora", {"rank": 4, "init": "olora"}),
+    Variant("orthogonal", {"rank": 4, "init": "orthogonal"}, start="rounded"),
+    Variant("random", {"rank": 4, "init": "random"}, start="other"),
+)
+
 
 TOLERANCE = 1e-6  # float32, relative to the greatest output
 EXACT = 1e-12  # float64
@@ -336,3 +349,13 @@ def test_half_precision_base_has_float32_adapters_and_its_own_output_type():
     lora, _ = adapt(model, rank=4)
     assert lora.A.dtype == torch.float32
     assert model(torch.randn(5, 24, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_gradients_at_the_start_of_an_embedding(make_model, make_batch):
+    model = make_model("bert")
+    spec = LoRASpec(rank=4, targets=["word_embeddings"], modules_to_save=[])
+    adapters = inject(model, spec)
+    model(**make_batch("bert")).logits.square().sum().backward()
+    unreached = {name for name, p in adapters.named_parameters().items() if not p.grad.any()}
+    assert unreached == adapters.without_gradient_at_start()
+    assert {name.rpartition(".")[2] for name in unreached} == {"B"}

@@ -9,10 +9,20 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_lab.adapters import inject
 from lora_lab.adapters.methods.lora import LoRASpec
-from lora_lab.adapters.methods.lora_drop import LoRADropSpec
+from lora_lab.adapters.methods.lora_drop import LoRADrop, LoRADropSpec
 from lora_lab.adapters.storage import load_adapter, save_adapter
 from lora_lab.errors import ConfigError
+from lora_lab.testing import Variant, contract
 from tests.adapters.tiny import linear, logits, relative, shake, tiny_bert, tokens
+
+test_contract = contract(
+    LoRADrop,
+    Variant("", {"rank": 4}, trained=4 * (24 + 16)),
+    Variant("samples", {"rank": 4, "drop_granularity": "sample"}),
+    Variant("batches", {"rank": 4, "drop_granularity": "batch"}),
+    Variant("modules", {"rank": 4, "drop_unit": "module", "drop_rescale": False}),
+)
+
 
 TOLERANCE = 1e-6  # float32, relative to the greatest output
 UNITS = pytest.mark.parametrize("unit", ["rank", "module"])

@@ -10,14 +10,21 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lora_lab.adapters import inject
-from lora_lab.adapters.methods.lora_prune import LoRAPruneSpec
+from lora_lab.adapters.methods.lora_prune import LoRAPrune, LoRAPruneSpec
 from lora_lab.adapters.protocols import Prunable
 from lora_lab.adapters.storage import CONFIG, OWN, TENSORS, load_adapter, save_adapter
 from lora_lab.callbacks.adapter_rows import sparsity
 from lora_lab.errors import CheckpointError, ConfigError
 from lora_lab.linalg.pruning import alive, l1_importance
+from lora_lab.testing import Variant, contract
 from lora_lab.training.optimization import keep_frozen_parts
 from tests.adapters.tiny import linear, logits, relative, shake, tiny_bert, train
+
+test_contract = contract(
+    LoRAPrune,
+    Variant("", {"rank": 4}, trained=4 * (24 + 16)),
+)
+
 
 TOLERANCE = 1e-6  # float32, relative to the greatest output
 KEEP = torch.tensor([True, False, True, False])

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_lab.adapters import METHODS, inject, lycoris
+from lora_lab.adapters import METHODS, inject
+from lora_lab.adapters.families import lycoris
 from lora_lab.adapters.maps import project
 from lora_lab.adapters.storage import load_adapter, save_adapter
 from lora_lab.errors import ConfigError

@@ -8,11 +8,23 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_lab.adapters import inject
-from lora_lab.adapters.methods.oft import OFTSpec
+from lora_lab.adapters.methods.oft import OFT, OFTSpec
 from lora_lab.adapters.storage import load_adapter, save_adapter
 from lora_lab.callbacks.saved_tensors import SavedTensors
 from lora_lab.errors import ConfigError, IncompatibleError
+from lora_lab.testing import Variant, contract
 from tests.adapters.tiny import linear, relative, shake, train
+
+test_contract = contract(
+    OFT,
+    Variant("", {"oft_block_size": 4}, trained=24 * 3 // 2, rounded=("checkpointing",)),
+    Variant("exact", {"oft_block_size": 4, "use_cayley_neumann": False}),
+    Variant("terms", {"oft_block_size": 4, "num_cayley_neumann_terms": 6}),
+    Variant("shared", {"oft_block_size": 8, "block_share": True}, trained=8 * 7 // 2, dropout=False),
+    Variant("adjusted", {"oft_block_size": 5, "auto_adjust": True}, trained=24 * 3 // 2),
+    Variant("coft", {"oft_block_size": 4, "coft": True, "eps": 0.3}),
+)
+
 
 TOLERANCE = 1e-6
 EXACT = {"use_cayley_neumann": False}

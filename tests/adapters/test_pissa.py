@@ -7,10 +7,19 @@ import torch
 from torch import nn
 
 from lora_lab.adapters import inject
-from lora_lab.adapters.methods.pissa import PiSSASpec
+from lora_lab.adapters.methods.pissa import PiSSA, PiSSASpec
 from lora_lab.adapters.storage import load_adapter, save_adapter
 from lora_lab.errors import ConfigError, IncompatibleError
+from lora_lab.testing import Variant, contract
 from tests.adapters.tiny import linear, logits, reached, relative, shake, tiny_bert, train
+
+test_contract = contract(
+    PiSSA,
+    Variant("", {"rank": 4, "alpha": 4.0}, trained=4 * (24 + 16)),
+    Variant("residual", {"rank": 4, "alpha": 4.0, "mode": "residual"}, start="rounded", dropout=False),
+    Variant("niter", {"rank": 4, "alpha": 4.0, "niter": 4}),
+)
+
 
 TOLERANCE = 2e-6  # float32, relative to the greatest number; a start from an SVD is not bitwise the base
 MODES = pytest.mark.parametrize("mode", ["subtract", "residual"])

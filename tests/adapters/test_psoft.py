@@ -9,11 +9,26 @@ from torch import nn
 
 from lora_lab.adapters import inject
 from lora_lab.adapters.methods import psoft
-from lora_lab.adapters.methods.psoft import PSOFTSpec
+from lora_lab.adapters.methods.psoft import PSOFT, PSOFTSpec
 from lora_lab.adapters.storage import load_adapter, save_adapter
 from lora_lab.callbacks.saved_tensors import SavedTensors
 from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError
+from lora_lab.testing import Variant, contract
 from tests.adapters.tiny import linear, relative, shake
+
+test_contract = contract(
+    PSOFT,
+    Variant("", {"rank": 4}, trained=4 * 3 // 2 + 2 * 4),
+    Variant("pissa", {"rank": 4, "ab_svd_init": "pissa_init", "psoft_mag_b": False}, trained=4 * 3 // 2 + 4),
+    Variant("free", {"rank": 4, "psoft_orth": False}, trained=4 * 4 + 2 * 4),
+    Variant(
+        "neumann",
+        {"rank": 4, "use_cayley_neumann": True, "num_cayley_neumann_terms": 6, "cayley_neumann_eps": 0.1},
+    ),
+    Variant("niter", {"rank": 4, "niter": 3, "save_basis": False}),
+    Variant("random", {"rank": 4, "init": "random"}),
+)
+
 
 TOLERANCE = 1e-6
 PLAIN = {"psoft_mag_a": False, "psoft_mag_b": False}

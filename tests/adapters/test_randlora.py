@@ -11,10 +11,19 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lora_lab.adapters import inject
-from lora_lab.adapters.methods.randlora import RandLoRASpec
+from lora_lab.adapters.methods.randlora import RandLoRA, RandLoRASpec
 from lora_lab.adapters.storage import load_adapter, save_adapter
 from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError
+from lora_lab.testing import Variant, contract
 from tests.adapters.tiny import linear, logits, relative, shake, tiny_llama
+
+test_contract = contract(
+    RandLoRA,
+    Variant("", {"rank": 5}, trained=5 * 4 + 4 * 16),
+    Variant("sparse", {"rank": 5, "alpha": 10.0, "sparse": True}),
+    Variant("very sparse", {"rank": 5, "very_sparse": True}),
+)
+
 
 TOLERANCE = 1e-6  # float32, relative to the greatest output
 TARGETS = ["query", "value", "down"]

@@ -8,9 +8,65 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_lab.adapters import inject
 from lora_lab.adapters.families.positions import cached_tokens, prompt_slots
-from lora_lab.adapters.methods.reft import Edit, ReFTSpec
+from lora_lab.adapters.methods.reft import Edit, ReFT, ReFTSpec
 from lora_lab.adapters.storage import load_adapter, save_adapter
 from lora_lab.errors import ConfigError, IncompatibleError
+from lora_lab.testing import Variant, contract
+
+test_contract = contract(
+    ReFT,
+    Variant(
+        "",
+        {"rank": 4},
+        on={
+            "bert": {"layers": [0]},
+            "t5": {"positions": "all"},
+            "plain": {"targets": ["block"]},
+            "nf4": {"layers": [0]},
+        },
+        rounded=("folder",),
+    ),
+    Variant("all", {"rank": 4, "positions": "all"}, on={"bert": {"layers": [0]}}, rounded=("folder",)),
+    Variant(
+        "shared",
+        {"rank": 4, "positions": "f2+l2", "share_weights": True},
+        on={"bert": {"layers": [0]}},
+        rounded=("folder",),
+    ),
+    Variant(
+        "noreft",
+        {"rank": 4, "intervention": "noreft", "add_bias": True},
+        on={"bert": {"layers": [0]}},
+        rounded=("folder",),
+    ),
+    Variant(
+        "direft",
+        {"rank": 4, "intervention": "direft", "act_fn": "silu"},
+        on={"bert": {"layers": [0]}},
+        rounded=("folder",),
+    ),
+    Variant(
+        "nodireft",
+        {"rank": 4, "intervention": "nodireft", "init": "identity"},
+        start="exact",
+        on={"bert": {"layers": [0]}},
+        rounded=("folder",),
+    ),
+    Variant(
+        "consreft", {"rank": 4, "intervention": "consreft"}, on={"bert": {"layers": [0]}}, rounded=("folder",)
+    ),
+    Variant(
+        "lobireft", {"rank": 4, "intervention": "lobireft"}, on={"bert": {"layers": [0]}}, rounded=("folder",)
+    ),
+    Variant(
+        "identity",
+        {"rank": 4, "init": "identity"},
+        start="rounded",
+        on={"bert": {"layers": [0]}},
+        rounded=("folder",),
+    ),
+)
+
 
 FAMILY = ("loreft", "noreft", "direft", "nodireft", "consreft", "lobireft")
 ROUNDING = {"atol": 1e-5, "rtol": 1e-5}

@@ -8,10 +8,20 @@ import torch
 from torch import nn
 
 from lora_lab.adapters import inject
-from lora_lab.adapters.methods.road import RoAdSpec
+from lora_lab.adapters.methods.road import RoAd, RoAdSpec
 from lora_lab.adapters.storage import load_adapter, save_adapter
 from lora_lab.errors import ConfigError, IncompatibleError
+from lora_lab.testing import Variant, contract
 from tests.adapters.tiny import linear, reached, relative, shake
+
+test_contract = contract(
+    RoAd,
+    Variant("", {"group_size": 4}, trained=16),
+    Variant("2", {"group_size": 2, "variant": "road_2"}, trained=2 * 16),
+    Variant("4", {"group_size": 8, "variant": "road_4"}, trained=4 * 16),
+    Variant("random", {"group_size": 4, "init": "random"}, start="other"),
+)
+
 
 TOLERANCE = 1e-6  # float32, relative to the greatest output
 VARIANTS = ["road_1", "road_2", "road_4"]

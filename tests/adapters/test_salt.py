@@ -7,9 +7,19 @@ import torch
 from torch import nn
 
 from lora_lab.adapters import inject
-from lora_lab.adapters.methods.salt import SALTSpec
+from lora_lab.adapters.methods.salt import SALT, SALTSpec
 from lora_lab.errors import ConfigError, IncompatibleError
+from lora_lab.testing import Variant, contract
 from tests.adapters.tiny import linear, relative, shake
+
+test_contract = contract(
+    SALT,
+    Variant("", {"rank": 3, "r_lora": 2}, trained=2 * 3 + 2 * 2 * (16 - 3)),
+    Variant("values", {"rank": None, "ratio": 0.5, "r_lora": 0}, trained=2 * 8),
+    Variant("clamped", {"rank": 3, "r_lora": 2, "relu": "diag", "reg_multiplier": 0.1}),
+    Variant("clamped whole", {"rank": 3, "r_lora": 2, "relu": "all"}),
+)
+
 
 TOLERANCE = 1e-6  # float32, relative to the greatest number
 

@@ -7,9 +7,16 @@ import torch
 import torch.nn.functional as F
 
 from lora_lab.adapters import inject
-from lora_lab.adapters.methods.salt_edora import SaltEDoRASpec
+from lora_lab.adapters.methods.salt_edora import SaltEDoRA, SaltEDoRASpec
 from lora_lab.errors import ConfigError, IncompatibleError
+from lora_lab.testing import Variant, contract
 from tests.adapters.tiny import linear, relative, shake, tiny_bert, tiny_llama
+
+test_contract = contract(
+    SaltEDoRA,
+    Variant("", {"rank": 4}, trained=2 * 4 + 4 * 4),
+    Variant("polar", {"rank": 4, "r_tail": 3, "tail_mode": "polar"}, trained=2 * 4 + 3 * (3 + 1) // 2),
+)
 
 
 def adapt(model=None, **options):

@@ -4,9 +4,17 @@ import pytest
 import torch
 
 from lora_lab.adapters import inject
-from lora_lab.adapters.methods.ssvd import SSVDSpec
+from lora_lab.adapters.methods.ssvd import SSVD, SSVDSpec
 from lora_lab.errors import ConfigError, IncompatibleError
+from lora_lab.testing import Variant, contract
 from tests.adapters.tiny import linear, reached, relative, shake
+
+test_contract = contract(
+    SSVD,
+    Variant(trained=6 * 7 // 2),
+    Variant("first order", {"rotation": "first_order", "gate": True}, trained=6 * 7 // 2 + 1),
+    Variant("free", {"rank": 3, "rotation_ratio": None, "rotation": "free"}, trained=3 * 3 + 3),
+)
 
 
 def adapt(model=None, **options):

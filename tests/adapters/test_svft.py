@@ -8,12 +8,24 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lora_lab.adapters import inject
-from lora_lab.adapters.methods.svft import SVFTSpec
+from lora_lab.adapters.methods.svft import SVFT, SVFTSpec
 from lora_lab.adapters.protocols import RankAllocatable
 from lora_lab.adapters.storage import load_adapter, save_adapter
 from lora_lab.errors import ConfigError, IncompatibleError
 from lora_lab.linalg.spectral import fixed_signs
+from lora_lab.testing import Variant, contract
 from tests.adapters.tiny import linear, reached, relative, shake
+
+test_contract = contract(
+    SVFT,
+    Variant(trained=3 * 16 - 2),
+    Variant("plain", {"pattern": "plain", "rank": 5}, trained=5),
+    Variant("random", {"pattern": "random", "k": 9}, trained=9),
+    Variant("top_k", {"pattern": "top_k", "targets": ["query", "value"]}, linear="is not square"),
+    Variant("gate", {"gate": True, "off_diag": 3, "rank": 7}),
+    Variant("reference", {"gate": True, "init": "reference"}, start="other"),
+)
+
 
 TOLERANCE = 1e-6  # float32, relative to the greatest output
 ALL = pytest.mark.parametrize(

@@ -8,10 +8,17 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lora_lab.adapters import inject
-from lora_lab.adapters.methods.vera import VeRASpec
+from lora_lab.adapters.methods.vera import VeRA, VeRASpec
 from lora_lab.adapters.storage import load_adapter, save_adapter
 from lora_lab.errors import CheckpointError, ConfigError
+from lora_lab.testing import Variant, contract
 from tests.adapters.tiny import linear, logits, reached, relative, shake, tiny_bert, tiny_llama
+
+test_contract = contract(
+    VeRA,
+    Variant("", {"rank": 8}, trained=16 + 8),
+)
+
 
 TOLERANCE = 1e-6  # float32, relative to the greatest output
 TARGETS = ["query", "value", "down"]
