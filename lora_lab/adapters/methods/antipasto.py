@@ -141,7 +141,7 @@ class AntiPaSTO(CoreUpdate, Steerable, Selectable):
     def site_parameter_count(cls, module: Any, spec: Any) -> int:
         size = spec.block_size or spec.rank
         angles = spec.rank // size * (size * (size - 1) // 2)
-        rotations = spec.rotate_v + (spec.rotate_u and not spec.share_rotation)
+        rotations = spec.rotate_v + spec.rotate_u
         return rotations * angles + (spec.rank if spec.use_delta_s else 0)
 
     @property
