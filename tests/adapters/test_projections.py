@@ -6,9 +6,10 @@ from torch import nn
 
 from lora_lab.adapters import METHODS, inject
 from lora_lab.adapters.families.projections import scaled_linear
+from lora_lab.adapters.storage import load_adapter, save_adapter
 from lora_lab.callbacks.saved_tensors import SavedTensors
-from lora_lab.errors import IncompatibleError
-from tests.adapters.tiny import linear, relative, shake
+from lora_lab.errors import CheckpointError, IncompatibleError
+from tests.adapters.tiny import linear, logits, relative, shake, tiny_llama
 
 SHAPES = {
     "rows and columns": (((7, 1), (7, 5), (5,)), 5),
@@ -102,3 +103,33 @@ def test_projections_without_spread_are_refused():
             ),
         )
     assert isinstance(model[0], nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("vera", {"rank": 8}), ("randlora", {"rank": 4, "alpha": 4.0})]
+)
+def test_stored_projections_win_over_the_ones_drawn_here(method, options, tmp_path):
+    model = tiny_llama()
+    adapters = inject(model, METHODS[method].Spec(targets=["query", "value", "up", "down"], **options))
+    shake(adapters)
+    projections = next(iter(adapters)).projections
+    projections.A.mul_(3)
+    projections.B.copy_(torch.randn_like(projections.B))
+    save_adapter(adapters, tmp_path / "adapter")
+    fresh = tiny_llama()
+    load_adapter(fresh, tmp_path / "adapter")
+    assert torch.equal(logits(fresh), logits(model))
+
+
+@pytest.mark.parametrize("method", ["vera", "randlora"])
+def test_other_sizes_would_be_other_slices_and_are_refused(method, tmp_path):
+    def two(columns):
+        return nn.ModuleDict({"q": nn.Linear(8, 6), "v": nn.Linear(columns, 6)})
+
+    spec = METHODS[method].Spec(targets=["q", "v"], rank=4, save_projection=False)
+    adapters = inject(two(10), spec)
+    with pytest.raises(CheckpointError, match=r"sizes' of shape \(10, 6, 0\), not \(12, 6, 0\)"):
+        inject(two(12), spec).load_state_dict(adapters.state_dict())
+    save_adapter(adapters, tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=r"sizes' of shape \(10, 6, 0\), not \(12, 6, 0\)"):
+        load_adapter(two(12), tmp_path / "adapter")

@@ -4,9 +4,13 @@ import pytest
 import torch
 import yaml
 from torch import nn
+from volume_lab import Volume
 
 from lora_lab import CONTROLLERS, METHODS, compose, inject, load_adapter, save_adapter
 from lora_lab.cli import main
+from lora_lab.testing import Variant, contract
+
+test_contract = contract(Volume, Variant("", trained=1), Variant("loud", {"gain": 2.0}))
 
 TOY = """
 name: plugin
