@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lora_lab.adapters.base import Adapter
 from lora_lab.adapters.liveness import Liveness, conclude, unwatch, watch
+from lora_lab.adapters.maps import is_linear
 from lora_lab.adapters.methods import METHODS
 from lora_lab.adapters.protocols import Prunable, Shareable
 from lora_lab.adapters.sites import Site, find_sites, saved_modules, site_seed
@@ -22,6 +24,9 @@ from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError, sug
 from lora_lab.models.quantization import QuantizedLinear
 
 P = TypeVar("P")
+
+USUAL_NAMES = ("head", "heads", "fc", "output", "out", "logits", "decoder")
+"""Names under which models that are none of transformers' hold their last map."""
 
 OWNERS = "owners"
 """Name in a state of the numbers of the adapters whose tensors are used, one for each adapter."""
@@ -61,6 +66,8 @@ def inject(model: nn.Module, spec: AdapterSpec, seed: int = 0) -> AdapterSet:
     model.requires_grad_(False)
     adapter_set = AdapterSet(model, spec, adapters, heads, requires_grad, hooks)
     _warn_of_second_names(model, adapter_set._all)
+    _warn_of_frozen_head(model, spec, adapter_set._all)
+    _warn_of_experts(model, spec, adapter_set._all)
     adapter_set._place(adapter_set._all)
     watch(adapter_set, Liveness(model, adapter_set.adapters, adapter_set.saved))
     return adapter_set
@@ -108,6 +115,49 @@ def _warn_of_second_names(model: nn.Module, adapters: Mapping[str, Adapter]) -> 
                 "files hold under the first name. PEFT adapts it there alone and computes otherwise.",
                 stacklevel=3,
             )
+
+
+def _warn_of_frozen_head(model: nn.Module, spec: AdapterSpec, adapters: Mapping[str, Adapter]) -> None:
+    """Warns where a model that is none of transformers' may end in a fresh head, which would stay frozen."""
+    if hasattr(model, "config") or spec.modules_to_save is not None:
+        return
+    children = [
+        (name, child) for name, child in model.named_children() if any(True for _ in child.parameters())
+    ]
+    last = children[-1][0] if children else ""
+    for name, child in children:
+        reached = any(path == name or path.startswith(f"{name}.") for path in adapters)
+        if (name == last or name in USUAL_NAMES) and is_linear(child) and not reached:
+            warnings.warn(
+                f"{name}, a {type(child).__name__} of {child.out_features} outputs, stays frozen. If it is a "
+                f"fresh head, train it: adapter.modules_to_save: [{name}]; if not, say so with [].",
+                stacklevel=3,
+            )
+
+
+def _warn_of_experts(model: nn.Module, spec: AdapterSpec, adapters: Mapping[str, Adapter]) -> None:
+    """Warns of what targets that sound like everything leave out: experts stacked in one parameter."""
+    if not {"all", "all-linear"} & {*([spec.targets] if isinstance(spec.targets, str) else spec.targets)}:
+        return
+    stacked = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3
+        and not isinstance(module := model.get_submodule(name.rpartition(".")[0]), nn.Conv1d)
+        and not any(name.startswith(f"{path}.") for path in adapters)
+        and not isinstance(module, Adapter)
+        and min(parameter.shape) > 1
+    }
+    if stacked:
+        share = sum(p.numel() for p in stacked.values()) / sum(p.numel() for p in model.parameters())
+        # One line for the experts of all layers: "model.layers.*.mlp.experts.down_proj".
+        kinds = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in stacked)
+        warnings.warn(
+            f"adapter.targets: {spec.targets} leaves {share:.0%} of the model's weights without an adapter: "
+            f"{', '.join(kinds)} hold all experts in one parameter each, not in linear maps, and "
+            f"{spec.method} adapts modules. All else that was asked for is adapted.",
+            stacklevel=3,
+        )
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
