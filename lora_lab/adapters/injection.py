@@ -152,10 +152,13 @@ def _warn_of_experts(model: nn.Module, spec: AdapterSpec, adapters: Mapping[str,
         share = sum(p.numel() for p in stacked.values()) / sum(p.numel() for p in model.parameters())
         # One line for the experts of all layers: "model.layers.*.mlp.experts.down_proj".
         kinds = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in stacked)
+        modules = {name.rpartition(".")[0] for name in stacked}
+        ends = sorted({module.rpartition(".")[2] for module in modules})
+        able = all(METHODS[spec.method].accepts(model.get_submodule(module)) for module in modules)
+        way = f"Add {', '.join(ends)} to targets" if able else f"{spec.method} cannot adapt these; lora can"
         warnings.warn(
             f"adapter.targets: {spec.targets} leaves {share:.0%} of the model's weights without an adapter: "
-            f"{', '.join(kinds)} hold all experts in one parameter each, not in linear maps, and "
-            f"{spec.method} adapts modules. All else that was asked for is adapted.",
+            f"{', '.join(kinds)} hold all experts in one parameter each, not in linear maps. {way}.",
             stacklevel=3,
         )
 

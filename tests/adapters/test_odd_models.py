@@ -2,14 +2,25 @@
 
 import warnings
 
+import peft
 import pytest
 import torch
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM, WhisperConfig, WhisperModel
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    WhisperConfig,
+    WhisperModel,
+)
 
-from lora_lab import METHODS, inject
+from lora_lab import METHODS, inject, load_adapter, save_adapter
+from lora_lab.adapters import parameter_count
 from lora_lab.errors import IncompatibleError
-from tests.adapters.tiny import logits, relative, shake, tiny_bert, tiny_llama
+from tests.adapters.tiny import logits, relative, shake, tiny_bert, tiny_llama, tokens
 
 LoRA = METHODS["lora"].Spec
 
@@ -120,22 +131,83 @@ def test_a_head_that_stays_frozen_is_told(name):
     assert name in adapters.saved
 
 
-def test_experts_in_one_parameter_are_told_with_their_share():
-    config = MixtralConfig(
-        vocab_size=43,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-    )
-    model = MixtralForCausalLM(config)
+SIZES = {
+    "vocab_size": 43,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_experts_per_tok": 2,
+}
+
+
+def mixtral():
+    """Experts as (experts, out, in)."""
+    return shaken(MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)))
+
+
+def gpt_oss():
+    """Experts as (experts, in, out), with biases."""
+    config = GptOssConfig(**SIZES, num_local_experts=3, head_dim=8, layer_types=["full_attention"] * 2)
+    return shaken(GptOssForCausalLM(config))
+
+
+def qwen3_moe():
+    config = Qwen3MoeConfig(**SIZES, moe_intermediate_size=16, num_experts=4, head_dim=8)
+    return shaken(Qwen3MoeForCausalLM(config))
+
+
+@torch.no_grad()
+def shaken(model):
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.mark.parametrize("method", ["lora", "oft"])
+def test_experts_that_all_linear_leaves_out_are_told_with_their_share(method):
+    model = mixtral()
     stacked = {name: p.numel() for name, p in model.named_parameters() if p.ndim == 3}
     share = sum(stacked.values()) / sum(p.numel() for p in model.parameters())
-    with pytest.warns(UserWarning, match=rf"leaves {share:.0%}.*layers\.\*\.mlp\.experts\.gate_up_proj"):
-        inject(model, LoRA(rank=2, targets="all-linear"))
+    way = {"lora": "Add experts to targets", "oft": "oft cannot adapt these"}[method]
+    options = {"oft": {"oft_block_size": 4}}.get(method, {"rank": 2})
+    with pytest.warns(
+        UserWarning, match=rf"leaves {share:.0%}.*layers\.\*\.mlp\.experts\.gate_up_proj.*{way}"
+    ):
+        inject(model, METHODS[method].Spec(targets="all-linear", **options))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         inject(tiny_llama(), LoRA(rank=2, targets="all-linear"))
+
+
+@pytest.mark.parametrize("make", [mixtral, gpt_oss, qwen3_moe])
+def test_lora_on_stacked_experts_learns_merges_and_opens_in_peft(make, tmp_path):
+    model = make()
+    spec = LoRA(rank=3, alpha=5, targets=["q_proj", "experts"])
+    count = parameter_count(model, spec)
+    adapters = inject(model, spec)
+    assert adapters.trainable_count() == count
+    start = logits(model)
+    assert relative(start, logits(make())) < 1e-6
+    shake(adapters)
+    model.train()(tokens()).logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in adapters.trainable_parameters())
+    expected = logits(model)
+    assert relative(expected, start) > 1e-2
+    with adapters.merged():
+        assert relative(logits(model), expected) < 1e-5
+    save_adapter(adapters, tmp_path / "adapter")
+    assert relative(logits(peft.PeftModel.from_pretrained(make(), tmp_path / "adapter")), expected) < 1e-5
+    again = make()
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(logits(again), expected)
+    model.bfloat16()
+    assert relative(logits(model).float(), expected) < 0.1
+
+
+def test_options_without_meaning_for_stacked_experts_are_refused():
+    for options in ({"dropout": 0.1}, {"lora_bias": True}, {"init": "olora"}):
+        with pytest.raises(IncompatibleError, match="no dropout, no lora_bias and one start"):
+            inject(mixtral(), LoRA(rank=2, targets=["experts"], **options))

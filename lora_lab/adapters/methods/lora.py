@@ -7,7 +7,7 @@
     B   (out, rank)   learned; zeros at the start, hence W' = W
     c   (out,)        learned, with lora_bias; zeros at the start
 
-Embeddings: see `embedding`.
+Embeddings: see `embedding`; experts stacked in one parameter: see `experts`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, PeftLayout
 from lora_lab.adapters.families.embedding import LowRankEmbedding
+from lora_lab.adapters.families.experts import LowRankExperts, target_parameters
 from lora_lab.adapters.families.low_rank import LowRankAdapter, read_lora_config, write_lora_config
 from lora_lab.adapters.families.starts import FROM_ZERO, SUBTRACTED, StartedSpec, start
 from lora_lab.adapters.maps import pointwise, sizes
@@ -59,6 +60,7 @@ class LoRA(LowRankAdapter, RankAllocatable, Shareable):
         fields={"lora_bias": "lora_bias"},
         config=lambda spec: write_lora_config(spec, 2 if spec.init in SUBTRACTED else 1),
         spec=lambda config: read_lora_config(config, "lora"),
+        site_config=target_parameters,
     )
 
     def __init__(self, base: Any, spec: LoRASpec):
@@ -67,16 +69,21 @@ class LoRA(LowRankAdapter, RankAllocatable, Shareable):
 
     @classmethod
     def site_parameter_count(cls, module: Any, spec: Any) -> int:
+        if LowRankExperts.accepts(module):
+            return LowRankExperts.site_parameter_count(module, spec)
         return super().site_parameter_count(module, spec) + (sizes(module)[0] if spec.lora_bias else 0)
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        """Linear maps, convolutions and plain embeddings."""
-        return super().accepts(module) or LowRankEmbedding.accepts(module)
+        """Linear maps, convolutions, plain embeddings, and experts stacked in parameters."""
+        special = LowRankEmbedding.accepts(module) or LowRankExperts.accepts(module)
+        return super().accepts(module) or special
 
     @classmethod
     def at(cls, site: Site, spec: LoRASpec, *shared: Any) -> Adapter:
         """See `Adapter.at`: an embedding has an adapter of its own."""
+        if LowRankExperts.accepts(site.module):
+            return LowRankExperts.at(site, spec)
         if not LowRankEmbedding.accepts(site.module):
             return super().at(site, spec, *shared)
         if spec.lora_bias or spec.dropout or spec.init not in ("default", "gaussian"):
