@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torchmetrics import MeanSquaredError, MetricCollection
+from torchmetrics import MeanSquaredError, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from torchmetrics.regression import MeanAbsoluteError, PearsonCorrCoef
 from torchmetrics.text import Perplexity
@@ -62,6 +63,30 @@ class Task:
     def loss(self, predictions: Tensor, labels: Tensor) -> Tensor:
         """Returns an aligned pair's mean loss over the labels that count, a scalar; 0 where none does."""
         return self.total(predictions, labels) / self.count(labels).clamp(min=1)
+
+
+class MeanLoss(Metric):
+    """The mean loss over the labels of all batches; not finite as soon as one batch's is not.
+
+    (`torchmetrics.MeanMetric` leaves out what is not a number.)
+    """
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, total: Tensor, count: Tensor) -> None:
+        """Adds a batch's sum of losses and its number of labels, both scalars."""
+        self.total += total
+        self.count += count
+
+    def compute(self) -> Tensor:
+        """Returns the mean."""
+        return self.total / self.count.clamp(min=1)
 
 
 def _classes(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from lora_lab.errors import DataError
-
 BATCHES_PER_BUCKET = 50
 """Global batches that are sorted by length together: more pads less, but mixes less."""
 
@@ -23,8 +21,8 @@ def seeded_generator(*seeds: int) -> torch.Generator:
 def training_order(lengths: Tensor, size: int, bucketed: bool, seed: int, epoch: int) -> list[Tensor]:
     """Shuffles one epoch into global batches; a pure function of its arguments.
 
-    The rows left over by the last incomplete batch are dropped before sorting, so that they are a random
-    choice and not the longest rows.
+    The rows that fill no whole batch are set apart before sorting, so that they are a random choice and not
+    the longest rows. They are a shorter batch; the last one, where lengths do not decide the batches.
 
     Args:
         lengths: Tokens of each example, `(examples,)`.
@@ -34,18 +32,18 @@ def training_order(lengths: Tensor, size: int, bucketed: bool, seed: int, epoch:
         epoch: Which epoch, counted from 0.
 
     Returns:
-        The batches in their order, each `(size,)` indices. A set smaller than one batch is one short batch.
+        The batches in their order, each `(size,)` indices, but for one that may be shorter.
     """
     generator = seeded_generator(seed, epoch)
     order = torch.randperm(len(lengths), generator=generator)
-    whole = len(lengths) - len(lengths) % size
-    if whole:
-        order = order[:whole]
     if not bucketed:
         return list(order.split(size))
-    buckets = order.split(size * BATCHES_PER_BUCKET)
+    whole = len(lengths) - len(lengths) % size
+    buckets = order[:whole].split(size * BATCHES_PER_BUCKET)
     sorted_buckets = [bucket[lengths[bucket].argsort(stable=True)] for bucket in buckets]
-    batches = [batch for bucket in sorted_buckets for batch in bucket.split(size)]
+    batches = [batch for bucket in sorted_buckets for batch in bucket.split(size)] if whole else []
+    if whole < len(lengths):
+        batches.append(order[whole:])
     return [batches[position] for position in torch.randperm(len(batches), generator=generator)]
 
 
@@ -71,13 +69,10 @@ class BucketedBatches(Sampler[list[int]]):
 
     Global batches of `batch_size * world_size` are formed first, and process `rank` takes every
     `world_size`-th row of each. Two processes with batches of 16 hence train on the same global batches as
-    one process with batches of 32.
+    one process with batches of 32. Of an incomplete one a process may have no rows: its batch is `[]` then.
 
     Attributes:
         skip: Batches left out at the front of the epoch, because an interrupted run has had them.
-
-    Raises:
-        DataError: If there are several processes and not enough examples for one global batch.
     """
 
     def __init__(
@@ -97,12 +92,6 @@ class BucketedBatches(Sampler[list[int]]):
         self.world_size = world_size
         self.epoch = 0
         self.skip = 0
-        if world_size > 1 and len(lengths) < self.size:
-            raise DataError(
-                f"data.batch_size: {len(lengths)} training examples do not fill a batch of {batch_size} "
-                f"on each of {world_size} devices; lower it to at most {len(lengths) // world_size} "
-                "or use fewer devices"
-            )
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch whose order the next iteration follows."""
@@ -115,7 +104,7 @@ class BucketedBatches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Returns the batches of a whole epoch, those to skip included: Lightning counts on from them."""
-        return max(1, len(self.lengths) // self.size)
+        return math.ceil(len(self.lengths) / self.size)
 
 
 class EvaluationBatches(Sampler[list[int]]):

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lora_lab.data.batches import BucketedBatches, EvaluationBatches, seeded_generator, stratified_sample
 from lora_lab.data.config import DataConfig, Splits
-from lora_lab.errors import CheckpointError
+from lora_lab.errors import CheckpointError, DataError
 from lora_lab.tasks import IGNORED, TASKS
 
 
@@ -44,6 +44,12 @@ def collate(examples: list[dict[str, Tensor]], pad_token: int, padding_side: str
         else:
             batch[key] = torch.stack(values)
     return batch
+
+
+def uncounted(example: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns an example whose labels take no part in any loss."""
+    labels = example["labels"]
+    return example | {"labels": torch.full_like(labels, math.nan if labels.is_floating_point() else IGNORED)}
 
 
 class TrainingLoader(DataLoader[dict[str, Tensor]]):
@@ -96,6 +102,9 @@ class TaskData(L.LightningDataModule):
     or `(batch, time)` int64 tokens with -100 on padding and prompts. Toy: `features (batch, features)` and
     `labels (batch, 1)`, float32.
 
+    Every epoch has all examples. A process that has none of an incomplete batch gets an example whose labels
+    do not count (-100, or NaN for numbers), so that all processes make the same steps.
+
     Loaders never draw from torch's global generator, so that iterating them changes no other randomness.
 
     Attributes:
@@ -122,18 +131,26 @@ class TaskData(L.LightningDataModule):
         """Returns this process's batches; under a trainer of its current epoch, else of epoch 0.
 
         Raises:
-            DataError: If there are several processes and not enough examples for one batch each.
+            DataError: If there are fewer examples than processes.
         """
         split = self.splits["train"]
         batches = self._training_batches(*self._place())
-        return TrainingLoader(batches, split.examples, self.trainer, self.collate, self.config.workers)
+        return TrainingLoader(
+            batches, split.examples, self.trainer, self._collate_training, self.config.workers
+        )
+
+    def _collate_training(self, examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        split = self.splits["train"]
+        return self.collate(examples or [uncounted(split.examples[int(split.lengths.argmin())])])
 
     def batches_per_epoch(self, processes: int) -> int:
         """Returns how many training batches each of so many processes has in an epoch.
 
         Raises:
-            DataError: If there are several processes and not enough examples for one batch each.
+            DataError: If a split has fewer examples than there are processes.
         """
+        for name in self.splits:
+            self._check_size(name, processes)
         return len(self._training_batches(0, processes))
 
     def training_sample(self, ratio: float) -> Iterator[dict[str, Tensor]]:
@@ -187,7 +204,15 @@ class TaskData(L.LightningDataModule):
                 "it stopped; use the same values, or start a new run"
             )
 
+    def _check_size(self, name: str, processes: int) -> None:
+        if self.sizes[name] < processes:
+            raise DataError(
+                f"trainer.devices: {processes} processes need at least one example each, and the {name} "
+                f"split has {self.sizes[name]}; use fewer devices, or more data"
+            )
+
     def _evaluation_loader(self, name: str) -> DataLoader[dict[str, Tensor]]:
+        self._check_size(name, self._place()[1])
         split = self.splits[name]
         return DataLoader(
             split.examples,
@@ -199,6 +224,7 @@ class TaskData(L.LightningDataModule):
         )
 
     def _training_batches(self, rank: int, processes: int) -> BucketedBatches:
+        self._check_size("train", processes)
         lengths, config = self.splits["train"].lengths, self.config
         return BucketedBatches(
             lengths, config.batch_size, self.seed, config.bucket_by_length, rank, processes

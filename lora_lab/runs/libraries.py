@@ -16,6 +16,8 @@ def quiet_libraries() -> None:
         ".*in eval mode at the start of training.*",
         ".*smaller than the logging interval.*",
         ".*LeafSpec.*is deprecated.*",
+        ".*broadcast_buffers.* is deprecated.*",  # its successor is missing in torch 2.6
+        ".*have overridden `on_after_batch_transfer`.*",
         ".*gradient_checkpointing.* is deprecated.*",  # its successor is missing in transformers 5.0
     ):
         warnings.filterwarnings("ignore", message=message)

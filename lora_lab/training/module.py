@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from lora_lab.adapters import AdapterSet
-from lora_lab.tasks import TASKS
+from lora_lab.tasks import TASKS, MeanLoss
 from lora_lab.training.optimization import (
     OptimizationConfig,
     build_optimizer,
@@ -33,8 +33,12 @@ class FineTuner(L.LightningModule):
         num_labels: classes of a classification task.
         optimization: optimizer and schedule.
 
-    Logs `train/loss` (the task's), `train/penalty` (the adapters'), `train/learning_rate`, and under
-    `validation/` and `test/` the loss and the task's metrics.
+    The loss of an optimizer step is one number: the sum of the losses of all labels in its batches, on all
+    processes, divided by the number of these labels, plus the adapters' penalty. It does not depend on how
+    the examples are spread over batches, accumulated batches and processes, nor on padding.
+
+    Logs `train/loss` (the task's part of that number), `train/penalty` (the adapters' part),
+    `train/learning_rate`, and under `validation/` and `test/` the loss and the task's metrics.
     """
 
     def __init__(
@@ -56,13 +60,26 @@ class FineTuner(L.LightningModule):
         self._hidden = {"labels"} if prompts else {"labels", "prompt_lengths"}
         # Grouped here too, so that what does not fit is told before anything is trained or written.
         parameter_groups(adapters, self.optimization)
+        # Of each of this process's batches in the step under way: sum of losses, and number of labels.
         self._losses: list[Tensor] = []
-        self._penalties: list[Tensor] = []
+        self._counts: list[Tensor] = []
+        self._step_loss = self._step_penalty = torch.tensor(math.nan)
 
     @property
     def monitor(self) -> str:
         """Name of the validation metric by which runs and checkpoints are compared."""
         return f"validation/{self.task.monitor}"
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Returns the batch with every text's padding behind it, whichever side it came on.
+
+        Most models count positions from the left, so that padding there would move a text by the length of
+        its neighbours, and padding would have to predict the first token. Models that read the class at the
+        end of a text, as XLNet does, count from neither side.
+        """
+        config = getattr(self.model, "config", None)
+        reads_end = not self.task.causal and getattr(config, "summary_type", None) == "last"
+        return batch if reads_end or "attention_mask" not in batch else padded_behind(batch)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Returns the logits for a batch; its labels are not shown to the model."""
@@ -71,25 +88,48 @@ class FineTuner(L.LightningModule):
         ).logits
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Returns the task's loss plus the adapters' penalty."""
-        loss = self.task.loss(*self.task.align(self(batch), batch["labels"]))
-        penalty = self.adapters.penalty()
-        self._losses.append(loss.detach())
-        self._penalties.append(torch.as_tensor(penalty, device=loss.device).detach())
-        return loss + penalty
+        """Returns this batch's part of the step's loss; the gradients of the parts add up to the whole one.
+
+        The number of labels in a step is known when its last batch comes. Until then losses are divided by
+        that of the first batch, which keeps them in half precision's range; then the gradients so far are
+        corrected.
+        """
+        predictions, labels = self.task.align(self(batch), batch["labels"])
+        total = self.task.total(predictions, labels)
+        self._losses.append(total.detach())
+        self._counts.append(self.task.count(labels))
+        first_count = self._counts[0].clamp(min=1)
+        trainer: Any = self.trainer
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            part = total / first_count
+        else:
+            sums = torch.stack([torch.stack(self._losses).sum(), torch.stack(self._counts).sum()])
+            losses, count = trainer.strategy.reduce(sums, reduce_op="sum")
+            penalty = self.adapters.penalty()
+            self._step_loss = losses / count.clamp(min=1)
+            self._step_penalty = torch.as_tensor(penalty, device=total.device).detach()
+            share = trainer.world_size / count.clamp(min=1)  # DDP takes the mean over processes
+            if len(self._losses) > 1:
+                for parameter in self.adapters.trainable_parameters():
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(first_count * share)
+            part = total * share + penalty
+        # Lightning divides each part by this, in a shorter last window too.
+        return part * trainer.accumulate_grad_batches
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Logs the means over the batches of this step."""
+        """Logs the step's loss."""
         if self.logging_due():
-            self.log("train/loss", self.step_loss(), prog_bar=True, sync_dist=True)
-            self.log("train/penalty", torch.stack(self._penalties).mean(), sync_dist=True)
+            # Equal on all processes already.
+            self.log("train/loss", self._step_loss, prog_bar=True)
+            self.log("train/penalty", self._step_penalty)
             self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
         self._losses.clear()
-        self._penalties.clear()
+        self._counts.clear()
 
     def step_loss(self) -> Tensor:
-        """Returns the task's mean loss over this process's batches of the step now under way."""
-        return torch.stack(self._losses).mean()
+        """Returns the task's mean loss over all labels of the step whose gradients are complete, a scalar."""
+        return self._step_loss
 
     def logging_due(self) -> bool:
         """Whether the optimizer step now under way is one whose numbers are logged."""
@@ -98,12 +138,12 @@ class FineTuner(L.LightningModule):
 
     def new_metrics(self) -> nn.ModuleDict:
         """Returns the task's loss and metrics, for `evaluate` to fill."""
-        return nn.ModuleDict({"loss": MeanMetric(), "metrics": self.task.metrics(self.num_labels)})
+        return nn.ModuleDict({"loss": MeanLoss(), "metrics": self.task.metrics(self.num_labels)})
 
     def evaluate(self, batch: Mapping[str, Tensor], metrics: Any) -> None:
         """Adds a batch to metrics that `new_metrics` returned."""
         predictions, labels = self.task.align(self(batch), batch["labels"])
-        metrics["loss"].update(self.task.loss(predictions, labels), weight=self.task.count(labels))
+        metrics["loss"].update(self.task.total(predictions, labels), self.task.count(labels))
         metrics["metrics"].update(predictions, labels)
 
     def results(self, metrics: Any) -> dict[str, Tensor]:
@@ -162,3 +202,16 @@ class FineTuner(L.LightningModule):
     ) -> None:
         """Takes over adapters' tensors; always strict about our own names and shapes."""
         self.adapters.load_state_dict(state_dict)
+
+
+def padded_behind(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Moves the padding in front of each text behind it.
+
+    Args:
+        batch: has `attention_mask` (batch, time), 1 for tokens, 0 for padding; all tensors of this shape are
+            changed alike.
+    """
+    mask = batch["attention_mask"]
+    first = mask.argmax(1, keepdim=True)  # (batch, 1)
+    places = (torch.arange(mask.shape[1], device=mask.device) + first) % mask.shape[1]
+    return {name: x.gather(1, places) if x.shape == mask.shape else x for name, x in batch.items()}

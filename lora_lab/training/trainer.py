@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lightning.pytorch.strategies import DDPStrategy
+
 
 @dataclass
 class TrainerConfig:
@@ -81,7 +83,9 @@ def trainer_arguments(config: TrainerConfig, gradient_clip: float | None) -> dic
         "precision": config.precision,
         "accelerator": config.accelerator,
         "devices": config.devices,
-        "strategy": "ddp" if config.devices > 1 else "auto",
+        # All processes have the same buffers. To send them with every batch would need as many validation
+        # batches in each process.
+        "strategy": DDPStrategy(broadcast_buffers=False) if config.devices > 1 else "auto",
         "val_check_interval": config.validate_every,
         "log_every_n_steps": config.log_every,
         "gradient_clip_val": gradient_clip,

@@ -14,8 +14,8 @@ BATCHES_PER_EPOCH = 6
 
 
 def toy_data(seed=0, **options):
-    """26 examples in batches of 4: six batches, two examples left out."""
-    options = {"size": 26, "features": 2, "batch_size": 4, **options}
+    """22 examples in batches of 4: six batches, one of them of two examples."""
+    options = {"size": 22, "features": 2, "batch_size": 4, **options}
     return build_data(ToyConfig(**options), None, "regression", seed)
 
 
@@ -184,9 +184,24 @@ def test_each_process_loads_its_share():
     validated = [row for share in shares for batch in share.val_dataloader() for row in contents(batch)]
     everything = [row for batch in whole.val_dataloader() for row in contents(batch)]
     assert sorted(validated) == sorted(everything)
-    assert len(set(everything)) == 26
+    assert len(set(everything)) == 22
 
 
-def test_too_few_examples_for_the_devices_are_told():
-    with pytest.raises(DataError, match="26 training examples"):
-        on_device(1, 2, batch_size=14).train_dataloader()
+def test_a_process_without_a_row_of_the_last_batch_has_one_that_does_not_count():
+    data = on_device(1, 2, size=17, batch_size=2)
+    batches = list(data.train_dataloader())
+    assert len(batches) == 5
+    counted = [int((~batch["labels"].isnan()).sum()) for batch in batches]
+    assert sorted(counted) == [0, 2, 2, 2, 2]
+    assert all(len(batch["labels"]) for batch in batches)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_fewer_examples_than_processes_are_refused(split):
+    data = on_device(1, 3, **{f"{split}_limit": 2})
+    message = f"trainer.devices: 3 processes need at least one example each, and the {split} split has 2"
+    loader = {"train": data.train_dataloader, "validation": data.val_dataloader, "test": data.test_dataloader}
+    with pytest.raises(DataError, match=message):
+        loader[split]()
+    with pytest.raises(DataError, match=message):
+        data.batches_per_epoch(3)
