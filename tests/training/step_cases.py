@@ -1,6 +1,6 @@
 """Steps of real trainers, and what they must be by brute force: one unpadded example after the other.
 
-As a script, under torchrun, it measures the cases of two processes: `step_cases.py <folder>`.
+As a script it measures the cases of two processes, of which it is one: `step_cases.py <folder>`.
 """
 
 import itertools
@@ -217,6 +217,6 @@ def expected(task: str, model: str, prompts: bool, penalty: bool, folder: Path) 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    measured = {case: measure(case, folder) for case in CASES if case.processes == 2}
+    measured = {str(case): measure(case, folder) for case in CASES if case.processes == 2}
     rank = torch.distributed.get_rank()
     torch.save(measured, folder / f"measured_{rank}.pt")

@@ -1,6 +1,7 @@
 """The loss of a step is one number: whatever the batches, windows, processes and paddings, by brute force."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from lora_lab.data.batches import training_order
-from tests.training.step_cases import CASES, GLOBAL_BATCH, ROWS, Case, expected, measure, write_rows
+from tests.training.step_cases import CASES, GLOBAL_BATCH, ROWS, expected, measure, write_rows
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -20,18 +23,40 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def of_two_processes(folder) -> list[dict[Case, dict]]:
-    """Returns what each of two processes has measured of all cases for two."""
-    script = Path(__file__).parent / "step_cases.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    environment["PYTHONPATH"] = str(script.parents[2])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-    command += ["--master-port=0", "-m", "tests.training.step_cases", str(folder)]
-    done = subprocess.run(
-        command, cwd=script.parents[2], env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [torch.load(folder / f"measured_{rank}.pt", weights_only=False) for rank in (0, 1)]
+def of_two_processes(folder) -> list[dict[str, dict]]:
+    """Returns what each of two processes has measured of all cases for two, by their names."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": 2,
+        "LOCAL_WORLD_SIZE": 2,
+        "GROUP_RANK": 0,
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": 1,
+    }
+    started = []
+    for rank in (0, 1):
+        own = {**shared, "RANK": rank, "LOCAL_RANK": rank}
+        environment = {
+            **os.environ,
+            "MASTER_ADDR": "127.0.0.1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "PYTHONPATH": str(ROOT),
+        }
+        environment |= {name: str(value) for name, value in own.items()}
+        command = [sys.executable, "-m", "tests.training.step_cases", str(folder)]
+        with (folder / f"output_{rank}").open("w") as output:
+            started.append(
+                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            )
+    try:
+        codes = [process.wait(400) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert codes == [0, 0], "".join((folder / f"output_{rank}").read_text() for rank in (0, 1))
+    return [torch.load(folder / f"measured_{rank}.pt") for rank in (0, 1)]
 
 
 @pytest.mark.slow
@@ -41,7 +66,7 @@ def test_a_steps_gradients_and_loss_and_the_evaluation_are_those_of_single_examp
     if case.processes == 1:
         measured = [measure(case, folder)]
     else:
-        measured = [of_one[case] for of_one in request.getfixturevalue("of_two_processes")]
+        measured = [of_one[str(case)] for of_one in request.getfixturevalue("of_two_processes")]
     right = expected(case.task, case.model, case.prompts, case.penalty, folder)
     batches = training_order(right["lengths"], GLOBAL_BATCH, True, seed=0, epoch=0)
     assert sorted(torch.cat(batches).tolist()) == list(range(ROWS))
