@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import yaml
 
-from lora_lab.errors import LabError
+from lora_lab.errors import CheckpointError
 
 LARGEST_FILE = 4_000_000
 """Bytes of a file that is still read."""
@@ -30,7 +30,7 @@ MOST_VALUES = 200_000
 """Values in one document, those behind aliases counted each time they are used."""
 
 
-class DocumentError(LabError):
+class DocumentError(CheckpointError):
     """A file that cannot be read as the YAML or JSON that it should hold."""
 
 
@@ -161,6 +161,15 @@ def texts(tree: Any) -> Any:
     if isinstance(tree, Mapping):
         return {name: texts(value) for name, value in tree.items()}
     return [texts(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def references(tree: Any) -> list[str]:
+    """Returns the texts in a document with `${`, which OmegaConf would replace by what they refer to."""
+    if isinstance(tree, Mapping):
+        return [text for item in tree.items() for part in item for text in references(part)]
+    if isinstance(tree, list):
+        return [text for value in tree for text in references(value)]
+    return [tree] if isinstance(tree, str) and "${" in tree else []
 
 
 def _check_depth(text: str, source: str) -> None:

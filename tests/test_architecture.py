@@ -16,6 +16,7 @@ ORDER = [
     "registry",
     "files",
     "documents",
+    "structured",
     "stopping",
     "assets",
     "linalg",

@@ -55,6 +55,12 @@ class PeftLayout:
     shared: Callable[[Any], Mapping[str, Tensor]] = lambda adapter: {}
     """Any adapter → the tensors that all of them share, by their names at the root of the file."""
 
+    from_shapes: Callable[[Mapping[str, Mapping[str, tuple[int, ...]]]], dict[str, Any]] = lambda sites: {}
+    """Path → name in the file → shape → the fields of our spec that PEFT's files say by shapes alone."""
+
+    ranks: Callable[[dict[str, Any]], Mapping[str, int]] = lambda config: {}
+    """An `adapter_config.json` → path → components in the file, for sites that hold fewer than the rank."""
+
     site_config: Callable[[Mapping[str, Adapter]], dict[str, Any]] = lambda adapters: {}
     """Adapters by path → fields of `adapter_config.json` that name modules: PEFT knows paths, not roles."""
 
@@ -236,6 +242,11 @@ class Adapter(nn.Module):
 
     def _parameters_named(self, names: tuple[str, ...]) -> list[nn.Parameter]:
         return [parameter for name in names if (parameter := getattr(self, name)) is not None]
+
+    @classmethod
+    def file_names(cls) -> set[str]:
+        """Returns every name that a tensor of one adapter may have in a file of PEFT's."""
+        return set(cls.peft.tensors)
 
     def peft_tensors(self) -> dict[str, Tensor]:
         """Returns this adapter's tensors under PEFT's names."""

@@ -50,6 +50,11 @@ def inject(model: nn.Module, spec: AdapterSpec, seed: int = 0) -> AdapterSet:
         TargetError: if the targets do not fit the model.
         IncompatibleError: if the model holds adapters already.
     """
+    return place(model, spec, seed)
+
+
+def place(model: nn.Module, spec: AdapterSpec, seed: int = 0, untied: bool = False) -> AdapterSet:
+    """Does what `inject` does; with `untied`, modules trained whole share no parameters that they shared."""
     method = _method_of(spec)
     for path, module in model.named_modules():
         if isinstance(module, Adapter):
@@ -60,7 +65,10 @@ def inject(model: nn.Module, spec: AdapterSpec, seed: int = 0) -> AdapterSet:
     sites = _sites(model, spec, method, seed)
     adapters = method.build(sites, spec)
     copies: dict = {}
-    heads = {path: TrainedCopy(model.get_submodule(path), copies) for path in saved_modules(model, spec)}
+    heads = {
+        path: TrainedCopy(model.get_submodule(path), {} if untied else copies)
+        for path in saved_modules(model, spec)
+    }
     hooks = method.watch(model, adapters)
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(False)

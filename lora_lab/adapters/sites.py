@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, TypeVar
 
+import regex
 import torch
 from torch import nn
 
@@ -131,7 +132,7 @@ def saved_modules(model: nn.Module, spec: AdapterSpec) -> list[str]:
         return head_paths(model)
     found = []
     for name in spec.modules_to_save:
-        paths = [path for path, _ in model.named_modules() if path and _ends_with(path, name)]
+        paths = [path for path, _ in model.named_modules() if path and ends_with(path, name)]
         if not paths:
             names = {path.rpartition(".")[2] for path, _ in model.named_modules() if path}
             raise TargetError(f"adapter.modules_to_save: no module '{name}'{suggest(name, names)}")
@@ -149,10 +150,40 @@ def saved_modules(model: nn.Module, spec: AdapterSpec) -> list[str]:
     return [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
 
 
+def exact_targets(paths: list[str], modules: Mapping[str, nn.Module]) -> str | list[str]:
+    """Returns targets that name these modules and no others: their paths, where no other path ends alike."""
+    if all(sum(ends_with(other, path) for other in modules) == 1 for path in paths):
+        return paths
+    return "regex:" + "|".join(map(re.escape, paths))
+
+
+def match_regex(pattern: str, path: str, field: str, whole: bool = False) -> bool:
+    """Tells whether a pattern matches a path from its start (or the whole of it), in bounded time.
+
+    Args:
+        pattern: a regular expression, perhaps somebody else's.
+        path: a module's path.
+        field: the field that holds the pattern, for messages.
+        whole: whether the match must reach the path's end.
+
+    Raises:
+        TargetError: if it is no regular expression, or takes more than a second.
+    """
+    try:
+        match = regex.fullmatch if whole else regex.match
+        return match(pattern, path, timeout=1.0) is not None
+    except regex.error as error:
+        raise TargetError(f"adapter.{field}: '{pattern}' is no regular expression: {error}.") from None
+    except TimeoutError:
+        raise TargetError(
+            f"adapter.{field}: '{pattern}' takes more than a second on '{path}'; write a simpler pattern."
+        ) from None
+
+
 def match_pattern(pattern: Mapping[str, Value], site: Site) -> Value | None:
     """Returns the value of the first key that is the site's role, path ending or a regex of it, or None."""
     for key, value in pattern.items():
-        if key == site.role or re.match(rf"(.*\.)?({key})$", site.path):
+        if key == site.role or match_regex(rf"(.*\.)?({key})$", site.path, "rank_pattern or alpha_pattern"):
             return value
     return None
 
@@ -160,8 +191,8 @@ def match_pattern(pattern: Mapping[str, Value], site: Site) -> Value | None:
 def is_named(site: Site, target: str) -> bool:
     """Whether one target names a site, by its role, path ending or pattern, as in `find_sites`."""
     if target.startswith("regex:"):
-        return re.fullmatch(target.removeprefix("regex:"), site.path) is not None
-    return target == site.role or _ends_with(site.path, target)
+        return match_regex(target.removeprefix("regex:"), site.path, "targets", whole=True)
+    return target == site.role or ends_with(site.path, target)
 
 
 def site_spec(spec: SpecType, site: Site) -> SpecType:
@@ -195,13 +226,10 @@ def _matching(
             and not _inside(path, saved)
         ]
     if target.startswith("regex:"):
-        try:
-            pattern = re.compile(target.removeprefix("regex:"))
-        except re.error as error:
-            raise TargetError(f"adapter.targets: '{target}' is no regular expression: {error}.") from None
-        return [path for path in modules if pattern.fullmatch(path)]
+        pattern = target.removeprefix("regex:")
+        return [path for path in modules if match_regex(pattern, path, "targets", whole=True)]
     by_role = [path for path, found in roles.items() if found.role == target]
-    return by_role or [path for path in modules if _ends_with(path, target)]
+    return by_role or [path for path in modules if ends_with(path, target)]
 
 
 def _names_or_holds(name: str, path: str, roles: Mapping[str, Any]) -> bool:
@@ -286,16 +314,13 @@ def _check_patterns(spec: AdapterSpec, sites: list[Site]) -> None:
     """Raises for a pattern that matches no site: it would be silently ignored."""
     for name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(spec, name, {}):
-            try:
-                used = any(match_pattern({key: True}, site) for site in sites)
-            except re.error as error:
-                raise TargetError(f"adapter.{name}: '{key}' is no regular expression: {error}.") from None
-            if not used:
+            if not any(match_pattern({key: True}, site) for site in sites):
                 known = {site.role or site.path.rpartition(".")[2] for site in sites}
                 raise TargetError(f"adapter.{name}: '{key}' matches no adapted module{suggest(key, known)}")
 
 
-def _ends_with(path: str, name: str) -> bool:
+def ends_with(path: str, name: str) -> bool:
+    """Tells whether a path is `name` or ends in it after a dot."""
     return path == name or path.endswith(f".{name}")
 
 

@@ -11,32 +11,45 @@ A method says how its tensors and options are called there in its `PeftLayout`; 
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from yaml import YAMLError
 
-from lora_lab.adapters.injection import AdapterSet, inject, load_tensors
+from lora_lab.adapters.injection import AdapterSet, load_tensors, parameter_count, place
 from lora_lab.adapters.methods import METHODS
+from lora_lab.adapters.peft_folder import PREFIX, PeftFolder, understand
 from lora_lab.adapters.protocols import Droppable
+from lora_lab.adapters.sites import saved_modules
 from lora_lab.adapters.spec import AdapterSpec
-from lora_lab.errors import CheckpointError, IncompatibleError, suggest
+from lora_lab.documents import DocumentError, plain, read_json, read_yaml, references, texts
+from lora_lab.errors import CheckpointError
 from lora_lab.files import new_folder
+from lora_lab.structured import fill
 
-PREFIX = "base_model.model."
 CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", "lora_lab.yaml"
+
+UNREADABLE = "cannot be read as the spec of a method"
+READ_INSTEAD = f"Delete the file to read {CONFIG} instead."
+MOST_SPARED = 1000
+"""Times that adapters may be larger than their file, where most of their components were pruned away."""
 
 
 def save_adapter(
-    adapters: AdapterSet, folder: Path, base_model: str | None = None, task_type: str | None = None
+    adapters: AdapterSet,
+    folder: str | os.PathLike[str],
+    base_model: str | None = None,
+    task_type: str | None = None,
 ) -> None:
     """Writes an adapter folder, whole or not at all.
 
@@ -49,6 +62,7 @@ def save_adapter(
     Raises:
         CheckpointError: if the folder cannot be written to, or holds anything but an adapter.
     """
+    folder = Path(folder)
     if folder.exists() and not (folder / CONFIG).is_file() and not (folder.is_dir() and _empty(folder)):
         raise CheckpointError(
             f"{folder}: holds other things than an adapter and would be replaced. Name a new folder."
@@ -84,7 +98,7 @@ def save_adapter(
         ) from error
 
 
-def load_adapter(model: nn.Module, folder: Path) -> AdapterSet:
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterSet:
     """Puts the adapters of a folder, ours or PEFT's, into a model.
 
     Args:
@@ -97,20 +111,38 @@ def load_adapter(model: nn.Module, folder: Path) -> AdapterSet:
     Raises:
         CheckpointError: if a file is missing or broken, or the folder belongs to another model.
         IncompatibleError: if the folder uses an option of PEFT that lora_lab does not have.
+        TargetError: if the model does not have the modules that the folder names.
     """
-    tensors = read_tensors(folder)
-    spec = read_spec(folder, tensors)
-    adapters = inject(model, spec.for_stored())
+    folder = Path(folder)
+    shapes = read_shapes(folder)
+    foreign: PeftFolder | None = None
+    if (folder / OWN).is_file():
+        own = _read_own(folder / OWN)
+        spec = _own_spec(own, folder / OWN)
+    else:
+        own = {}
+        foreign = _read_foreign(model, folder / CONFIG, shapes)
+        spec = foreign.spec
+    _check_size(model, spec, shapes, folder)
+    tensors = _read_tensors(folder)
+    if foreign is not None:
+        foreign.check_copies(model, tensors, str(folder))
+        tensors |= foreign.missing(model)
+    adapters = place(model, spec.for_stored(), untied=_apart(model, spec, tensors))
     try:
-        shared, dropped = _read_structure(folder, adapters)
+        shared, dropped = _structure(own, folder / OWN, adapters)
         for path, owner in shared.items():
             adapters.share(path, owner)
+        if foreign is not None:
+            tensors = foreign.convert(adapters, tensors)
         by_path, others = _by_path(adapters, tensors)
         given = {
             f"{PREFIX}{path}.{name}": tensor
-            for path, own in by_path.items()
-            for name, tensor in adapters._all[path].complete_peft_tensors(own).items()
+            for path, found in by_path.items()
+            for name, tensor in adapters._all[path].complete_peft_tensors(found).items()
         }
+        if foreign is not None:
+            foreign.check_ranks(adapters, str(folder / CONFIG))
         # Shared tensors follow from the spec, so that a file may leave them out.
         given |= _shared_tensors(adapters)
         given |= others
@@ -131,8 +163,8 @@ def load_adapter(model: nn.Module, folder: Path) -> AdapterSet:
     return adapters
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Reads `adapter_model.safetensors`.
+def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Reads the header of `adapter_model.safetensors`: names and shapes, no tensor.
 
     Raises:
         CheckpointError: if it is missing, truncated, or a pickle.
@@ -149,103 +181,112 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         )
         raise CheckpointError(f"{folder}: holds {why}.")
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: is truncated or no safetensors file ({error}). Copy it again."
-        ) from error
+        raise _unreadable(path, error) from error
 
 
-def read_spec(folder: Path, tensors: Mapping[str, Tensor]) -> AdapterSpec:
-    """Reads the spec of a folder from `lora_lab.yaml`, or else from PEFT's config.
-
-    Raises:
-        CheckpointError: if neither file is there and readable.
-        IncompatibleError: if PEFT's config asks for what lora_lab does not have.
-    """
-    own, foreign = folder / OWN, folder / CONFIG
-    if own.is_file():
-        try:
-            given: Any = OmegaConf.to_container(OmegaConf.load(own).adapter)
-            if given["method"] not in METHODS:
-                raise CheckpointError(
-                    f"{own}: method '{given['method']}' is not known here. Install the package that it is "
-                    "of, or call lora_lab.register with its class."
-                )
-            kind = METHODS[given["method"]].Spec
-            schema, kept = OmegaConf.structured(kind), kind.without_removed(given)
-            return cast(AdapterSpec, OmegaConf.to_object(OmegaConf.merge(schema, kept)))
-        except (
-            OmegaConfBaseException,
-            YAMLError,
-            AttributeError,
-            KeyError,
-            OSError,
-            TypeError,
-            ValueError,
-        ) as error:
-            raise CheckpointError(
-                f"{own}: cannot be read as the spec of a method ({error}). Delete the file to read {CONFIG} "
-                "instead."
-            ) from error
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
     try:
-        return _spec_from_peft(json.loads(foreign.read_text()), tensors)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{foreign}: is missing or no config of PEFT ({error}).") from error
+        return load_file(folder / TENSORS)
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(folder / TENSORS, error) from error
 
 
-def _read_structure(folder: Path, adapters: AdapterSet) -> tuple[dict[str, str], list[Droppable]]:
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path}: is truncated or no safetensors file ({error}). Copy it again.")
+
+
+def _check_size(model: nn.Module, spec: AdapterSpec, shapes: Mapping[str, Any], folder: Path) -> None:
+    """Checks, before anything is made, that the adapters would not be larger than what the folder holds."""
+    held = sum(math.prod(shape) for shape in shapes.values())
+    count = parameter_count(model, spec.for_stored())
+    # Adapters that share, were pruned or dropped are stored smaller than they are made, by this much at most.
+    if count > MOST_SPARED * max(held, 1000):
+        raise CheckpointError(
+            f"{folder}: its config asks for adapters of {count:,} numbers on this model, and the folder "
+            f"holds {held:,}. It belongs to another model, or was changed: copy it again."
+        )
+
+
+def _read_own(path: Path) -> dict[str, Any]:
+    """Reads `lora_lab.yaml`, which may be somebody else's: nothing in it is interpolated."""
+    try:
+        own = read_yaml(path)
+    except DocumentError as error:
+        raise CheckpointError(f"{path}: {UNREADABLE} ({error}). {READ_INSTEAD}") from error
+    if not isinstance(own, dict) or not isinstance(own.get("adapter"), dict):
+        raise CheckpointError(f"{path}: {UNREADABLE} (it has no `adapter` with fields). {READ_INSTEAD}")
+    if references(own):
+        raise CheckpointError(f"{path}: {UNREADABLE} ('{references(own)[0]}' is no value). {READ_INSTEAD}")
+    return own
+
+
+def _own_spec(own: Mapping[str, Any], path: Path) -> AdapterSpec:
+    given = own["adapter"]
+    method = texts(given.get("method"))
+    if not isinstance(method, str) or method not in METHODS:
+        raise CheckpointError(
+            f"{path}: {UNREADABLE}: method '{method}' is not known here. Install the package that it is of, or "
+            "call lora_lab.register with its class."
+        )
+    schema: Any = OmegaConf.structured(METHODS[method].Spec)
+    faults: list[str] = []
+    given = {name: given[name] for name in METHODS[method].Spec.without_removed(plain(given))}
+    fill(schema, given, path.name, faults, "adapter.")
+    if faults:
+        raise CheckpointError(f"{path}: {UNREADABLE} ({'; '.join(faults)}). {READ_INSTEAD}")
+    try:
+        return cast(AdapterSpec, OmegaConf.to_object(schema))
+    except OmegaConfBaseException as error:
+        raise CheckpointError(f"{path}: {UNREADABLE} ({error}). {READ_INSTEAD}") from error
+
+
+def _structure(
+    own: Mapping[str, Any], path: Path, adapters: AdapterSet
+) -> tuple[dict[str, str], list[Droppable]]:
     """Reads from `lora_lab.yaml` which adapters share another's tensors, and which were dropped."""
-    if not (folder / OWN).is_file():
-        return {}, []
-    own: Any = OmegaConf.to_container(OmegaConf.load(folder / OWN))
     droppable = adapters.implementing(Droppable)
     try:
-        dropped = [droppable[path] for path in own.get("dropped", [])]
-        shared = dict(own.get("shared", {}))
-        for path in (*shared, *shared.values()):
-            adapters.adapters[path]
+        dropped = [droppable[name] for name in texts(own.get("dropped") or [])]
+        shared = {str(name): str(owner) for name, owner in dict(texts(own.get("shared") or {})).items()}
+        for name in (*shared, *shared.values()):
+            adapters.adapters[name]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{folder / OWN}: `shared` or `dropped` names what is no adapter of this model ({error}). Use "
-            "the model that it was made with."
+            f"{path}: `shared` or `dropped` names what is no adapter of this model ({error}). Use the model "
+            "that it was made with."
         ) from error
     return shared, dropped
 
 
-def _spec_from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdapterSpec:
-    layouts = [(method, method.peft) for method in METHODS.values() if method.peft.peft_type]
-    known = {str(layout.peft_type) for _, layout in layouts}
-    peft_type = config["peft_type"]
-    if peft_type is None:
-        raise IncompatibleError(
-            f"peft_type: is empty: the method is not PEFT's, and {OWN} is missing. Copy it too."
-        )
-    if peft_type not in known:
-        raise IncompatibleError(
-            f"peft_type: no method here is PEFT's '{peft_type}'{suggest(str(peft_type), known)}"
-        )
-    for name, none in {"bias": "none", "exclude_modules": []}.items():
-        if config.get(name) not in (none, None):
-            raise IncompatibleError(
-                f"{name}: {config[name]!r} of PEFT's config has no counterpart in lora_lab."
-            )
-    targets, saved = config["target_modules"], config.get("modules_to_save") or []
-    if isinstance(targets, str) and targets != "all-linear":
-        targets = f"regex:{targets}"
-    common = {
-        "targets": targets,
-        "layers": config.get("layers_to_transform"),
-        # PEFT lists heads that a model may have (`score` beside `classifier`); the file tells which it has.
-        "modules_to_save": [name for name in saved if any(f".{name}." in key for key in tensors)],
-    }
-    if isinstance(common["layers"], int):
-        common["layers"] = [common["layers"]]
-    for method, layout in layouts:
-        own = layout.read(dict(config)) if layout.peft_type == peft_type else None
-        if own is not None:
-            return method.Spec(**common, **own)
-    raise IncompatibleError(f"peft_type: this kind of PEFT's '{peft_type}' is none of our methods.")
+def _read_foreign(model: nn.Module, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> PeftFolder:
+    try:
+        config = read_json(path)
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{path}: is missing or no config of PEFT (it holds no object).")
+        return understand(model, config, shapes, str(path))
+    except DocumentError as error:
+        raise CheckpointError(f"{path}: is missing or no config of PEFT ({error}).") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise CheckpointError(
+            f"{path}: is missing or no config of PEFT ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _apart(model: nn.Module, spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> bool:
+    """Tells whether the file holds two different tensors for one parameter that two saved modules share.
+
+    PEFT trains each module of `modules_to_save` apart, tied or not.
+    """
+    first: dict[int, Tensor] = {}
+    for path in saved_modules(model, spec):
+        for name, parameter in model.get_submodule(path).named_parameters(remove_duplicate=False):
+            given = tensors.get(f"{PREFIX}{path}.{name}")
+            if given is not None and not torch.equal(first.setdefault(id(parameter), given), given):
+                return True
+    return False
 
 
 def _layout(adapters: AdapterSet) -> Any:

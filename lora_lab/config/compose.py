@@ -16,11 +16,10 @@ Fields for text get a value as it was written: `run=0123` names the folder 0123.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -30,9 +29,10 @@ from lora_lab.adapters.spec import FOREIGN_NAMES, AdapterSpec
 from lora_lab.callbacks import CONTROLLERS, check_controllers, renamed, unknown
 from lora_lab.config.schema import ExperimentConfig
 from lora_lab.data import DATA_SOURCES, check_data
-from lora_lab.documents import DocumentError, Scalar, parse_yaml, plain, read_yaml, texts
+from lora_lab.documents import DocumentError, parse_yaml, plain, read_yaml, references, texts
 from lora_lab.errors import ConfigError, IncompatibleError, suggest
 from lora_lab.models.build import check_model
+from lora_lab.structured import fill
 from lora_lab.tasks import TASKS
 
 COMMAND_LINE = "command line"
@@ -72,7 +72,7 @@ def compose(path: str | Path, overrides: Sequence[str] = (), stored: bool = Fals
     layers = _read(Path(path), ())
     if stored:
         # It may be somebody else's, and `${oc.env:…}` would read the environment.
-        if len(layers) > 1 or any("${" in text for text in _leaf_texts(layers[0].settings)):
+        if len(layers) > 1 or references(layers[0].settings):
             raise ConfigError(
                 f"{path}: a stored config extends no other and holds no `${{…}}`. Write the values instead."
             )
@@ -106,7 +106,7 @@ def compose_layers(layers: Sequence[Layer]) -> ExperimentConfig:
             _keep_shared_fields(node, tag, kinds, settings)
     for layer in settings:
         _merge_controllers(schema.controllers, layer, faults)
-        _merge(schema, layer.settings, layer.source, "", faults)
+        fill(schema, layer.settings, layer.source, faults, names=FOREIGN_NAMES)
     where = _file_of(settings)
     for key in sorted(OmegaConf.missing_keys(schema)):
         node = key.partition(".")[0]
@@ -173,17 +173,6 @@ def _read(path: Path, trail: tuple[Path, ...]) -> list[Layer]:
         raise ConfigError(f"{path}: extends: must be a list of paths; got {extended!r}.")
     layers = [layer for name in extended for layer in _read(path.parent / name, (*trail, path))]
     return [*layers, Layer(str(path), settings)]
-
-
-def _leaf_texts(tree: Any) -> Iterator[str]:
-    if isinstance(tree, dict):
-        for name, value in tree.items():
-            yield from (name, *_leaf_texts(value))
-    elif isinstance(tree, list):
-        for value in tree:
-            yield from _leaf_texts(value)
-    elif isinstance(tree, str):
-        yield tree
 
 
 def _parse_overrides(overrides: Sequence[str]) -> list[Layer]:
@@ -314,63 +303,4 @@ def _merge_controllers(schema: DictConfig, layer: Layer, faults: list[str]) -> N
         else:
             if name not in schema:
                 schema[name] = OmegaConf.structured(CONTROLLERS[name].Spec)
-            _merge(schema[name], options, layer.source, f"{key}.", faults)
-
-
-def _merge(
-    schema: DictConfig, settings: Mapping[str, Any], source: str, prefix: str, faults: list[str]
-) -> None:
-    """Merges settings into a structured node key by key, so that one fault does not hide the others."""
-    kind: Any = OmegaConf.get_type(schema)
-    known = [field.name for field in fields(kind)]
-    hints = get_type_hints(kind)
-    for name, value in settings.items():
-        key = f"{prefix}{name}"
-        if name not in known:
-            faults.append(f"{source}: {key}: no such key{_suggest_key(str(name), known)}")
-            continue
-        child: Any = schema._get_node(name)
-        child_kind = OmegaConf.get_type(child) if isinstance(child, DictConfig) else None
-        if is_dataclass(child_kind):
-            if isinstance(value, dict):
-                _merge(child, value, source, f"{key}.", faults)
-            else:
-                faults.append(f"{source}: {key}: must hold keys and values; got {plain(value)!r}")
-            continue
-        value = _as_written(value, hints[name])
-        if get_origin(hints[name]) is list and isinstance(value, str | bool | int | float):
-            faults.append(f"{source}: {key}: must be a list; write [{texts(value)}]")
-            continue
-        try:
-            OmegaConf.update(schema, name, value, merge=True)
-        except OmegaConfBaseException as error:
-            faults.append(f"{source}: {key}: {_first_line(error)}")
-
-
-def _as_written(value: Any, hint: Any) -> Any:
-    """Returns a value for a field of this type: the text as it was written where the field takes text."""
-    kinds = [kind for kind in _members(hint) if kind is not NoneType]
-    if isinstance(value, Scalar):
-        return value.text if str in kinds else value.value
-    for kind in kinds:
-        arguments = get_args(kind)
-        if isinstance(value, list) and get_origin(kind) is list:
-            return [_as_written(item, arguments[0]) for item in value]
-        if isinstance(value, dict) and get_origin(kind) is dict:
-            return {name: _as_written(item, arguments[1]) for name, item in value.items()}
-    return plain(value)
-
-
-def _members(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-
-
-def _suggest_key(name: str, known: Sequence[str]) -> str:
-    ours = FOREIGN_NAMES.get(name)
-    if ours in known or (ours and "." in ours):
-        return f"; it is called '{ours}' here. Known: {', '.join(sorted(known))}"
-    return suggest(name, known)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0].rstrip(".")
+            fill(schema[name], options, layer.source, faults, f"{key}.", FOREIGN_NAMES)

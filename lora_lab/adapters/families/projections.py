@@ -145,6 +145,11 @@ class ProjectedAdapter(AdditiveAdapter):
         """See `Adapter.loraplus_parameters`: all that is learned are vectors."""
         return list(self.parameters(recurse=False))
 
+    @classmethod
+    def file_names(cls) -> set[str]:
+        """See `Adapter.file_names`: PEFT writes RandLoRA's pair for every map."""
+        return {*cls.peft.tensors, *(f"{cls.Spec().method}_{name}" for name in "AB")}
+
     def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `Adapter.complete_peft_tensors`: PEFT writes RandLoRA's pair once more for every map."""
         pair = {f"{self.spec.method}_{name}" for name in "AB"}

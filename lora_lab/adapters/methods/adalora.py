@@ -67,6 +67,12 @@ def _site_config(adapters: Mapping[str, Any]) -> dict[str, Any]:
     return {"init_r": rank, "rank_pattern": None if whole else pattern, "alpha_pattern": {}}
 
 
+def _ranks(config: dict[str, Any]) -> dict[str, int]:
+    """Counts the components that PEFT's budget left to each site."""
+    pattern = config.get("rank_pattern") or {}
+    return {name.removesuffix(".lora_E"): sum(map(bool, flags)) for name, flags in pattern.items()}
+
+
 class AdaLoRA(LowRankAdapter, RankAllocatable, Shareable):
     """The adapter of one linear map."""
 
@@ -86,6 +92,7 @@ class AdaLoRA(LowRankAdapter, RankAllocatable, Shareable):
         },
         # PEFT opens no file without a total_step, which belongs to a schedule.
         config=lambda spec: {"total_step": 1},
+        ranks=_ranks,
         site_config=_site_config,
     )
 

@@ -41,9 +41,9 @@ def _write_paths(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
     return {"feedforward_modules": paths}
 
 
-def _read_config(config: dict[str, Any]) -> dict[str, Any]:
-    names = config.get("feedforward_modules") or []
-    return {"feedforward_modules": [f"regex:{names}"] if isinstance(names, str) else list(names)}
+def _read_shapes(sites: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[str, Any]:
+    """PEFT rescales inputs where the vector lies, (1, in), and outputs where it stands, (out, 1)."""
+    return {"feedforward_modules": [path for path, shapes in sites.items() if shapes["ia3_l"][0] == 1]}
 
 
 def _at_input(site: Site, spec: IA3Spec) -> bool:
@@ -57,7 +57,7 @@ class IA3(OutputAdapter):
     family = "activation"
     paper = "Liu et al. 2022, arXiv:2205.05638"
     spared_from_decay = ("l",)
-    peft = PeftLayout("IA3", {"ia3_l": "l"}, spec=_read_config, site_config=_write_paths)
+    peft = PeftLayout("IA3", {"ia3_l": "l"}, from_shapes=_read_shapes, site_config=_write_paths)
 
     def __init__(self, base: nn.Module, spec: IA3Spec):
         super().__init__(base)

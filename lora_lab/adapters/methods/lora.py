@@ -74,6 +74,10 @@ class LoRA(LowRankAdapter, RankAllocatable, Shareable):
         return super().site_parameter_count(module, spec) + (sizes(module)[0] if spec.lora_bias else 0)
 
     @classmethod
+    def file_names(cls) -> set[str]:
+        return {*cls.peft.tensors, *LowRankEmbedding.peft.tensors}
+
+    @classmethod
     def accepts(cls, module: nn.Module) -> bool:
         """Linear maps, convolutions, plain embeddings, and experts stacked in parameters."""
         special = LowRankEmbedding.accepts(module) or LowRankExperts.accepts(module)

@@ -1,0 +1,83 @@
+"""Filling a dataclass's OmegaConf schema from a document, with the fault of every key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lora_lab.documents import Scalar, plain, texts
+from lora_lab.errors import suggest
+
+
+def fill(
+    schema: DictConfig,
+    settings: Mapping[str, Any],
+    source: str,
+    faults: list[str],
+    prefix: str = "",
+    names: Mapping[str, str] | None = None,
+) -> None:
+    """Merges settings into a structured node key by key, so that one fault does not hide the others.
+
+    Args:
+        schema: `OmegaConf.structured` of a dataclass; it is changed.
+        settings: key → value; values may be `documents.Scalar`.
+        source: where the settings stand, for messages.
+        faults: the list that gets the faults, `source: key: what is wrong`.
+        prefix: what stands before the keys in messages, with its dot.
+        names: keys of other libraries → ours, for messages.
+    """
+    kind: Any = OmegaConf.get_type(schema)
+    known = [field.name for field in fields(kind)]
+    hints = get_type_hints(kind)
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        if name not in known:
+            faults.append(f"{source}: {key}: no such key{_suggest_key(str(name), known, names or {})}")
+            continue
+        child: Any = schema._get_node(name)
+        child_kind = OmegaConf.get_type(child) if isinstance(child, DictConfig) else None
+        if is_dataclass(child_kind):
+            if isinstance(value, Mapping):
+                fill(child, value, source, faults, f"{key}.", names)
+            else:
+                faults.append(f"{source}: {key}: must hold keys and values; got {plain(value)!r}")
+            continue
+        value = _as_written(value, hints[name])
+        if get_origin(hints[name]) is list and isinstance(value, str | bool | int | float):
+            faults.append(f"{source}: {key}: must be a list; write [{texts(value)}]")
+            continue
+        try:
+            OmegaConf.update(schema, name, value, merge=True)
+        except OmegaConfBaseException as error:
+            faults.append(f"{source}: {key}: {str(error).partition(chr(10))[0].rstrip('.')}")
+
+
+def _as_written(value: Any, hint: Any) -> Any:
+    """Returns a value for a field of this type: the text as it was written where the field takes text."""
+    kinds = [kind for kind in _members(hint) if kind is not NoneType]
+    if isinstance(value, Scalar):
+        return value.text if str in kinds else value.value
+    for kind in kinds:
+        arguments = get_args(kind)
+        if isinstance(value, list) and get_origin(kind) is list:
+            return [_as_written(item, arguments[0]) for item in value]
+        if isinstance(value, dict) and get_origin(kind) is dict:
+            return {name: _as_written(item, arguments[1]) for name, item in value.items()}
+    return plain(value)
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _suggest_key(name: str, known: Sequence[str], names: Mapping[str, str]) -> str:
+    ours = names.get(name)
+    if ours in known or (ours and "." in ours):
+        return f"; it is called '{ours}' here. Known: {', '.join(sorted(known))}"
+    return suggest(name, known)
