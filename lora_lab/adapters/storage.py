@@ -228,8 +228,8 @@ def _own_spec(own: Mapping[str, Any], path: Path) -> AdapterSpec:
     method = texts(given.get("method"))
     if not isinstance(method, str) or method not in METHODS:
         raise CheckpointError(
-            f"{path}: {UNREADABLE}: method '{method}' is not known here. Install the package that it is of, or "
-            "call lora_lab.register with its class."
+            f"{path}: {UNREADABLE}: method '{method}' is not known here. Install the package that it is of, "
+            "or call lora_lab.register with its class."
         )
     schema: Any = OmegaConf.structured(METHODS[method].Spec)
     faults: list[str] = []

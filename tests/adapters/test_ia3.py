@@ -4,7 +4,7 @@ from torch import nn
 
 from lora_lab.adapters import inject
 from lora_lab.adapters.methods.ia3 import IA3, IA3Input, IA3Spec
-from lora_lab.adapters.storage import load_adapter, read_spec, save_adapter
+from lora_lab.adapters.storage import load_adapter, save_adapter
 from lora_lab.errors import TargetError
 from lora_lab.testing import Variant, contract
 
@@ -95,10 +95,9 @@ def test_feedforward_paths_stand_in_the_file(make_model, make_batch, tmp_path):
             parameter += torch.rand_like(parameter)
     save_adapter(adapters, tmp_path / "adapter")
     (tmp_path / "adapter" / "lora_lab.yaml").unlink()
-    spec = read_spec(tmp_path / "adapter", {})
-    assert spec.feedforward_modules == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
     again = make_model("llama")
-    load_adapter(again, tmp_path / "adapter")
+    spec = load_adapter(again, tmp_path / "adapter").spec
+    assert spec.feedforward_modules == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
     batch = make_batch("llama")
     assert torch.equal(again(**batch).logits, model(**batch).logits)
 
