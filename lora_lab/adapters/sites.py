@@ -241,7 +241,7 @@ def _names_or_holds(name: str, path: str, roles: Mapping[str, Any]) -> bool:
             raise TargetError(f"adapter.exclude: '{name}' is no regular expression: {error}.") from None
     if path in roles and roles[path].role == name:
         return True
-    return any(_ends_with(path[: end.start()], name) for end in re.finditer(r"\.|$", path))
+    return any(ends_with(path[: end.start()], name) for end in re.finditer(r"\.|$", path))
 
 
 def _refuse_impossible(
