@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import TargetError, suggest
-from lora_lab.models.architectures import FUSED, find_roles, head_paths, layer_of, roles_of
+from lora_lab.models.architectures import FUSED, find_roles, head_paths, layer_of, reads_text, roles_of
 from lora_lab.models.quantization import holds_codes
 
 Value = TypeVar("Value")
@@ -84,6 +84,8 @@ def find_sites(
         if default:
             # A default names a job; where one map has several of them, that map is what does it.
             paths += [path for path, found in roles.items() if found.role in FUSED.get(target, ())]
+            # Text alone reaches no tower of images or sounds.
+            paths = [path for path in paths if reads_text(model, path)]
         if not paths:
             raise TargetError(_no_match(target, model, modules))
         matched.update(dict.fromkeys(paths, target))
@@ -303,6 +305,8 @@ def _no_match(target: str, model: nn.Module, modules: Mapping[str, nn.Module]) -
     held = [role for role in FUSED.get(target, ()) if role in roles]
     if held:
         told += f"; {target} is a part of {held[0]}: name that, or try model.split_fused: true"
+    if target in ("all", "all-linear"):
+        return f"adapter.targets: {kind} has no module that the method can edit with '{target}'; name others."
     known = suggest(target, names | set(roles) | {"all-linear"})
     fault = f"adapter.targets: {kind} has no '{target}' ({told}); name what it has{known}"
     fused = any(isinstance(module, nn.MultiheadAttention) for module in model.modules())

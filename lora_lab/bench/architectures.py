@@ -82,11 +82,9 @@ def _after_one_step(
     logits = _logits(model, inputs)
     answers = torch.randint(logits.shape[-1], logits.shape[:-1], generator=generator)
     F.cross_entropy(logits.flatten(0, -2), answers.flatten()).backward()
-    dead = [
-        name for name, parameter in parameters.items() if parameter.grad is None or not parameter.grad.any()
-    ]
     optimizer.step()
-    dead += [name for name in parameters if name not in dead and torch.equal(before[name], parameters[name])]
+    adapters.check_alive()
+    dead = [name for name, parameter in parameters.items() if torch.equal(before[name], parameter)]
     if dead:
         return {"outcome": "dead", "message": f"{len(dead)} of {len(parameters)}: {', '.join(dead[:4])}"}
     with torch.no_grad():

@@ -123,13 +123,30 @@ SIZES: dict[str, Any] = {
 }
 
 SPECIAL: dict[str, dict[str, Any]] = {
-    "esmc": {"num_key_value_heads": 4},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
+    "bamba": {"attn_layer_indices": [1]},
+    "codegen": {"rotary_dim": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
+    "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
+    "esmc": {"num_key_value_heads": 4},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
+    "gptj": {"rotary_dim": 4},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
     "lilt": {"hidden_size": 48},
-    "gptj": {"rotary_dim": 4},
-    "codegen": {"rotary_dim": 4},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "reformer": {
+        "axial_pos_embds_dim": [16, 16],
+        "axial_pos_shape": [2, 4],
+        "attn_layers": ["local", "lsh"],
+        "is_decoder": True,
+    },
+    "t5": {"decoder_start_token_id": 1},
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
 }
 
 
@@ -150,7 +167,12 @@ def _shrunk(config_class: type[PretrainedConfig], special: Mapping[str, Any]) ->
         inner = getattr(default, name, None)
         if isinstance(inner, PretrainedConfig):
             changes[name] = _shrunk(type(inner), special.get(name, {}))
-    return config_class(**{**changes, **special})
+    return config_class(**{**changes, **_flat(special)})
+
+
+def _flat(special: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what is meant for a config itself, not for one inside it."""
+    return {name: value for name, value in special.items() if not isinstance(value, dict)}
 
 
 def tiny_model(task: str, model_type: str, seed: int = 0) -> PreTrainedModel:

@@ -60,6 +60,9 @@ USUAL_HEADS = ("pre_classifier", "classifier", "score", "classification_head")
 
 _TASK_MODEL = re.compile(r"Classification|QuestionAnswering|MultipleChoice")
 
+_SENSES = re.compile(r"vision|visual|image|img|audio|speech|qformer")
+"""How transformers names what reads other things than text."""
+
 Kind = Literal["encoder", "decoder", "encoder_decoder", "vision"]
 
 
@@ -114,6 +117,16 @@ def find_roles(model: nn.Module) -> list[RoleSite]:
         sites.append(RoleSite(path, "block", layer, path))
         sites += [RoleSite(f"{path}.{inside}", role, layer, path) for inside, role in roles.items()]
     return sites + [RoleSite(path, "head", None, "") for path in head_paths(model)]
+
+
+def reads_text(model: nn.Module, path: str) -> bool:
+    """Whether a module of a model that takes text as its input is reached without images and sounds.
+
+    Other models, as those of images alone, are all of one kind: true for every module of them.
+    """
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return True
+    return not any(_SENSES.search(name) for name in path.lower().split("."))
 
 
 def roles_of(model: nn.Module) -> list[str]:

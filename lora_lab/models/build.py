@@ -99,7 +99,8 @@ def build_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
         AssetError: If an embedded model cannot be fetched.
     """
     source = _checked_source(config)
-    return source.tokenizer(config.config) if source.model_type not in ("vit", MLP) else None
+    seen = source.model_type == MLP or (source.model_type and kind_of(source.model_type) == "vision")
+    return None if seen else source.tokenizer(config.config)
 
 
 def build_model(config: ModelConfig, num_labels: int = 1, keep_weights: bool = False) -> PreTrainedModel:
@@ -155,7 +156,7 @@ def _checked_source(config: ModelConfig) -> Source:
 def _auto_class(config: ModelConfig, hub_config: PretrainedConfig) -> AutoClass:
     if TASKS[config.task].causal:
         return AutoModelForCausalLM
-    if hub_config.model_type == "vit":
+    if kind_of(hub_config.model_type) == "vision":
         return AutoModelForImageClassification
     return AutoModelForSequenceClassification
 

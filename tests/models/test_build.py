@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
@@ -111,6 +113,17 @@ def test_vision_model_classifies_images_and_reads_no_text():
     assert build_tokenizer(tiny("vit")) is None
     logits = build_model(tiny("vit"), num_labels=10)(pixel_values=torch.randn(2, 1, 8, 8)).logits
     assert logits.shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", ["vit_msn", "beit"])
+def test_folders_of_other_vision_models_classify_images_too(name, tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = AutoConfig.for_model(name, **sizes, image_size=8, patch_size=2, num_labels=3)
+    AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path)
+    assert build_tokenizer(ModelConfig(name=str(tmp_path))) is None
+    model = build_model(ModelConfig(name=str(tmp_path)), num_labels=3)
+    assert model(pixel_values=torch.randn(2, 3, 8, 8)).logits.shape == (2, 3)
+    assert {"query", "value", "block", "head"} <= set(roles_of(model))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "distilbert", "t5", "bert"])
