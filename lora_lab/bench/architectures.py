@@ -32,7 +32,7 @@ from lora_lab.models.architectures import roles_of
 
 TARGETS: dict[str, str | None] = {"default": None, "all-linear": "all-linear", "all": "all"}
 SECONDS = 60
-"""Limit for one model: some cannot be made small."""
+"""Limit of computing for one model: some cannot be made small."""
 
 
 def measure(task: str, model_type: str) -> list[dict[str, Any]]:
@@ -104,18 +104,18 @@ def _logits(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
 
 @contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Raises TimeoutError inside after so many seconds."""
+    """Raises TimeoutError inside after so many seconds of computing."""
 
     def late(number: int, frame: Any) -> None:
-        raise TimeoutError(f"takes longer than {seconds} s")
+        raise TimeoutError(f"computes longer than {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def _line(error: BaseException) -> str:
