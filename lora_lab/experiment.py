@@ -14,7 +14,7 @@ from lora_lab.adapters.storage import load_adapter, save_adapter
 from lora_lab.config.compose import compose
 from lora_lab.config.schema import ExperimentConfig
 from lora_lab.data import TaskData, build_data
-from lora_lab.errors import CheckpointError, IncompatibleError
+from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError
 from lora_lab.models.build import build_model, build_tokenizer
 from lora_lab.models.quantization import forget_weights
 from lora_lab.runs import RunFolder, process_rank
@@ -95,6 +95,13 @@ def evaluate(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
         state = "no run" if record is None else f"a run whose status is '{record['status']}'"
         raise CheckpointError(f"{path}: holds {state}; name the folder of a finished run.")
     config = compose(folder.config, overrides, stored=True)
+    own = compose(folder.config, stored=True)
+    for part in ("adapter", "controllers", "optimization", "tracking"):
+        if getattr(config, part) != getattr(own, part):
+            raise ConfigError(
+                f"command line: {part}: an evaluation uses the stored adapter as it is and trains and logs "
+                f"nothing, so that no setting of {part} can act; take it out, or train another run with it."
+            )
     L.seed_everything(config.seed, workers=True, verbose=False)
     model, data = build_parts(config)
     adapters = load_adapter(model, folder.adapter)

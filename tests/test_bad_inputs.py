@@ -109,7 +109,10 @@ OVERRIDES = {
         "controllers={rank_pruning: {}, importance_pruning: {target_rank: 1}}",
         "decides which components are kept, as rank_pruning does; take one out",
     ),
-    "controller with nothing to do": ("controllers.compaction={}", "has nothing to compact without"),
+    "controller with nothing to do": (
+        "controllers.compaction={}",
+        "has nothing to compact: no other controller",
+    ),
     "run too short for a controller": (
         "controllers.importance_pruning.target_rank=1",
         "of a run of 1; the budget needs steps between them to fall",

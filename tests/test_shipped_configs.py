@@ -29,7 +29,7 @@ def test_a_fragment_composes_into_an_experiment(path, tmp_path):
     settings = [f"model.task={task}"]
     if group == "controllers":
         needs = CONTROLLERS[path.stem].Spec().needs()
-        if CONTROLLERS[path.stem].Spec().faults_beside([]):  # it goes with another
+        if CONTROLLERS[path.stem].Spec().faults_beside({}):  # it goes with another
             settings.append("controllers.rank_pruning={}")
         settings.append(f"adapter.method={next(m for m, kind in METHODS.items() if issubclass(kind, needs))}")
     config = compose(whole, settings)

@@ -16,7 +16,7 @@ from lora_lab.adapters.base import Adapter
 from lora_lab.adapters.liveness import Liveness, conclude, unwatch, watch
 from lora_lab.adapters.maps import is_linear
 from lora_lab.adapters.methods import METHODS
-from lora_lab.adapters.protocols import Prunable, Shareable
+from lora_lab.adapters.protocols import Growable, Prunable, Shareable
 from lora_lab.adapters.sites import Site, find_sites, saved_modules, site_seed
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.adapters.trained import TrainedCopy
@@ -354,7 +354,8 @@ class AdapterSet:
         prunable = self.implementing(Prunable)
         for path, adapter in prunable.items():
             kept = given.get(f"{path}.kept")
-            if kept is not None and len(kept) <= adapter.initial_components:
+            fits = kept is not None and len(kept) <= adapter.initial_components
+            if kept is not None and (fits or isinstance(adapter, Growable)):
                 counts[path] = len(kept)
                 for name, shape in adapter.component_shapes(len(kept)).items():
                     if (tensor := expected.get(f"{path}.{name}")) is not None:

@@ -6,7 +6,7 @@ DyLoRA's components can be silenced like LoRA's, but its ranks would then not be
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -37,8 +37,16 @@ class Prunable:
         raise NotImplementedError
 
     def kept_components(self) -> Bool[Tensor, " rank"]:
-        """Returns the flags of the components that are left."""
+        """Returns the flags of the components that the last decision left."""
         return self.kept
+
+    def components_in_use(self) -> Bool[Tensor, " rank"]:
+        """Returns the flags of the components that are in the weights now.
+
+        Those kept, from the start on, and those that were silenced and that a step has filled again. None of
+        a dropped adapter. Logged ranks and sparsity count these, and folders hold them.
+        """
+        raise NotImplementedError
 
     @torch.no_grad()
     def select_components(self, index: Int[Tensor, " k"]) -> None:
@@ -80,6 +88,36 @@ class Prunable:
 
 class RankAllocatable(Prunable):
     """A `Prunable` adapter whose silenced components may come back: a step can fill the zeros again."""
+
+
+class Growable(Prunable):
+    """A `Prunable` adapter to which components can be added while it trains."""
+
+    def new_components(self, count: int) -> dict[str, Tensor]:
+        """Returns the start of so many more components, drawn from torch's generator.
+
+        By name of the tensor, `count` long on the axis that counts components, `kept` excepted. They add
+        exactly zero to the update, and their first step can change that.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def extend_components(self, count: int, init: Mapping[str, Tensor] | None = None) -> None:
+        """Adds components behind those there are; the counterpart of `select_components`.
+
+        The others keep their values, the update its scale, and every tensor stays the same object. Not for
+        adapters that share tensors.
+
+        Args:
+            count: how many, 0 or more.
+            init: what `new_components` would return, to start them elsewhere.
+        """
+        new = dict(self.new_components(count) if init is None else init)
+        new["kept"] = self.kept.new_ones(count)
+        for name, axis in self.components.items():
+            if (tensor := getattr(self, name)) is not None:
+                tensor.data = torch.cat([tensor, new[name].to(tensor)], dim=axis)
+        self.tensors_changed()
 
 
 class NestedRank:
@@ -175,5 +213,13 @@ class Selectable:
         raise NotImplementedError
 
 
-PROTOCOLS: tuple[type, ...] = (RankAllocatable, Prunable, NestedRank, Shareable, Droppable, RandomlyDropped)
+PROTOCOLS: tuple[type, ...] = (
+    RankAllocatable,
+    Growable,
+    Prunable,
+    NestedRank,
+    Shareable,
+    Droppable,
+    RandomlyDropped,
+)
 """What controllers ask for, the narrower before the wider."""

@@ -100,8 +100,8 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="CSV file to write")
     output = parser.parse_args().output
     torch.set_num_threads(1)
-    told = about(["torch"])
-    rows = [told | row for keep in (RANK, RANK // 2, 0) for row in measure(keep)]
+    origin = about(["torch"])
+    rows = [origin | row for keep in (RANK, RANK // 2, 0) for row in measure(keep)]
     write_rows(output, rows)
 
 

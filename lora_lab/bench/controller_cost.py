@@ -14,20 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from rich.progress import track
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import BertConfig, BertForSequenceClassification
 
 from lora_lab.adapters import METHODS, inject
+from lora_lab.bench import short_run
 from lora_lab.bench.hook_clock import HookClock
 from lora_lab.bench.results import about, write_rows
 from lora_lab.callbacks import CONTROLLERS, build_controllers
-from lora_lab.training.module import FineTuner
 
-BATCH, LENGTH, STEPS = 8, 64, 20
+STEPS = 20
 HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end")
 
 
@@ -64,23 +61,7 @@ def train(model: nn.Module, case: Case, controlled: bool) -> HookClock:
     controllers = build_controllers(specs if controlled else {}, adapters, seed=0)
     for controller in controllers:
         clock.watch(controller, HOOKS, "hooks")
-    trainer = L.Trainer(
-        max_steps=STEPS + 1,
-        accelerator="cpu",
-        callbacks=[clock, *controllers],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    ids = torch.randint(1, 1000, (STEPS + 1, BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
-    labels = torch.zeros(BATCH, dtype=torch.long)
-    batches: Any = [
-        {"input_ids": rows, "attention_mask": torch.ones_like(rows), "labels": labels} for rows in ids
-    ]
-    module = FineTuner(model.train(), adapters, "sequence_classification", num_labels=2)
-    trainer.fit(module, DataLoader(batches, batch_size=None))
-    adapters.remove()
+    short_run.train(model, adapters, STEPS, [clock, *controllers])
     return clock
 
 
@@ -100,7 +81,7 @@ def measure(model: nn.Module, case: Case, number: int) -> dict[str, Any]:
         "hooks_milliseconds": runs[True].hooks * each,
         "hooks_share": runs[True].hooks / plain,
     }
-    return {name: round(value, 5) if isinstance(value, float) else value for name, value in row.items()}
+    return short_run.rounded(row)
 
 
 def main() -> None:
@@ -111,11 +92,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    told = about(["torch", "lightning"])
-    shape: dict[str, Any] = {"vocab_size": 1000, "num_labels": 2}
-    model = BertForSequenceClassification(BertConfig(**shape))
+    origin = about(["torch", "lightning"])
+    model = short_run.bert()
     work = [(case, number) for case in CASES for number in range(1, options.rounds + 1)]
-    rows = [told | measure(model, case, number) for case, number in track(work, "Measuring")]
+    rows = [origin | measure(model, case, number) for case, number in track(work, "Measuring")]
     write_rows(options.output, rows)
 
 

@@ -24,20 +24,18 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import BertConfig, BertForSequenceClassification
 
 from lora_lab.adapters import AdapterSet, inject
 from lora_lab.adapters.methods.lora import LoRASpec
+from lora_lab.bench import short_run
 from lora_lab.bench.hook_clock import HookClock, children_time
 from lora_lab.bench.results import about, write_rows
 from lora_lab.callbacks.adapter_statistics import AdapterStatistics
 from lora_lab.callbacks.memory_statistics import MemoryStatistics
 from lora_lab.callbacks.speed_statistics import SpeedStatistics
 from lora_lab.tracking import TrackingConfig, build_loggers, close_loggers
-from lora_lab.training.module import FineTuner
 
-LOG_EVERY, BATCH, LENGTH = 10, 8, 64
+LOG_EVERY = 10
 ONCE = ("on_fit_start", "on_train_start", "on_train_end")
 EACH_STEP = ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end")
 
@@ -68,25 +66,8 @@ def train(model: nn.Module, steps: int, folder: Path | None) -> HookClock:
     )
     startup = time.process_time() + children_time() - begin
     callbacks = _watched(adapters, loggers, clock) if folder else []
-    trainer = L.Trainer(
-        max_steps=steps + 1,
-        log_every_n_steps=LOG_EVERY,
-        accelerator="cpu",
-        callbacks=[clock, *callbacks],
-        logger=loggers,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    ids = torch.randint(1, 1000, (steps + 1, BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
-    labels = torch.zeros(BATCH, dtype=torch.long)
-    batches: Any = [
-        {"input_ids": rows, "attention_mask": torch.ones_like(rows), "labels": labels} for rows in ids
-    ]
-    module = FineTuner(model.train(), adapters, "sequence_classification", num_labels=2)
-    trainer.fit(module, DataLoader(batches, batch_size=None))
+    short_run.train(model, adapters, steps, [clock, *callbacks], loggers, LOG_EVERY)
     close_loggers(loggers)
-    adapters.remove()
     clock.once += startup
     return clock
 
@@ -124,7 +105,7 @@ def measure(model: nn.Module, setting: Setting, number: int) -> dict[str, Any]:
         "added_milliseconds": (tracked_run.hooks + threads + tracked_run.wandb) * each,
         "once_per_run_milliseconds": tracked_run.once * 1e3,
     }
-    return {name: round(value, 5) if isinstance(value, float) else value for name, value in row.items()}
+    return short_run.rounded(row)
 
 
 def main() -> None:
@@ -134,13 +115,12 @@ def main() -> None:
     output = parser.parse_args().output
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    told = about(["torch", "lightning", "wandb"])
+    origin = about(["torch", "lightning", "wandb"])
     rows = []
     for setting in SETTINGS:
-        shape: dict[str, Any] = {"vocab_size": 1000, "num_labels": 2, **setting.widths}
-        model = BertForSequenceClassification(BertConfig(**shape))
+        model = short_run.bert(**setting.widths)
         for number in range(1, setting.rounds + 1):
-            rows.append(told | measure(model, setting, number))
+            rows.append(origin | measure(model, setting, number))
             print(rows[-1])
     write_rows(output, rows)
 

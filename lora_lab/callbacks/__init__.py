@@ -13,8 +13,6 @@ from lora_lab.callbacks.controllers import (
     ControllerSpec as ControllerSpec,
     build_controllers as build_controllers,
     check_controllers as check_controllers,
-    renamed as renamed,
-    unknown as unknown,
 )
 from lora_lab.callbacks.memory_statistics import MemoryStatistics as MemoryStatistics
 from lora_lab.callbacks.resume_checkpoint import ResumeCheckpoint as ResumeCheckpoint

@@ -71,6 +71,6 @@ class AdapterCheckpoint(L.Callback):
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what `state_dict` returned."""
+        """Restores what `state_dict` returned."""
         for name, value in state_dict.items():
             setattr(self, name, value)

@@ -1,4 +1,4 @@
-"""What each adapter of a model has become, in numbers."""
+"""What each adapter of a model is, in numbers: rank, spectrum, sparsity and size."""
 
 from __future__ import annotations
 
@@ -16,18 +16,23 @@ from lora_lab.models.architectures import find_roles, layer_of
 
 @dataclass(frozen=True)
 class AdapterRow:
-    """What one adapter has become; None stands where a word has no meaning for the method."""
+    """The numbers of one adapter; None stands where a word has no meaning for the method."""
 
     path: str
     role: str
     layer: int | None
     rank: int | None
+    """Components in its weights now, see `Prunable.components_in_use`; the owner's where it shares."""
     effective_rank: float | None
     stable_rank: float | None
     sparsity: float | None
+    """Share of the components of the start that are gone from the weights; 1 where it is dropped or uses
+    another adapter's tensors."""
     dropped: bool | None
     trainable: int
     """Trained numbers of its own; 0 where it uses another adapter's."""
+    shared: bool = False
+    """Whether it uses another adapter's tensors."""
 
 
 @torch.no_grad()
@@ -49,9 +54,10 @@ def adapter_rows(adapters: AdapterSet, spectra: bool = True) -> list[AdapterRow]
                 site.layer if site else layer_of(path),
                 adapter.rank,
                 *(_spectrum(adapter) if spectra else (None, None)),
-                sparsity(adapter),
+                1.0 if path in adapters.owners else sparsity(adapter),
                 adapter.dropped if isinstance(adapter, Droppable) else None,
                 0 if path in adapters.owners else sum(p.numel() for p in _trained(adapter)),
+                path in adapters.owners,
             )
         )
     return rows
@@ -62,7 +68,7 @@ def sparsity(adapter: Adapter) -> float | None:
     if isinstance(adapter, Droppable) and adapter.dropped:
         return 1.0
     if isinstance(adapter, Prunable):
-        return 1 - int(adapter.kept_components().sum()) / adapter.initial_components
+        return max(0.0, 1 - int(adapter.components_in_use().sum()) / adapter.initial_components)
     if isinstance(adapter, NestedRank):
         return 1 - adapter.active_rank / adapter.max_rank
     trained = _trained(adapter)

@@ -1,15 +1,23 @@
 """How much rank the adapters have, how much of it they use, and how much of them is switched off.
 
-    rank/mean                     mean rank in use, over the adapters for which the word has a meaning
-    rank/<module path>            rank in use of one of them
+    rank/mean                     mean rank, over the adapters for which the word has a meaning
+    rank/<module path>            rank of one of them: the components in its weights at this moment
+    rank/total                    sum of the ranks, components that several adapters share counted once
     rank/effective_mean           mean effective rank of W' − W (Roy and Vetterli 2007), of edited matrices
     rank/effective/<module path>  that of one of them
     rank/stable_mean              mean stable rank of W' − W, ‖·‖²_F / ‖·‖²_2
     rank/stable/<module path>     that of one of them
-    sparsity/mean                 mean share of rank units silenced, in [0, 1]; for adapters without units of
-                                  rank the share of trained numbers that are exactly zero
+    sparsity/mean                 mean share of the components of the start that are gone from the weights, in
+                                  [0, 1], 1 for dropped adapters and those that use another's tensors; for
+                                  adapters without components the share of trained numbers that are zero
     sparsity/<module path>        that of one of them
     sparsity/dropped_layers       number of adapters that are switched off
+    sparsity/shared_layers        number of adapters that use another's tensors, where there are any
+
+All are counted from the tensors at the moment of the row, never from a decision of before: between two
+decisions of importance pruning a step fills silenced components again, and they count until they are silenced
+anew. A validation's row has the ranks at which it scored. A component that is kept counts from the start,
+although its product is zero until the first step.
 
 Names without a meaning for a method do not appear. Controllers add `budget/…` and `importance/…`.
 """
@@ -22,13 +30,13 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
 from lightning.pytorch.loggers import WandbLogger
 
 from lora_lab.adapters import AdapterSet
 from lora_lab.callbacks.adapter_rows import AdapterRow, adapter_rows
 from lora_lab.callbacks.controllers.base import Controller
 from lora_lab.callbacks.heatmaps import history_heatmap, rank_heatmap
+from lora_lab.callbacks.step_rows import StepRows
 
 
 def final_statistics(rows: list[AdapterRow]) -> dict[str, float | None]:
@@ -41,7 +49,7 @@ def final_statistics(rows: list[AdapterRow]) -> dict[str, float | None]:
     }
 
 
-class AdapterStatistics(L.Callback):
+class AdapterStatistics(StepRows):
     """Logs the statistics at the start, with every validation, and at the end with a table and pictures.
 
     The rows of start and end are labelled as Lightning labels its own: row s is of the state after s + 1
@@ -59,35 +67,25 @@ class AdapterStatistics(L.Callback):
         self.adapters = adapters
         self.controllers = controllers
         self.rows: list[AdapterRow] = []
-        """What the adapters had become when training ended, in the first process; empty before."""
+        """The adapters' numbers when training ended, in the first process; empty before."""
         self._ranks: dict[int, list[float]] = {}
         """Steps done → rank of each adapter by then."""
-        self._due = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs the start."""
         if trainer.is_global_zero and trainer.global_step == 0:
             self._log(trainer, adapter_rows(self.adapters))
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Asks whether this step's numbers are logged."""
-        self._due = bool(self.controllers) and pl_module.logging_due()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Logs what the controllers have to tell, and what has become of the ranks."""
-        if not self._due:
-            return
-        self._due = False
+    def numbers(self, trainer: L.Trainer) -> dict[str, float]:
+        """Returns ranks, sparsity and the controllers' statistics; nothing where no controller is at work."""
+        if not self.controllers:
+            return {}
         rows = adapter_rows(self.adapters, spectra=False)
         self._remember(trainer.global_step, rows)
-        told = _scalars(rows)
+        found = _scalars(rows)
         for controller in self.controllers:
-            told |= controller.statistics()
-        pl_module.log_dict(told)
+            found |= controller.statistics()
+        return found
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Adds the statistics to the row of the validation's metrics."""
@@ -128,7 +126,7 @@ class AdapterStatistics(L.Callback):
         return {"ranks": self._ranks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what `state_dict` returned."""
+        """Restores what `state_dict` returned."""
         self._ranks = state_dict["ranks"]
 
     def _log(self, trainer: L.Trainer, rows: list[AdapterRow]) -> None:
@@ -148,11 +146,14 @@ def _means(rows: list[AdapterRow]) -> dict[str, float]:
         "rank/stable_mean": [row.stable_rank for row in rows if row.stable_rank is not None],
         "sparsity/mean": [row.sparsity for row in rows if row.sparsity is not None],
     }
-    return {name: sum(values) / len(values) for name, values in measured.items() if values}
+    means = {name: sum(values) / len(values) for name, values in measured.items() if values}
+    if "rank/mean" in means:
+        means["rank/total"] = float(sum(row.rank for row in rows if row.rank is not None and not row.shared))
+    return means
 
 
 def _scalars(rows: list[AdapterRow]) -> dict[str, float]:
-    told = _means(rows)
+    found = _means(rows)
     for row in rows:
         known = {
             f"rank/{row.path}": row.rank,
@@ -160,9 +161,13 @@ def _scalars(rows: list[AdapterRow]) -> dict[str, float]:
             f"rank/stable/{row.path}": row.stable_rank,
             f"sparsity/{row.path}": row.sparsity,
         }
-        told |= {name: float(value) for name, value in known.items() if value is not None}
+        found |= {name: float(value) for name, value in known.items() if value is not None}
     dropped = [row.dropped for row in rows if row.dropped is not None]
-    return told | ({"sparsity/dropped_layers": float(sum(dropped))} if dropped else {})
+    if dropped:
+        found["sparsity/dropped_layers"] = float(sum(dropped))
+    if shared := sum(row.shared for row in rows):
+        found["sparsity/shared_layers"] = float(shared)
+    return found
 
 
 def _step(trainer: L.Trainer) -> int:

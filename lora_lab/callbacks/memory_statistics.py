@@ -1,29 +1,34 @@
 """What training keeps in memory, in megabytes of 1e6 bytes.
 
+    memory/base_megabytes                frozen model: parameters and buffers without those of adapters
     memory/trainable_megabytes           trained tensors, task heads included
     memory/optimizer_megabytes           the optimizer's state
     memory/gradient_megabytes            gradients of the trained tensors
-    memory/saved_activation_megabytes    what the forward pass of the run's first batch kept for backward
+    memory/saved_activation_megabytes    what the forward pass of one batch kept for backward
     memory/peak_megabytes                most memory in use at any moment so far
 
-All are of the first process. Saved activations are counted exactly, once, and stand in every row from then
-on; under torch.compile they are left out, as counting would change what is compiled.
+Of several processes each counts its own: these are the greatest of their numbers, and `memory/all/…` are the
+sums. Saved activations are counted exactly, at the run's first batch and at the first one after a controller
+has changed the adapters' structure, and stand in every row from then on; under torch.compile they are left
+out, as counting would change what is compiled.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import psutil
 import torch
+import torch.distributed as distributed
 from torch import Tensor
 
 from lora_lab.adapters import AdapterSet
 from lora_lab.callbacks.saved_tensors import SavedTensors
+from lora_lab.callbacks.step_rows import StepRows
 
 MEGABYTE = 1e6
 
@@ -59,7 +64,30 @@ def is_compiled(module: torch.nn.Module) -> bool:
     return any(part._compiled_call_impl is not None or isinstance(part, optimized) for part in parts)
 
 
-class MemoryStatistics(L.Callback):
+def base_tensors(adapters: AdapterSet) -> list[Tensor]:
+    """Returns parameters and buffers of the adapted model that belong to no adapter and no trained head."""
+    parts = set(adapters.model.modules())
+    for adapter in adapters.everything():
+        parts -= set(adapter.modules()) - set(adapter.base.modules())
+    held = [t for part in parts for t in [*part._parameters.values(), *part._buffers.values()]]
+    return list({id(tensor): tensor for tensor in held if tensor is not None}.values())
+
+
+def over_processes(megabytes: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """Returns what is logged for the numbers of this process: the greatest of all processes, and the sums."""
+    if not distributed.is_initialized():
+        return {f"memory/{name}_megabytes": value for name, value in megabytes.items()}
+    most = torch.tensor(list(megabytes.values()), dtype=torch.float64, device=device)
+    total = most.clone()
+    distributed.all_reduce(most, distributed.ReduceOp.MAX)
+    distributed.all_reduce(total)
+    found = dict[str, float]()
+    for prefix, values in {"memory/": most, "memory/all/": total}.items():
+        found |= {f"{prefix}{n}_megabytes": v for n, v in zip(megabytes, values.tolist(), strict=True)}
+    return found
+
+
+class MemoryStatistics(StepRows):
     """Logs the statistics in the rows of `train/loss`.
 
     Args:
@@ -69,10 +97,12 @@ class MemoryStatistics(L.Callback):
     def __init__(self, adapters: AdapterSet):
         self.adapters = adapters
         self.saved_activation_bytes: int | None = None
-        """Bytes kept for backward by the first batch; None before it, and under torch.compile."""
+        """Bytes that the last counted batch kept for backward; None before it, and under torch.compile."""
+        self.base_bytes = 0
+        """Bytes of the frozen model; 0 before the fit."""
+        self._again = False  # whether the structure has changed since the count
         self._probe: SavedTensors | None = None
         self._probes = True
-        self._due = False
         self._device = torch.device("cpu")
 
     @property
@@ -88,17 +118,18 @@ class MemoryStatistics(L.Callback):
         return peak / MEGABYTE
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Looks at what is there, and starts the GPU's peak afresh: runs in one process must not share it."""
+        """Counts the base, and resets the GPU's peak: runs in one process must not share it."""
         self._device = pl_module.device
         self._probes = not is_compiled(pl_module)
+        self.base_bytes = size(base_tensors(self.adapters))
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Starts to count at the first batch."""
-        if self.saved_activation_bytes is None and self._probes:
+        """Starts to count at the first batch, and at the first one of another structure."""
+        if (self.saved_activation_bytes is None or self._again) and self._probes:
             self._probe = SavedTensors()
             self._probe.start()
 
@@ -107,7 +138,11 @@ class MemoryStatistics(L.Callback):
         if self._probe is not None:
             self._probe.stop()
             self.saved_activation_bytes = self._probe.count([*pl_module.parameters(), *pl_module.buffers()])
-            self._probe = None
+            self._probe, self._again = None, False
+
+    def structure_changed(self) -> None:
+        """Has saved activations counted again; see `controllers.structure`."""
+        self._again = True
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
@@ -117,33 +152,25 @@ class MemoryStatistics(L.Callback):
             self._probe.stop()
             self._probe = None
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Asks whether this step's numbers are logged; the optimizer's state is whole only after it."""
-        self._due = pl_module.logging_due()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Logs."""
-        if not self._due:
-            return
-        self._due = False
+    def numbers(self, trainer: L.Trainer) -> dict[str, float]:
+        """Returns megabytes by name; the optimizer's state is whole only after the step."""
         trained = self.adapters.trainable_parameters()
         counted = {
+            "base": self.base_bytes,
             "trainable": size(trained),
             "optimizer": optimizer_bytes(trainer.optimizers),
             "gradient": size(parameter.grad for parameter in trained),
             "saved_activation": self.saved_activation_bytes,
         }
-        known = {f"memory/{name}_megabytes": n / MEGABYTE for name, n in counted.items() if n is not None}
-        pl_module.log_dict(known | {"memory/peak_megabytes": self.peak_megabytes})
+        known = {name: n / MEGABYTE for name, n in counted.items() if n is not None}
+        return over_processes(known | {"peak": self.peak_megabytes}, self._device)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the count: a resumed run logs its own first batch's, and counts no other."""
-        return {"saved_activation_bytes": self.saved_activation_bytes}
+        state = {"saved_activation_bytes": self.saved_activation_bytes}
+        return state | ({"again": True} if self._again else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what `state_dict` returned."""
+        """Restores what `state_dict` returned."""
         self.saved_activation_bytes = state_dict["saved_activation_bytes"]
+        self._again = state_dict.get("again", False)

@@ -36,7 +36,7 @@ class SavedTensors:
         self._hooks.__enter__()
 
     def stop(self) -> None:
-        """Ceases to look; what was saved stays usable for the backward pass."""
+        """Stops looking; what was saved stays usable for the backward pass."""
         self._hooks.__exit__()
 
     def count(self, known: Iterable[Tensor] = ()) -> int:

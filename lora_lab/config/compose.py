@@ -26,7 +26,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_lab.adapters import METHODS
 from lora_lab.adapters.spec import FOREIGN_NAMES, AdapterSpec
-from lora_lab.callbacks import CONTROLLERS, check_controllers, renamed, unknown
+from lora_lab.callbacks import CONTROLLERS, check_controllers
+from lora_lab.callbacks.controllers import renamed, unknown
 from lora_lab.config.schema import ExperimentConfig
 from lora_lab.data import DATA_SOURCES, check_data
 from lora_lab.documents import DocumentError, parse_yaml, plain, read_yaml, references, texts

@@ -54,7 +54,7 @@ def train(
     Args:
         spec: the adapters' spec; those of LAYERS beside a head, layer4.
         controllers: specs by name.
-        extra: callbacks that stand behind the controllers.
+        extra: callbacks that stand behind the controllers, or functions that make one for the adapters.
         stop_after: writes a checkpoint after so many steps, and stops one step later.
         resume: goes on from the folder's checkpoint.
     """
@@ -70,7 +70,8 @@ def train(
         def on_train_batch_end(self, trainer, *_):
             trainer.should_stop = trainer.global_step - 1 == stop_after
 
-    callbacks = [*built, *extra, best, Stop()]
+    made = [own if isinstance(own, L.Callback) else own(adapters) for own in extra]
+    callbacks = [*built, *made, best, Stop()]
     if folder is not None:
         callbacks.append(ResumeCheckpoint(folder / "last.ckpt", stop_after or steps))
     trainer = L.Trainer(
@@ -82,6 +83,7 @@ def train(
         gradient_clip_val=options.gradient_clip,
         callbacks=callbacks,
         logger=False,
+        log_every_n_steps=1,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -114,7 +116,7 @@ def from_two_processes(file: str, folder: Path, *arguments: str) -> dict[str, to
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return torch.load(path, weights_only=True)

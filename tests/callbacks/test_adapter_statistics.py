@@ -67,7 +67,7 @@ def test_table_has_a_row_for_each_adapter(tracked):
     run, _, offline = tracked
     (path,) = [path for path in offline.media if path.name.endswith(".table.json")]
     table = json.loads(path.read_text())
-    names = "path role layer rank effective_rank stable_rank sparsity dropped trainable".split()
+    names = "path role layer rank effective_rank stable_rank sparsity dropped trainable shared".split()
     assert table["columns"] == names
     found = [dict(zip(names, row, strict=True)) for row in table["data"]]
     assert [row["path"] for row in found] == list(run.adapters.adapters)

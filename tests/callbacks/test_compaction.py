@@ -14,7 +14,7 @@ from lora_lab.adapters.families.embedding import LowRankEmbedding
 from lora_lab.adapters.methods.adalora import AdaLoRASpec
 from lora_lab.adapters.methods.delora import DeLoRASpec
 from lora_lab.adapters.methods.lora import LoRA, LoRASpec
-from lora_lab.adapters.methods.lora_drop import LoRADropSpec
+from lora_lab.adapters.methods.lora_drop import LoRADrop, LoRADropSpec
 from lora_lab.adapters.methods.lora_prune import LoRAPruneSpec
 from lora_lab.adapters.methods.pissa import PiSSASpec
 from lora_lab.adapters.methods.svft import SVFTSpec
@@ -23,6 +23,8 @@ from lora_lab.adapters.storage import load_adapter, save_adapter
 from lora_lab.callbacks import Controller, ControllerSpec, check_controllers
 from lora_lab.callbacks.adapter_rows import adapter_rows
 from lora_lab.callbacks.controllers.compaction import Compaction, CompactionSpec
+from lora_lab.callbacks.controllers.dropout_schedule import DropoutScheduleSpec
+from lora_lab.callbacks.controllers.output_evaluation import OutputEvaluationSpec
 from lora_lab.callbacks.controllers.rank_pruning import RankPruningSpec
 from lora_lab.callbacks.controllers.structure import structure_changed
 from lora_lab.callbacks.memory_statistics import optimizer_bytes, size
@@ -341,10 +343,20 @@ def test_dropped_adapters_vanish_and_shared_tensors_are_sliced_once(register, tm
         assert_equal(train(LoRASpec(rank=4), both, folder=tmp_path, resume=True).adapters, whole.adapters)
 
 
-def test_it_is_refused_where_nothing_else_takes_anything_away():
-    (fault,) = check_controllers({"compaction": CompactionSpec()}, LoRA)
+@pytest.mark.parametrize(
+    ("others", "method"),
+    [
+        ({}, LoRA),
+        ({"output_evaluation": OutputEvaluationSpec()}, LoRA),
+        ({"dropout_schedule": DropoutScheduleSpec()}, LoRADrop),
+    ],
+)
+def test_it_is_refused_where_no_other_controller_silences_anything(others, method):
+    (fault,) = check_controllers({**others, "compaction": CompactionSpec()}, method)
     assert fault.startswith("controllers.compaction: has nothing to compact")
     assert not check_controllers(controllers(), LoRA)
+    dropping = {"output_evaluation": OutputEvaluationSpec(share=False), "compaction": CompactionSpec()}
+    assert not check_controllers(dropping, LoRA)
 
 
 def test_it_is_refused_for_methods_without_components():

@@ -1,7 +1,8 @@
-"""Every controller with every method, in one process and in two, with and without accumulation.
+"""The contract of controllers: one body, run for all of CONTROLLERS with the methods that fit.
 
-A pair either trains alike however a step of 8 rows is split up, or is refused before training with the
-methods that fit.
+A new controller is tried with its `trials` at once. A pair either trains alike however a step of 8 rows is
+split up, or is refused before training with the methods that fit. The first trial of a controller that asks
+for a protocol meets every method that has it; others, and those with compaction, the first and the last.
 """
 
 import os
@@ -26,33 +27,24 @@ STEPS = 12
 TOLERANCE = 2e-5
 """Relative to the largest number of a tensor: float32 sums in another order, over 12 steps of AdamW."""
 
-CASES = {
-    "importance_pruning": {"importance_pruning": {"target_rank": 2, "deltaT": 2}},
-    "importance_by_magnitude": {"importance_pruning": {"target_rank": 3, "importance": "magnitude"}},
-    "rank_pruning": {"rank_pruning": {"threshold": 0.7}},
-    "rank_pruning_of_the_model": {"rank_pruning": {"threshold": 0.5, "scope": "model", "min_rank": 0}},
-    "uniform_ranks": {"rank_switching": {}},
-    "geometric_ranks": {"rank_switching": {"policy": "geometric"}},
-    "ranks_by_gradient": {"rank_switching": {"policy": "gradient_norm"}},
-    "ranks_by_loss": {"rank_switching": {"policy": "recent_loss", "window": 1, "period": 2}},
-    "shared": {
-        "output_evaluation": {"threshold": 0.4, "warmup": 3, "sample_ratio": 1.0, "group_by": "shape"}
-    },
-    "dropped": {"output_evaluation": {"threshold": 0.4, "warmup": 3, "sample_ratio": 1.0, "share": False}},
-    "drop_schedule": {"dropout_schedule": {"start_prob": 0.0, "end_prob": 0.0}},
-    "compacted_importance_pruning": {"importance_pruning": {"target_rank": 2}, "compaction": {}},
-    "compacted_rank_pruning": {"rank_pruning": {"threshold": 0.7}, "compaction": {}},
-    "compacted_dropping": {
-        "output_evaluation": {"threshold": 0.4, "warmup": 3, "sample_ratio": 1.0, "share": False},
-        "compaction": {},
-    },
-}
-"""What the controllers of a run are told."""
+
+def trials() -> dict[str, dict[str, dict]]:
+    """Returns controllers and options of each case: every trial, also with compaction where that fits."""
+    found = {}
+    for name, controller in CONTROLLERS.items():
+        for variant, options in controller.trials.items():
+            found[f"{name} {variant}".strip()] = {name: options}
+            if controller.Spec(**options).silences():
+                found[f"compacted {name} {variant}".strip()] = {name: options, "compaction": {}}
+    return found
+
+
+CASES = trials()
 
 # Masks of tokens and samples are drawn anew for every batch, which no two ways to split a step share.
 OPTIONS = {"lora_drop": {"drop_prob": 0.0}}
 PLAIN = ["dora", "dylora", "lora_prune", "hra", "ia3", "vera", "bitfit"]
-"""Methods that need no particular model, of which some or all do not fit a case."""
+"""Methods that need no particular model, of which some or all do not fit a controller."""
 
 
 def controllers_of(case: str) -> dict:
@@ -63,8 +55,28 @@ def fits(case: str, method: str) -> bool:
     return all(issubclass(METHODS[method], spec.needs()) for spec in controllers_of(case).values())
 
 
-FITTING = [(case, method) for case in CASES for method in METHODS if fits(case, method)]
-OTHERS = [(case, method) for case in CASES for method in METHODS if not fits(case, method)]
+def pairs() -> list[tuple[str, str]]:
+    """Returns cases and methods that train together."""
+    found, seen = [], set()
+    for case, controllers in CASES.items():
+        fitting = [method for method in METHODS if fits(case, method)]
+        asked = {spec.needs() for spec in controllers_of(case).values()}
+        kind = (next(iter(controllers)), *asked)
+        if kind in seen or "compaction" in controllers:
+            fitting = list(dict.fromkeys([fitting[0], fitting[-1]]))
+        seen.add(kind)
+        found += [(case, method) for method in fitting]
+    return found
+
+
+FITTING = pairs()
+ASKING = {(name, spec.needs()): spec for case in CASES for name, spec in controllers_of(case).items()}
+"""A spec for each controller and what it asks adapters to be."""
+
+
+SPLIT = [(case, method, 2) for case, method in FITTING]
+SPLIT += [(case, next(method for own, method in FITTING if own == case), 1) for case in CASES]
+"""Runs in two processes: all with accumulation, one of each case without."""
 
 
 def spec_of(method: str):
@@ -143,16 +155,23 @@ def test_a_run_leaves_the_base_and_comes_back_from_its_state(case, method):
     assert torch.equal(again.model(features=x).logits, adapters.model(features=x).logits)
 
 
-@pytest.mark.parametrize(("case", "method"), [pair for pair in FITTING if "pruning" in pair[0]])
-def test_something_was_pruned_and_stays_zero(case, method):
-    done = alone(case, method)
-    pruned = 0
-    for adapter in done.adapters.implementing(Prunable).values():
+@pytest.mark.parametrize(
+    ("case", "method"),
+    [pair for pair in FITTING if any(spec.silences() for spec in controllers_of(pair[0]).values())],
+)
+def test_something_was_silenced_and_stays_zero(case, method):
+    adapters = alone(case, method).adapters
+    left = total = 0
+    for adapter in adapters:
+        total += 1 if not isinstance(adapter, Prunable) else adapter.initial_components
+        if not isinstance(adapter, Prunable):
+            left += not adapter.dropped
+            continue
         dead = ~adapter.kept_components()
-        pruned += adapter.initial_components - int(adapter.kept_components().sum())
+        left += int(adapter.components_in_use().sum())
         (last, axis) = adapter.rank_components()[-1 if method != "adalora" else 0]
         assert not last.movedim(axis, 0)[dead].any()
-    assert pruned > 0
+    assert left < total
 
 
 @pytest.mark.parametrize(("case", "method"), FITTING)
@@ -160,38 +179,30 @@ def test_two_batches_of_half_the_size_make_the_same_step(case, method):
     assert_like(alone(case, method, 2).adapters.state_dict(), alone(case, method).adapters.state_dict())
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize(("case", "method"), FITTING)
+@pytest.mark.parametrize(("case", "method", "accumulate"), SPLIT)
 def test_two_processes_train_what_one_does(case, method, accumulate, of_two_processes):
     assert_like(of_two_processes[f"{case} {method} {accumulate}"], alone(case, method).adapters.state_dict())
 
 
-@pytest.mark.parametrize(("case", "method"), OTHERS)
-def test_what_does_not_fit_is_refused_with_the_methods_that_do(case, method):
-    for name, spec in controllers_of(case).items():
-        told = [
-            fault for fault in check_controllers({name: spec}, METHODS[method]) if "needs adapters" in fault
-        ]
-        assert bool(told) != issubclass(METHODS[method], spec.needs())
-        for fault in told:
-            assert fault.startswith(f"controllers.{name}: needs adapters that are ")
-            listed = fault.rpartition("Methods that are: ")[2].split(", ")
-            assert listed == sorted(
-                known for known, kind in METHODS.items() if issubclass(kind, spec.needs())
-            )
-
-
-@pytest.mark.parametrize(("case", "method"), [pair for pair in OTHERS if pair[1] in PLAIN])
-def test_in_python_it_is_refused_before_training_too(case, method):
-    with pytest.raises(IncompatibleError, match=f"those of method '{method}' are not. Methods that are: "):
-        train(spec_of(method), controllers_of(case), 1)
+@pytest.mark.parametrize(("name", "needs"), ASKING, ids=str)
+def test_what_does_not_fit_is_refused_with_the_methods_that_do(name, needs):
+    spec, fitting = ASKING[name, needs], sorted(m for m, kind in METHODS.items() if issubclass(kind, needs))
+    assert fitting
+    for method, kind in METHODS.items():
+        faults = [f for f in check_controllers({name: spec}, kind) if "needs adapters" in f]
+        assert len(faults) == (method not in fitting)
+        for fault in faults:
+            assert fault.startswith(f"controllers.{name}: needs adapters that are {needs.__name__}; ")
+            assert fault.rpartition("Methods that are: ")[2].split(", ") == fitting
+    for method in (method for method in PLAIN if method not in fitting):
+        with pytest.raises(IncompatibleError, match=f"of method '{method}' are not. Methods that are: "):
+            train(spec_of(method), {name: spec}, 1)
 
 
 if __name__ == "__main__":
     states = {
         f"{case} {method} {accumulate}": run(case, method, 2, accumulate).adapters.state_dict()
-        for case, method in FITTING
-        for accumulate in (1, 2)
+        for case, method, accumulate in SPLIT
     }
     if os.environ["LOCAL_RANK"] == "0":
         torch.save(states, sys.argv[1])

@@ -67,15 +67,21 @@ class Recorder(L.Callback):
 
 
 class Trajectory(L.Callback):
-    """Keeps weights and gradients of every step, as they are before the controller acts."""
+    """Keeps weights and gradients before clipping of every step, as they are before the controller acts."""
 
     def __init__(self, adapters):
         self.adapters = adapters
         self.steps: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] = []
+        self.clipped = 0
+
+    def on_before_optimizer_step(self, *_):
+        named = self.adapters.named_parameters().items()
+        self.gradients = {name: p.grad.clone() for name, p in named}
 
     def on_train_batch_end(self, *_):
         named = self.adapters.named_parameters().items()
-        self.steps.append({name: (p.detach().clone(), p.grad.clone()) for name, p in named})
+        self.steps.append({name: (p.detach().clone(), self.gradients[name]) for name, p in named})
+        self.clipped += any(not torch.equal(p.grad, self.gradients[name]) for name, p in named)
 
 
 @dataclass
@@ -220,7 +226,8 @@ def test_adapters_reach_pefts_masks_at_every_step(tmp_path):
 
 def test_averages_are_those_of_the_definition(tmp_path):
     """I and U from the recorded |p g|, one number at a time in Python's float64."""
-    fitted = fit(tmp_path, stop_at=9)
+    fitted = fit(tmp_path, stop_at=9, clip=0.05)
+    assert fitted.trajectory.clipped == 9  # and yet the gradients are those of the loss
     averages = fitted.controller.state_dict()["averages"]
     names = [f"{path}.{name}" for path in fitted.adapters.adapters for name in "AEB"]
     assert sorted(averages["sensitivity"]) == sorted(averages["uncertainty"]) == sorted(names)

@@ -11,16 +11,19 @@ from torch.utils.data import DataLoader
 
 from lora_lab.adapters import inject
 from lora_lab.adapters.methods.lora import LoRASpec
+from lora_lab.callbacks.controllers.output_evaluation import OutputEvaluationSpec
 from lora_lab.callbacks.memory_statistics import MemoryStatistics, is_compiled, resident_peak_bytes
 from lora_lab.callbacks.saved_tensors import SavedTensors
 from lora_lab.tracking import read_metrics
 from lora_lab.training.module import FineTuner
+from tests.callbacks.controlled import from_two_processes, hand_back, train as train_controlled
 from tests.tracked_run import train
 from tests.wandb_file import offline_folders, read_offline_run
 
 SPEC = LoRASpec(rank=4, targets=["query", "value"])
 NAMES = {
-    f"memory/{name}_megabytes" for name in ("trainable", "optimizer", "gradient", "saved_activation", "peak")
+    f"memory/{name}_megabytes"
+    for name in ("base", "trainable", "optimizer", "gradient", "saved_activation", "peak")
 }
 
 
@@ -125,8 +128,9 @@ def test_a_run_counts_what_one_adapted_map_keeps():
         enable_model_summary=False,
     )
     trainer.fit(FineTuner(adapters.model, adapters, "regression"), data)
-    # x for A, s x Aᵀ for B and its factor s, predictions and labels for the squared error
-    assert memory.saved_activation_bytes == 4 * (8 * 10 + 8 * 3 + 1 + 8 + 8)
+    # x for A, s x Aᵀ for B and its factor s; predictions and labels for the squared error, flags of the
+    # labels that count and their number
+    assert memory.saved_activation_bytes == 4 * (8 * 10 + 8 * 3 + 1 + 8 + 8) + 8 + 8
 
 
 def test_gradient_checkpointing_is_seen():
@@ -183,3 +187,64 @@ def test_accumulated_batches_make_one_row(make_model, tmp_path):
     train(make_model("bert"), SPEC, tmp_path, tracking="disabled", accumulate_grad_batches=2, log_every=1)
     assert [row["step"] for row in logged(tmp_path)] == [0, 1, 2, 3]
     assert all(row.keys() >= NAMES for row in logged(tmp_path))
+
+
+def test_the_base_is_counted_without_adapters_and_heads(tracked, make_model):
+    run, folder = tracked
+    plain = make_model("bert")
+    total = sum(t.numel() * t.element_size() for t in [*plain.parameters(), *plain.buffers()])
+    for row in logged(folder):
+        assert row["memory/base_megabytes"] == pytest.approx(total / 1e6)
+
+
+class Look(L.Callback):
+    """Keeps the count of saved activations, and what is logged, after each step."""
+
+    def __init__(self, memory):
+        self.memory, self.counts, self.rows = memory, [], []
+
+    def on_train_batch_end(self, trainer, *_):
+        self.counts.append(self.memory.saved_activation_bytes)
+        self.rows.append({name: float(value) for name, value in trainer.logged_metrics.items()})
+
+
+def looked_at(controllers, steps=6, **options):
+    found = []
+
+    def memory(adapters):
+        found.append(MemoryStatistics(adapters))
+        return found[0]
+
+    def look(adapters):
+        found.append(Look(found[0]))
+        return found[1]
+
+    train_controlled(LoRASpec(rank=4), controllers, steps, extra=[memory, look], **options)
+    return found[1]
+
+
+def test_activations_are_counted_again_once_the_structure_has_changed(tmp_path):
+    """Adapters that were dropped keep nothing for backward; a resumed run counts again too."""
+    dropping = OutputEvaluationSpec(share=False, threshold=0.1, group_by="global", warmup=3, sample_ratio=1.0)
+    specs = {"output_evaluation": dropping}
+    counts = looked_at(specs).counts
+    assert len(set(counts[:3])) == 1
+    assert len(set(counts[3:])) == 1
+    assert counts[3] < counts[2]
+    looked_at(specs, stop_after=3, folder=tmp_path)
+    assert looked_at(specs, folder=tmp_path, resume=True).counts == counts[3:]
+
+
+@pytest.mark.slow
+def test_every_process_counts_its_own(tmp_path):
+    row = from_two_processes(__file__, tmp_path)
+    for name in NAMES:
+        most, total = row[name], row[name.replace("memory/", "memory/all/")]
+        if name == "memory/peak_megabytes":
+            assert 1.2 * most < total <= 2 * most
+        else:
+            assert total == pytest.approx(2 * most)
+
+
+if __name__ == "__main__":
+    hand_back(looked_at({}, steps=10, devices=2).rows[-1])

@@ -17,6 +17,7 @@ from torch import nn
 
 from lora_lab import experiment
 from lora_lab.adapters import METHODS, inject
+from lora_lab.adapters.methods.dylora import DyLoRASpec
 from lora_lab.adapters.methods.lora import LoRASpec
 from lora_lab.adapters.methods.lora_drop import LoRADropSpec
 from lora_lab.adapters.methods.pissa import PiSSASpec
@@ -24,6 +25,7 @@ from lora_lab.adapters.protocols import Droppable
 from lora_lab.adapters.storage import OWN, TENSORS, load_adapter, save_adapter
 from lora_lab.callbacks.controllers.output_energy import output_energy
 from lora_lab.callbacks.controllers.output_evaluation import OutputEvaluation, OutputEvaluationSpec
+from lora_lab.callbacks.controllers.rank_switching import RankSwitchingSpec
 from lora_lab.callbacks.resume_checkpoint import ResumeCheckpoint
 from lora_lab.config.compose import Layer, compose, compose_layers
 from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError
@@ -33,6 +35,7 @@ from lora_lab.tracking import read_metrics
 from lora_lab.training.module import FineTuner
 from lora_lab.training.trainer import trainer_arguments
 from tests.adapters.tiny import linear, relative, shake
+from tests.callbacks.controlled import train
 
 TOLERANCE = 1e-6  # float32, relative to the greatest number
 STEPS, WARMUP = 10, 4
@@ -336,6 +339,29 @@ def test_processes_measure_each_example_of_the_sample_once(rows):
 
     assert len(texts((0, 1))) == 32
     assert texts((0, 2), (1, 2)) == texts((0, 1))
+
+
+def test_beside_rank_switching_outputs_are_measured_at_the_rank_of_evaluations(monkeypatch):
+    """A step at rank 1 must not be what decides; afterwards the step's rank is back."""
+    seen = []
+
+    def measured(module, adapters, batches):
+        seen.append([adapter.active_rank for adapter in adapters.values()])
+        return output_energy(module, adapters, batches)
+
+    monkeypatch.setattr("lora_lab.callbacks.controllers.output_evaluation.output_energy", measured)
+
+    class After(L.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            if trainer.global_step == 3:
+                seen.append([adapter.active_rank for adapter in module.adapters])
+
+    controllers = {
+        "output_evaluation": OutputEvaluationSpec(share=False, warmup=3, threshold=0.5, reinit=False),
+        "rank_switching": RankSwitchingSpec(policy="gradient_norm", low=0.0, high=1e9, final_rank=4),
+    }
+    train(DyLoRASpec(rank=4), controllers, 5, extra=[After()])
+    assert seen == [[4, 4, 4], [1, 1, 1]]
 
 
 def test_compiled_models_are_measured_too():

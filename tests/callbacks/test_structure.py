@@ -1,24 +1,13 @@
 """Sharing and slicing in the middle of a fit: optimizer, schedule and DDP take it."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import lightning as L
 import pytest
 import torch
 
-from lora_lab.adapters import inject
 from lora_lab.adapters.methods.lora import LoRASpec
 from lora_lab.callbacks.controllers.structure import structure_changed
-from lora_lab.callbacks.resume_checkpoint import ResumeCheckpoint
-from lora_lab.data import build_data
-from lora_lab.data.toy import ToyConfig
-from lora_lab.models.perceptron import MultiLayerPerceptron, MultiLayerPerceptronConfig
-from lora_lab.training.module import FineTuner
-from lora_lab.training.optimization import OptimizationConfig
 from tests.adapters.tiny import relative
+from tests.callbacks.controlled import from_two_processes, hand_back, train as train_controlled
 
 STEPS, SHARED, SLICED = 12, 3, 6
 TOLERANCE = 1e-5
@@ -55,38 +44,25 @@ class Changes(L.Callback):
 
 
 def train(devices=1, stop_after=None, folder=None, resume=False):
-    torch.manual_seed(0)
-    model = MultiLayerPerceptron(MultiLayerPerceptronConfig(sizes=[6, 8, 8, 8], num_labels=1))
-    spec = LoRASpec(rank=4, targets=["layer1", "layer2", "layer3"], modules_to_save=["layer4"])
-    adapters = inject(model, spec)
-    options = OptimizationConfig(learning_rate=0.01, loraplus_ratio=2, head_learning_rate=0.001)
-    module = FineTuner(model.train(), adapters, "regression", optimization=options)
-    changes = Changes(adapters)
+    done = []
 
-    class Stop(L.Callback):
-        def on_train_batch_end(self, trainer, *_):
-            trainer.should_stop = trainer.global_step - 1 == stop_after
+    def changes(adapters):
+        done.append(Changes(adapters))
+        return done[0]
 
-    callbacks = [changes, Stop()]
-    if folder is not None:
-        callbacks.append(ResumeCheckpoint(folder / "last.ckpt", stop_after or STEPS))
-    trainer = L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
+    run = train_controlled(
+        LoRASpec(rank=4),
+        {},
+        STEPS,
+        devices,
+        extra=[changes],
+        stop_after=stop_after,
+        folder=folder,
+        resume=resume,
+        loraplus_ratio=2,
+        head_learning_rate=0.001,
     )
-    options = ToyConfig(target="product", size=8 * STEPS, features=6, batch_size=8 // devices)
-    data = build_data(options, None, "regression", seed=0)
-    trainer.fit(module, data, ckpt_path=folder / "last.ckpt" if resume else None, weights_only=True)
-    return adapters, changes
+    return run.adapters, done[0]
 
 
 def test_the_optimizer_forgets_what_is_trained_no_more_and_the_schedule_goes_on():
@@ -139,17 +115,7 @@ def test_an_emptied_group_is_no_obstacle_to_steps_schedule_and_checkpoints(fused
 
 @pytest.mark.slow
 def test_two_processes_go_on_averaging_their_gradients(tmp_path):
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    command = [sys.executable, __file__, str(tmp_path / "two.pt")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    two = from_two_processes(__file__, tmp_path)
     adapters, changes = train()
     for kind, found in {"weights": adapters.state_dict(), "gradients": changes.gradients}.items():
         for name, tensor in found.items():
@@ -159,5 +125,4 @@ def test_two_processes_go_on_averaging_their_gradients(tmp_path):
 
 if __name__ == "__main__":  # one of two processes; Lightning starts the other
     adapters, changes = train(devices=2)
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        torch.save({"weights": adapters.state_dict(), "gradients": changes.gradients}, sys.argv[1])
+    hand_back({"weights": adapters.state_dict(), "gradients": changes.gradients})

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, PeftLayout
 from lora_lab.adapters.families.low_rank import ScaledSpec, filled, resized
-from lora_lab.adapters.protocols import RankAllocatable
+from lora_lab.adapters.protocols import Growable, RankAllocatable
 from lora_lab.linalg.rank import product_singular_values, widened
 
 
-class LowRankEmbedding(Adapter, RankAllocatable):
+class LowRankEmbedding(Adapter, RankAllocatable, Growable):
     """The adapter of one embedding: columns of A are looked up, then mapped by B."""
 
     base: Any
@@ -46,8 +46,8 @@ class LowRankEmbedding(Adapter, RankAllocatable):
 
     @property
     def rank(self) -> int:
-        """The number of components not silenced."""
-        return int(self.kept.sum())
+        """The number of components in use."""
+        return int(self.components_in_use().sum())
 
     def delta_weight(self) -> Float[Tensor, "vocabulary width"]:
         """Returns W' − W."""
@@ -81,15 +81,23 @@ class LowRankEmbedding(Adapter, RankAllocatable):
         """See `Adapter.without_gradient_at_start`: here A starts at zero."""
         return ("B",)
 
+    def new_components(self, count: int) -> dict[str, Tensor]:
+        """See `Growable`: rows of A that are zero, columns of B as they start."""
+        return {"A": torch.zeros(count, self.A.shape[1]), "B": torch.randn(len(self.B), count)}
+
     @torch.no_grad()
     def keep_components(self, keep: Bool[Tensor, " rank"]) -> None:
         """See `Prunable`."""
         self.kept.copy_(keep)
         self.A.masked_fill_(~keep.unsqueeze(1), 0)
 
+    def components_in_use(self) -> Bool[Tensor, " rank"]:
+        """See `Prunable.components_in_use`."""
+        return self.kept | self.A.any(1)
+
     def held(self) -> Bool[Tensor, " rank"]:
         """Returns flags of the components in files, as `LowRankAdapter.held` does."""
-        flags = self.kept | self.A.any(1)
+        flags = self.components_in_use()
         flags[:1] |= ~flags.any()
         return flags
 
@@ -107,7 +115,7 @@ class LowRankEmbedding(Adapter, RankAllocatable):
     def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `Adapter.complete_peft_tensors`: there are as many components as the file has."""
         B = tensors.get("lora_embedding_B")
-        if B is not None and B.shape[1] < self.initial_components:
+        if B is not None:
             self.resize_components(B.shape[1] if B.any() else 0)
         return tensors
 

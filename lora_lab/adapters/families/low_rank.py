@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.base import AdditiveAdapter, PeftLayout
 from lora_lab.adapters.maps import is_convolution, mix, pointwise, project, sizes
-from lora_lab.adapters.protocols import Droppable, Prunable, Shareable
+from lora_lab.adapters.protocols import Droppable, Growable, Prunable, Shareable
 from lora_lab.adapters.spec import LowRankSpec
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.kaiming import kaiming_uniform
@@ -104,8 +104,8 @@ class LowRankAdapter(AdditiveAdapter, Droppable):
 
     @property
     def rank(self) -> int:
-        """The number of components not silenced."""
-        return 0 if self.dropped else int(self.kept.sum())
+        """The number of components in use."""
+        return int(self.components_in_use().sum())
 
     def factors(self) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
         """Returns L and R with ΔW = s L R; k is 2·rank where a start is subtracted."""
@@ -152,6 +152,12 @@ class LowRankAdapter(AdditiveAdapter, Droppable):
         if self.start_B is not None:
             self.start_B.masked_fill_(~keep, 0)
 
+    def new_components(self, count: int) -> dict[str, Tensor]:
+        """See `Growable`: rows of A as LoRA starts them, columns of B that are zero."""
+        A = kaiming_uniform(count, self.in_features, dtype=self.dtype)
+        B = torch.zeros(self.out_features, count, dtype=self.dtype)
+        return {"A": A, "B": B, "start_A": A, "start_B": B}
+
     def drop(self) -> None:
         """See `Droppable`. A switch, not zeros in B, which the optimizer's next step would fill again."""
         self.active.zero_()
@@ -179,9 +185,17 @@ class LowRankAdapter(AdditiveAdapter, Droppable):
         for name, tensor in owner.named_parameters(recurse=False):
             setattr(self, name, tensor)
 
+    def components_in_use(self) -> Bool[Tensor, " rank"]:
+        """See `Prunable.components_in_use`."""
+        return (self.kept | self.nonzero_components()) & self.active.bool()
+
+    def nonzero_components(self) -> Bool[Tensor, " rank"]:
+        """Returns flags of the components that are not zero."""
+        return self.B.any(0)
+
     def held(self) -> Bool[Tensor, " rank"]:
-        """Returns flags of the components in files: kept, grown back, or one for a rank of 0."""
-        flags = self.kept | self.B.any(0)
+        """Returns flags of the components in files: those in use, or one for a rank of 0."""
+        flags = self.components_in_use() if isinstance(self, Prunable) else self.kept.clone()
         flags[:1] |= ~flags.any()  # PEFT has no rank 0
         return flags
 
@@ -219,7 +233,7 @@ class LowRankAdapter(AdditiveAdapter, Droppable):
 
     def _resize_to_file(self, count: int) -> None:
         # Any other number is another adapter's, which is told later.
-        if isinstance(self, Prunable) and 0 <= count < self.initial_components:
+        if isinstance(self, Growable) or (isinstance(self, Prunable) and count < self.initial_components):
             self.resize_components(count)
 
     @torch.no_grad()

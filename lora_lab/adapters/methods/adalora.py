@@ -138,8 +138,12 @@ class AdaLoRA(LowRankAdapter, RankAllocatable, Shareable):
         self.E.masked_fill_(~keep, 0)
 
     def held(self) -> Bool[Tensor, " rank"]:
-        """Returns flags of the components in files: those kept, and those that have grown back."""
-        return self.kept | (self.E != 0)
+        """See `LowRankAdapter.held`: in PEFT's files of this type a rank may be 0."""
+        return self.components_in_use()
+
+    def nonzero_components(self) -> Bool[Tensor, " rank"]:
+        """See `LowRankAdapter.nonzero_components`."""
+        return self.E != 0
 
     def peft_tensors(self) -> dict[str, Tensor]:
         """See `Adapter.peft_tensors`: the components held, with Λ for the scale that a file has."""

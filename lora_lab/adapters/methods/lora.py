@@ -25,7 +25,7 @@ from lora_lab.adapters.families.experts import LowRankExperts, target_parameters
 from lora_lab.adapters.families.low_rank import LowRankAdapter, read_lora_config, write_lora_config
 from lora_lab.adapters.families.starts import FROM_ZERO, SUBTRACTED, StartedSpec, start
 from lora_lab.adapters.maps import pointwise, sizes
-from lora_lab.adapters.protocols import RankAllocatable, Shareable
+from lora_lab.adapters.protocols import Growable, RankAllocatable, Shareable
 from lora_lab.adapters.sites import Site
 from lora_lab.errors import IncompatibleError
 
@@ -46,7 +46,7 @@ class LoRASpec(StartedSpec):
         return found
 
 
-class LoRA(LowRankAdapter, RankAllocatable, Shareable):
+class LoRA(LowRankAdapter, RankAllocatable, Growable, Shareable):
     """The adapter of one linear map."""
 
     convolves = True

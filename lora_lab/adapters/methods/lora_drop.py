@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lora_lab.adapters.families.low_rank import LowRankAdapter, ScaledSpec
 from lora_lab.adapters.maps import is_convolution, mix, pointwise, project
-from lora_lab.adapters.protocols import RandomlyDropped, RankAllocatable, Shareable
+from lora_lab.adapters.protocols import Growable, RandomlyDropped, RankAllocatable, Shareable
 from lora_lab.adapters.spec import probability_fault
 from lora_lab.errors import ConfigError
 
@@ -53,7 +53,7 @@ class LoRADropSpec(ScaledSpec):
         return super().faults() + probability_fault("drop_prob", self.drop_prob)
 
 
-class LoRADrop(LowRankAdapter, RankAllocatable, Shareable, RandomlyDropped):
+class LoRADrop(LowRankAdapter, RankAllocatable, Growable, Shareable, RandomlyDropped):
     """The adapter of one linear map.
 
     Attributes:

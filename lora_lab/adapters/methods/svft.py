@@ -133,8 +133,8 @@ class SVFT(AdditiveAdapter, RankAllocatable):
 
     @property
     def rank(self) -> int:
-        """The greatest rank that the pairs not silenced allow."""
-        return min(len(self.Vh), int(self.kept.sum()))
+        """The greatest rank that the pairs in use allow."""
+        return min(len(self.Vh), int(self.components_in_use().sum()))
 
     def coefficients(self) -> Float[Tensor, " K"]:
         """Returns g c."""
@@ -173,9 +173,12 @@ class SVFT(AdditiveAdapter, RankAllocatable):
         self.kept.copy_(keep)
         self.c.masked_fill_(~keep, 0)
 
+    def components_in_use(self) -> Bool[Tensor, " K"]:
+        return self.kept | (self.c != 0)
+
     def peft_tensors(self) -> dict[str, Tensor]:
-        """See `Adapter.peft_tensors`: of the pairs those kept, and those that have grown back."""
-        held = self.kept | (self.c != 0)
+        """See `Adapter.peft_tensors`: of the pairs those in use."""
+        held = self.components_in_use()
         pairs = {f"svft_{name}": getattr(self, name)[held] for name in ("c", "rows", "cols")}
         return super().peft_tensors() | pairs
 

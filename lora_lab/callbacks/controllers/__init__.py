@@ -10,7 +10,9 @@ from lora_lab.callbacks.controllers.compaction import Compaction
 from lora_lab.callbacks.controllers.dropout_schedule import DropoutSchedule
 from lora_lab.callbacks.controllers.importance_pruning import ImportancePruning
 from lora_lab.callbacks.controllers.output_evaluation import OutputEvaluation
+from lora_lab.callbacks.controllers.rank_growth import RankGrowth
 from lora_lab.callbacks.controllers.rank_pruning import RankPruning
+from lora_lab.callbacks.controllers.rank_redistribution import RankRedistribution
 from lora_lab.callbacks.controllers.rank_switching import RankSwitching
 from lora_lab.errors import suggest
 from lora_lab.registry import Registry
@@ -21,10 +23,12 @@ CONTROLLERS = Registry[Controller](
     needs=("Spec", "name"),
     id_of=lambda controller: controller.name,
     own=(
+        RankRedistribution,
         OutputEvaluation,
         DropoutSchedule,
         ImportancePruning,
         RankPruning,
+        RankGrowth,
         RankSwitching,
         Compaction,
     ),
@@ -77,7 +81,7 @@ def check_controllers(specs: Mapping[str, ControllerSpec], method: type[Adapter]
         found += [f"controllers.{name}.{fault}" for fault in faults]
         if not faults and not issubclass(method, spec.needs()):
             found.append(misfit(name, spec.needs(), method.Spec().method))
-        others = [other for other in specs if other != name]
+        others = {other: specs[other] for other in specs if other != name}
         found += [f"controllers.{name}: {fault}" for fault in spec.faults_beside(others)]
         matter = spec.decides()
         if matter is not None and matter in deciding:

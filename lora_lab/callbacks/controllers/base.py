@@ -3,6 +3,7 @@
 Where a controller may act, in the order in which Lightning gets there:
 
     plan                     before anything is trained or written: does the schedule fit the run?
+    prepare                  once, before the first step; the model may be called, see `over_inputs`
     on_train_batch_start     a step begins with the first of its batches, see `step_begins`
     on_before_optimizer_step gradients are whole, averaged over processes, not yet clipped
     on_train_batch_end       after a step, see `step_ended`: new weights, and still the gradients of the step
@@ -13,7 +14,8 @@ Lightning restores the model first, then the callbacks, then builds the optimize
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -38,9 +40,13 @@ class ControllerSpec:
         """Returns the class of `adapters.protocols` that every adapter has to offer."""
         raise NotImplementedError
 
-    def faults_beside(self, others: Collection[str]) -> list[str]:
-        """Returns what is wrong with the choice of the run's other controllers, given by their names."""
+    def faults_beside(self, others: Mapping[str, ControllerSpec]) -> list[str]:
+        """Returns what is wrong with the choice of the run's other controllers, given by name."""
         return []
+
+    def silences(self) -> bool:
+        """Whether the controller silences components or drops adapters, whose memory can then be freed."""
+        return False
 
     def decides(self) -> str | None:
         """Returns what this controller alone must decide in a run; None where it disturbs no other."""
@@ -65,6 +71,8 @@ class Controller(L.Callback):
     """The controller's key in CONTROLLERS and in configs."""
     paper: ClassVar[str] = "-"
     """Authors, year and arXiv id."""
+    trials: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}}
+    """Options with which the contract tries it in runs of 12 steps, by name of the variant."""
 
     def __init__(self, spec: Any, adapters: AdapterSet, seed: int = 0):
         if faults := spec.faults():
@@ -94,8 +102,13 @@ class Controller(L.Callback):
 
     @property
     def settled(self) -> bool:
-        """Whether the controller will take away, add or share nothing from now on."""
+        """Whether the controller will remove, add or share nothing from now on."""
         return True
+
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """Puts the adapters in the state in which they are evaluated, inside the context."""
+        yield
 
     def statistics(self) -> dict[str, float]:
         """Returns what is to be logged now, by name: `budget/…`, `importance/…`."""
@@ -106,8 +119,13 @@ class Controller(L.Callback):
         self.plan(int(trainer.estimated_stepping_batches))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes up the count of steps where a resumed run stopped."""
+        """Counts on from where a resumed run stopped; prepares a new one."""
         self._seen_step = trainer.global_step
+        if trainer.global_step == 0:
+            self.prepare(trainer, pl_module)
+
+    def prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Sets up the adapters before the first step of a new run, from a pass over data if need be."""
 
     def step_begins(self, trainer: L.Trainer, batch_idx: int) -> bool:
         """Whether a batch is the first of those whose gradients make one step."""
@@ -117,6 +135,12 @@ class Controller(L.Callback):
         """Whether an optimizer step was made since this was last asked; to be asked at every batch's end."""
         ended, self._seen_step = trainer.global_step != self._seen_step, trainer.global_step
         return ended
+
+
+def controllers_of(trainer: L.Trainer) -> list[Controller]:
+    """Returns the controllers of a run, in the order in which they act."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, Controller)]
 
 
 def misfit(name: str, needs: type, method: str) -> str:

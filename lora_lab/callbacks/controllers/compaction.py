@@ -7,7 +7,7 @@ same before and after: the scale stays that of the rank at the start.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +17,21 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lora_lab.adapters.protocols import Droppable, Prunable
-from lora_lab.callbacks.controllers.base import Controller, ControllerSpec
-from lora_lab.callbacks.controllers.structure import structure_changed
+from lora_lab.callbacks.controllers.base import Controller, ControllerSpec, controllers_of
+from lora_lab.callbacks.controllers.structure import select_components, structure_changed
 
 
 @dataclass
 class CompactionSpec(ControllerSpec):
     """Compaction has no options."""
 
-    def faults_beside(self, others: Collection[str]) -> list[str]:
+    def faults_beside(self, others: Mapping[str, ControllerSpec]) -> list[str]:
         alone = (
-            "has nothing to compact without a controller that takes something away; add one, or take it out"
+            "has nothing to compact: no other controller of this run silences components or drops adapters; "
+            "add one that does (importance_pruning, rank_pruning, output_evaluation with share: false), or "
+            "take it out"
         )
-        return [] if others else [alone]
+        return [] if any(other.silences() for other in others.values()) else [alone]
 
     def needs(self) -> type:
         return Prunable
@@ -40,6 +42,7 @@ class Compaction(Controller):
 
     Spec = CompactionSpec
     name = "compaction"
+    trials = {}  # it goes with others
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
@@ -54,9 +57,7 @@ class Compaction(Controller):
     ) -> None:
         if not self.step_ended(trainer) or self._done:
             return
-        controllers: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        others = [own for own in controllers if isinstance(own, Controller) and own is not self]
-        if all(other.settled for other in others):
+        if all(other.settled for other in controllers_of(trainer) if other is not self):
             self.compact(trainer)
             self._done = True
 
@@ -64,16 +65,7 @@ class Compaction(Controller):
     def compact(self, trainer: L.Trainer) -> None:
         """Slices all adapters, and what the optimizer knows of them."""
         for path, index in self._left().items():
-            adapter = self.controlled[path]
-            for parameter, axis in adapter.rank_components():
-                if parameter.shape[axis] == len(index):
-                    continue  # nothing is left out, or the adapter that shares the tensor has been here
-                states = [optimizer.state.get(parameter, {}).values() for optimizer in trainer.optimizers]
-                numbers = [parameter.grad, *(value for state in states for value in state)]
-                for tensor in numbers:
-                    if isinstance(tensor, Tensor) and tensor.shape == parameter.shape:
-                        tensor.data = tensor.data.index_select(axis, index)
-            adapter.select_components(index)
+            select_components(trainer, self.controlled[path], index)
         structure_changed(trainer, self.adapters)
 
     def _left(self) -> dict[str, Int[Tensor, " k"]]:

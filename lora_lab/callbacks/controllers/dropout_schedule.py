@@ -64,6 +64,8 @@ class DropoutSchedule(Controller):
 
     Spec = DropoutScheduleSpec
     name = "dropout_schedule"
+    # Masks are drawn anew for every batch, which no two ways to split a step share.
+    trials = {"": {"start_prob": 0.0, "end_prob": 0.0}}
     spec: DropoutScheduleSpec
 
     def __init__(self, spec: DropoutScheduleSpec, adapters: AdapterSet, seed: int = 0):

@@ -1,6 +1,7 @@
 """Importance pruning: a falling budget of components (AdaLoRA, Zhang et al. 2023, arXiv:2303.10512).
 
-After every optimizer step t = 0, 1, …, T − 1, from each number p as the step has left it and its gradient g,
+After every optimizer step t = 0, 1, …, T − 1, from each number p as the step has left it and its gradient g
+before clipping,
 
     I ← β1 I + (1 − β1) |p g|,   U ← β2 U + (1 − β2) ||p g| − I|            until t = T − tfinal
     score of a component = Σ over its parts of the mean of their I U
@@ -12,7 +13,12 @@ and of all components of the model, the b(t) with the greatest scores are kept, 
     t = T − tfinal          b = bT = target_rank · adapters, for good; at T − 1 where tfinal is 0
 
 Until then a silenced component may grow back and be kept again; afterwards it is silenced after every step.
-The step, budget and order are those of the authors' code; Algorithm 1 of the paper has the p before the step.
+Between two decisions it is in the weights again, and the logged ranks count it (`budget/kept` does not).
+
+Budget and order are those of the authors' code, and p after the step too: Algorithm 1 of the paper has the p
+before it. The final cut falls at T − tfinal as in PEFT. The authors' code makes it one step later unless
+deltaT divides T − tfinal, and never with tfinal = 0. Their trainer measures clipped gradients; the paper's
+|w ∇L| knows no clipping, which would make steps of large gradients count less.
 """
 
 from __future__ import annotations
@@ -25,19 +31,15 @@ import lightning as L
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from lora_lab.adapters import AdapterSet
 from lora_lab.adapters.protocols import RankAllocatable
 from lora_lab.adapters.spec import least_fault
-from lora_lab.callbacks.controllers.base import Controller, ControllerSpec, from_first_process, in_steps
-from lora_lab.callbacks.controllers.component_stacks import ComponentStacks
+from lora_lab.callbacks.controllers.base import ControllerSpec, from_first_process, in_steps
+from lora_lab.callbacks.controllers.sensitivity import SensitivityController
 from lora_lab.errors import ConfigError, LabError
-from lora_lab.linalg.pruning import smoothed, strongest
+from lora_lab.linalg.pruning import strongest
 from lora_lab.linalg.rank import widened
-
-AVERAGES = ("sensitivity", "uncertainty")
-"""Names of I and U in checkpoints."""
 
 
 @dataclass
@@ -86,14 +88,17 @@ class ImportancePruningSpec(ControllerSpec):
     def needs(self) -> type:
         return RankAllocatable
 
+    def silences(self) -> bool:
+        return True
+
     def decides(self) -> str:
         return "which components are kept"
 
 
-class ImportancePruning(Controller):
+class ImportancePruning(SensitivityController):
     """Gives a falling budget of components to those adapters of a run where they matter most.
 
-    Logs `budget/total`, b(t); `budget/kept`, the number of components kept; and of the last decision
+    Logs `budget/total`, b(t); `budget/kept`, the components that the last decision kept; and of that decision
     `budget/threshold`, the least score kept, and the mean scores `importance/mean` and `importance/<path>`.
 
     A step whose gradients are not all finite, which mixed precision skips, leaves the averages as they are.
@@ -102,11 +107,14 @@ class ImportancePruning(Controller):
     Spec = ImportancePruningSpec
     name = "importance_pruning"
     paper = "Zhang et al. 2023, arXiv:2303.10512"
+    trials = {
+        "": {"target_rank": 2, "deltaT": 2},
+        "by magnitude": {"target_rank": 3, "importance": "magnitude"},
+    }
     spec: ImportancePruningSpec
 
     def __init__(self, spec: ImportancePruningSpec, adapters: AdapterSet, seed: int = 0):
         super().__init__(spec, adapters, seed)
-        self.stacks = ComponentStacks(self.controlled)
         self.target = spec.target_rank * len(self.controlled)
         if self.target > self.stacks.count:
             raise ConfigError(
@@ -114,10 +122,8 @@ class ImportancePruning(Controller):
                 f"{len(self.controlled)} adapters are {self.target} components; they start with "
                 f"{self.stacks.count}. Lower it, or give the adapters a greater rank."
             )
-        self._averages: dict[str, Tensor] = {}
         self._scores: Tensor | None = None
         self._threshold: Tensor | None = None
-        self._others: list[Tensor] = []
 
     def plan(self, total_steps: int) -> None:
         super().plan(total_steps)
@@ -144,10 +150,8 @@ class ImportancePruning(Controller):
     def settled(self) -> bool:
         return self._seen_step > self.last
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        measured = {id(tensor) for tensor in self.stacks.tensors()}
-        self._others = [p for p in self.adapters.trainable_parameters() if id(p) not in measured]
+    def measures(self, step: int) -> bool:
+        return step < self.end and self.spec.importance == "sensitivity"
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -159,27 +163,12 @@ class ImportancePruning(Controller):
             for adapter in self.controlled.values():
                 adapter.keep_components(adapter.kept_components())
             return
-        if step < self.end and self.spec.importance == "sensitivity":
+        if self.measures(step):
             self.measure()
         if step == self.last or (step > self.begin and step % self.spec.deltaT == 0):
             self.allocate(self.budget(step))
         if step == self.last:
             self._averages.clear()
-
-    @torch.no_grad()
-    def measure(self) -> None:
-        """Takes |p g| of the step just made into the averages."""
-        tensors = self.stacks.tensors()
-        row = widened(torch.cat([tensor.flatten() for tensor in tensors]))
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in tensors]
-        measured = row.mul_(widened(torch.cat([gradient.flatten() for gradient in gradients]))).abs_()
-        others = [p.grad for p in self._others if p.grad is not None]
-        valid = get_total_norm([measured, *others], math.inf).isfinite()
-        if not self._averages:
-            self._averages = {kind: torch.zeros_like(measured) for kind in AVERAGES}
-        sensitivity, uncertainty = (self._averages[kind].to(measured) for kind in AVERAGES)
-        new = smoothed(sensitivity, uncertainty, measured, self.spec.beta1, self.spec.beta2, valid)
-        self._averages = dict(zip(AVERAGES, new, strict=True))
 
     @torch.no_grad()
     def allocate(self, budget: int) -> None:
@@ -194,12 +183,7 @@ class ImportancePruning(Controller):
     def scores(self) -> Float[Tensor, " count"]:
         """Returns the importance of every component of the model."""
         if self.spec.importance == "sensitivity":
-            sensitivity, uncertainty = (self._averages[kind] for kind in AVERAGES)
-            products = sensitivity * uncertainty
-            scores = products.new_zeros(self.stacks.count)
-            for stack, numbers in self.stacks.parts(products):
-                scores[stack.places.to(scores.device)] += numbers.mean(2)
-            return scores
+            return self.sensitivity_scores()
         row = widened(torch.cat([tensor.flatten() for tensor in self.stacks.tensors()]))
         coefficients, vectors = row.new_ones(2, self.stacks.count)
         has_coefficient = torch.zeros_like(vectors, dtype=torch.bool)
@@ -244,9 +228,8 @@ class ImportancePruning(Controller):
         return found | {f"importance/{path}": float(own.mean()) for path, own in each}
 
     def state_dict(self) -> dict[str, Any]:
-        averages = {kind: self.stacks.by_name(row) for kind, row in self._averages.items()}
-        return {"averages": averages, "scores": self._scores, "threshold": self._threshold}
+        return super().state_dict() | {"scores": self._scores, "threshold": self._threshold}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._averages = {kind: self.stacks.row(named) for kind, named in state_dict["averages"].items()}
+        super().load_state_dict(state_dict)
         self._scores, self._threshold = state_dict["scores"], state_dict["threshold"]

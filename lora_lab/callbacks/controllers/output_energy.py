@@ -1,8 +1,8 @@
-"""How much each adapter adds to the outputs of its module, over a number of batches."""
+"""What adapters meet in a number of batches, and how much each adds to the outputs of its module."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,35 +11,63 @@ import torch.distributed as distributed
 from jaxtyping import Float64
 from torch import Tensor, nn
 
+from lora_lab.data import TaskData
+from lora_lab.errors import ConfigError
 from lora_lab.training.module import FineTuner
+
+Measure = Callable[[str, Any, Tensor, Tensor | None], None]
+"""Takes path, adapter, its input and the flags of real tokens (batch, time); None where all inputs count."""
+
+
+def training_sample(trainer: Any, ratio: float, controller: str) -> Iterator[Mapping[str, Tensor]]:
+    """Returns this process's batches of a part of the training data, on its device.
+
+    Args:
+        trainer: gives data and device.
+        ratio: size of the part over that of the whole, in (0, 1].
+        controller: who asks, for the message.
+
+    Raises:
+        ConfigError: if the run's module or data are of other kinds than FineTuner and TaskData.
+    """
+    data, module = getattr(trainer, "datamodule", None), trainer.lightning_module
+    if not isinstance(module, FineTuner):
+        raise ConfigError(
+            f"controllers.{controller}: calls the model on batches, which a {type(module).__name__} does not "
+            "tell how to do. Train with lora_lab.FineTuner."
+        )
+    if not isinstance(data, TaskData):
+        raise ConfigError(
+            f"controllers.{controller}: samples the training data, and finds none. Fit with the data module "
+            "that lora_lab.data.build_data returns."
+        )
+    return map(trainer.strategy.batch_to_device, data.training_sample(ratio))
 
 
 @torch.no_grad()
-def output_energy(
-    module: FineTuner, adapters: Mapping[str, Any], batches: Iterable[Mapping[str, Tensor]]
-) -> Float64[Tensor, " adapters"]:
-    """Returns Σ_x ‖ΔW x‖² of each adapter, over all real tokens x of all processes' batches.
+def over_inputs(
+    module: FineTuner, adapters: Mapping[str, Any], batches: Iterable[Mapping[str, Tensor]], measure: Measure
+) -> None:
+    """Calls `measure` for each adapter and batch.
 
-    Padding, as `attention_mask` (batch, time) tells it, counts where inputs are (batch, time, in) as nothing.
     The model is evaluated, and neither its mode nor its state nor any random generator is changed by it.
 
     Args:
         module: calls the adapted model.
-        adapters: they offer `delta_output`, see `Droppable`.
+        adapters: by path.
         batches: this process's batches, on its device.
+        measure: takes what an adapter meets.
     """
-    sums = dict.fromkeys(adapters, torch.zeros((), dtype=torch.float64, device=module.device))
     mask: Tensor | None = None
 
-    def measure(path: str, adapter: Any, x: Tensor) -> None:
-        squares = adapter.delta_output(adapter.cast(x)).double().square()
-        if mask is not None and squares.ndim == 3 and squares.shape[:2] == mask.shape:
-            squares = squares * mask.unsqueeze(-1)
-        sums[path] = sums[path] + squares.sum()
+    def seen(path: str, adapter: Any, x: Tensor) -> None:
+        # Padding is known where inputs are (batch, time, in).
+        known = mask is not None and x.ndim == 3 and x.shape[:2] == mask.shape
+        measure(path, adapter, x, mask if known else None)
 
     hooks = [
         # The loop's variables are bound as defaults: the hook runs when they have moved on.
-        adapter.register_forward_pre_hook(lambda own, inputs, path=path: measure(path, own, inputs[0]))
+        adapter.register_forward_pre_hook(lambda own, inputs, path=path: seen(path, own, inputs[0]))
         for path, adapter in adapters.items()
     ]
     try:
@@ -50,6 +78,25 @@ def output_energy(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def output_energy(
+    module: FineTuner, adapters: Mapping[str, Any], batches: Iterable[Mapping[str, Tensor]]
+) -> Float64[Tensor, " adapters"]:
+    """Returns Σ_x ‖ΔW x‖² of each adapter, over all real tokens x of all processes' batches.
+
+    Args:
+        module: calls the adapted model.
+        adapters: they offer `delta_output`, see `Droppable`.
+        batches: this process's batches, on its device.
+    """
+    sums = dict.fromkeys(adapters, torch.zeros((), dtype=torch.float64, device=module.device))
+
+    def measure(path: str, adapter: Any, x: Tensor, mask: Tensor | None) -> None:
+        squares = adapter.delta_output(adapter.cast(x)).double().square()
+        sums[path] = sums[path] + (squares if mask is None else squares * mask.unsqueeze(-1)).sum()
+
+    over_inputs(module, adapters, batches, measure)
     total = torch.stack(list(sums.values()))
     if distributed.is_initialized():
         distributed.all_reduce(total)

@@ -7,13 +7,14 @@ Once, after `warmup` steps of ordinary training:
     kept: the fewest adapters, from the largest I down, with Σ I ≥ threshold
 
 The others of a group use one adapter together, that of the largest I among them, or are dropped. What is left
-then starts afresh and trains for the rest of the run; the learning rate's schedule goes on.
+then starts again and trains for the rest of the run; the learning rate's schedule goes on.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,10 +24,15 @@ from torch import Tensor
 
 from lora_lab.adapters import AdapterSet
 from lora_lab.adapters.protocols import Droppable, Shareable
-from lora_lab.callbacks.controllers.base import Controller, ControllerSpec, from_first_process, in_steps
-from lora_lab.callbacks.controllers.output_energy import output_energy
+from lora_lab.callbacks.controllers.base import (
+    Controller,
+    ControllerSpec,
+    controllers_of,
+    from_first_process,
+    in_steps,
+)
+from lora_lab.callbacks.controllers.output_energy import output_energy, training_sample
 from lora_lab.callbacks.controllers.structure import structure_changed
-from lora_lab.data import TaskData
 from lora_lab.errors import ConfigError, IncompatibleError
 from lora_lab.linalg.pruning import largest_share
 from lora_lab.models.architectures import find_roles
@@ -68,6 +74,9 @@ class OutputEvaluationSpec(ControllerSpec):
     def needs(self) -> type:
         return Shareable if self.share else Droppable
 
+    def silences(self) -> bool:
+        return not self.share
+
     def decides(self) -> str:
         return "which components are kept"
 
@@ -82,6 +91,10 @@ class OutputEvaluation(Controller):
     Spec = OutputEvaluationSpec
     name = "output_evaluation"
     paper = "Zhou et al. 2024, arXiv:2402.07721"
+    trials = {
+        "shared": {"threshold": 0.4, "warmup": 3, "sample_ratio": 1.0, "group_by": "shape"},
+        "dropped": {"threshold": 0.4, "warmup": 3, "sample_ratio": 1.0, "group_by": "global", "share": False},
+    }
     spec: OutputEvaluationSpec
 
     def __init__(self, spec: OutputEvaluationSpec, adapters: AdapterSet, seed: int = 0):
@@ -113,12 +126,7 @@ class OutputEvaluation(Controller):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Plans, and looks for the data to sample from."""
         super().on_fit_start(trainer, pl_module)
-        data = getattr(trainer, "datamodule", None)
-        if not isinstance(data, TaskData):
-            raise ConfigError(
-                "controllers.output_evaluation: samples the training data, and finds none. Fit with the data "
-                " module that lora_lab.data.build_data returns."
-            )
+        training_sample(trainer, self.spec.sample_ratio, self.name)
 
     @property
     def settled(self) -> bool:
@@ -139,10 +147,12 @@ class OutputEvaluation(Controller):
             structure_changed(trainer, self.adapters)
 
     def _energy(self, trainer: Any, module: FineTuner) -> Tensor:
-        data: TaskData = trainer.datamodule
-        sample = data.training_sample(self.spec.sample_ratio)
-        with trainer.precision_plugin.val_step_context():
-            return output_energy(module, self.controlled, map(trainer.strategy.batch_to_device, sample))
+        sample = training_sample(trainer, self.spec.sample_ratio, self.name)
+        with ExitStack() as contexts:
+            for other in controllers_of(trainer):
+                contexts.enter_context(other.evaluated())
+            contexts.enter_context(trainer.precision_plugin.val_step_context())
+            return output_energy(module, self.controlled, sample)
 
     def decide(self, energy: Tensor) -> None:
         """Lets adapters share or drops them.

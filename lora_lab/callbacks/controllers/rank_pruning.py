@@ -61,6 +61,9 @@ class RankPruningSpec(ControllerSpec):
     def needs(self) -> type:
         return Prunable
 
+    def silences(self) -> bool:
+        return True
+
     def decides(self) -> str:
         return "which components are kept"
 
@@ -74,6 +77,7 @@ class RankPruning(Controller):
 
     Spec = RankPruningSpec
     name = "rank_pruning"
+    trials = {"": {"threshold": 0.7}, "of the model": {"threshold": 0.5, "scope": "model", "min_rank": 0}}
     spec: RankPruningSpec
 
     def __init__(self, spec: RankPruningSpec, adapters: AdapterSet, seed: int = 0):

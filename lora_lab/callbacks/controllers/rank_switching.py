@@ -16,7 +16,8 @@ a rank asks for (rank_pattern) uses all of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
@@ -87,10 +88,10 @@ class RankSwitchingSpec(ControllerSpec):
 
     def decision(self) -> tuple[float, float, float]:
         """Returns high, low and period of an adaptive policy."""
-        told = (self.high, self.low, self.period)
+        given = (self.high, self.low, self.period)
         high, low, period = (
             default if value is None else value
-            for value, default in zip(told, ADAPTIVE[self.policy], strict=True)
+            for value, default in zip(given, ADAPTIVE[self.policy], strict=True)
         )
         return high, low, period
 
@@ -139,6 +140,12 @@ class RankSwitching(Controller):
     Spec = RankSwitchingSpec
     name = "rank_switching"
     paper = "Valipour et al. 2022, arXiv:2210.07558"
+    trials = {
+        "": {},
+        "geometric": {"policy": "geometric"},
+        "by gradient": {"policy": "gradient_norm"},
+        "by loss": {"policy": "recent_loss", "window": 1, "period": 2},
+    }
     spec: RankSwitchingSpec
 
     def __init__(self, spec: RankSwitchingSpec, adapters: AdapterSet, seed: int = 0):
@@ -206,6 +213,21 @@ class RankSwitching(Controller):
     @property
     def _current(self) -> int:
         return self.ranks[self._index]
+
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        with self._ranks_restored():
+            self._set(self.resting_rank)
+            yield
+
+    @contextmanager
+    def _ranks_restored(self) -> Iterator[None]:
+        before = [(adapter, adapter.active_rank) for adapter in self.controlled.values()]
+        try:
+            yield
+        finally:
+            for adapter, rank in before:
+                adapter.active_rank = rank
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -275,16 +297,7 @@ class RankSwitching(Controller):
     ) -> None:
         self._evaluate(trainer, pl_module, batch)
 
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._evaluate(trainer, pl_module, batch)
+    on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._log(pl_module, "validation")
@@ -306,19 +319,16 @@ class RankSwitching(Controller):
         }
 
     def _evaluate(self, trainer: L.Trainer, pl_module: Any, batch: Any) -> None:
-        before = [(adapter, adapter.active_rank) for adapter in self.controlled.values()]
-        with trainer.precision_plugin.forward_context():
+        with self._ranks_restored(), trainer.precision_plugin.forward_context():
             for rank, metrics in self._evaluations.items():
                 self._set(rank)
                 pl_module.evaluate(batch, metrics)
-        for adapter, rank in before:
-            adapter.active_rank = rank
 
     def _log(self, pl_module: Any, stage: str) -> None:
         for rank in self.evaluation_ranks:
             found = pl_module.results(self._evaluations.get(rank, pl_module.evaluation[stage]))
-            told = {f"{stage}/{name}_rank_{rank}": value for name, value in found.items()}
-            pl_module.log_dict(told, sync_dist=True)
+            values = {f"{stage}/{name}_rank_{rank}": value for name, value in found.items()}
+            pl_module.log_dict(values, sync_dist=True)
 
     def statistics(self) -> dict[str, float]:
         measured = {} if self._measured is None else {f"rank/{self.spec.policy}": self._measured}
