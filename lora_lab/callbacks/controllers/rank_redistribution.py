@@ -36,7 +36,6 @@ from lora_lab.callbacks.controllers.structure import (
     structure_changed,
 )
 from lora_lab.errors import IncompatibleError
-from lora_lab.linalg.rank import widened
 from lora_lab.training.module import FineTuner
 
 
@@ -105,7 +104,8 @@ class RankRedistribution(Controller):
         products: dict[str, Tensor] = {}
 
         def measure(path: str, adapter: Any, x: Tensor, mask: Tensor | None) -> None:
-            rows = widened(x).flatten(0, -2) if mask is None else widened(x)[mask.bool()]
+            # In double, or sums in another order, as more processes make them, would turn the directions.
+            rows = (x.flatten(0, -2) if mask is None else x[mask.bool()]).double()
             product = rows.T @ rows
             products[path] = products[path] + product if path in products else product
 
