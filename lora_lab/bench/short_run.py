@@ -20,7 +20,8 @@ BATCH, LENGTH = 8, 64
 
 def bert(**shape: int) -> nn.Module:
     """Returns a classifier of BERT base's shapes, or of others."""
-    return BertForSequenceClassification(BertConfig(vocab_size=1000, num_labels=2, **shape))
+    options: dict[str, Any] = {"vocab_size": 1000, "num_labels": 2, **shape}
+    return BertForSequenceClassification(BertConfig(**options))
 
 
 def train(
