@@ -116,11 +116,11 @@ def _train(options: argparse.Namespace) -> None:
 
     import yaml
 
-    from lora_lab.config import compose
+    from lora_lab.runs.continuation import compose_run
 
     if options.config is None:
         raise ConfigError(NO_CONFIG)
-    config = compose(options.config, options.overrides)
+    config = compose_run(options.config, options.overrides)
     if options.print_config:
         print(yaml.safe_dump(asdict(config), sort_keys=False), end="")
         return

@@ -19,6 +19,7 @@ RECORD = {
     "schema_version",
     "experiment",
     "run",
+    "continues",
     "status",
     "error",
     "method",

@@ -29,6 +29,10 @@ class ExperimentConfig:
     output: str = "runs"
     """Folder of all experiments' runs."""
 
+    continues: str | None = None
+    """Folder of a finished run from whose last checkpoint this one starts, to train longer than it did; null
+    means none. Only `trainer.max_epochs` and `trainer.max_steps` may differ from that run's."""
+
     seed: int = 0
     """Seed of everything random in the run: adapters, heads, data order, dropout."""
 

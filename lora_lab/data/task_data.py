@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from lora_lab.data.batches import BucketedBatches, EvaluationBatches, seeded_generator, stratified_sample
 from lora_lab.data.config import DataConfig, Splits
 from lora_lab.errors import CheckpointError, DataError
+from lora_lab.stopping import ignore_in_worker
 from lora_lab.tasks import IGNORED, TASKS
 
 
@@ -75,6 +76,7 @@ class TrainingLoader(DataLoader[dict[str, Tensor]]):
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
             generator=seeded_generator(0),
+            worker_init_fn=ignore_in_worker,
         )
         self.batches = batches
         self.trainer = trainer
@@ -221,6 +223,7 @@ class TaskData(L.LightningDataModule):
             num_workers=self.config.workers,
             pin_memory=torch.cuda.is_available(),
             generator=seeded_generator(0),
+            worker_init_fn=ignore_in_worker,
         )
 
     def _training_batches(self, rank: int, processes: int) -> BucketedBatches:

@@ -29,6 +29,7 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 
 from lora_lab.adapters.storage import CONFIG, OWN, TENSORS
+from lora_lab.config.schema import ExperimentConfig
 from lora_lab.errors import CheckpointError
 from lora_lab.files import clean_unfinished, writable, write_text
 
@@ -56,6 +57,11 @@ class RunFolder:
     """Where a run keeps its files."""
 
     path: Path
+
+    @classmethod
+    def of(cls, config: ExperimentConfig) -> RunFolder:
+        """Returns the folder of a config's run."""
+        return cls(Path(config.output) / config.name / config.run_name())
 
     @property
     def config(self) -> Path:
@@ -129,8 +135,12 @@ class RunFolder:
 
     def clear(self) -> None:
         """Deletes what an earlier run wrote, but for its record; everything else in the folder stays."""
+        own = {path.name for path in self.adapter.iterdir()} if self.adapter.is_dir() else set()
+        shared = bool(own - {CONFIG, TENSORS, OWN})
         for name in FILES:
-            (self.path / name).unlink(missing_ok=True)
+            # Beside files of others it marks the folder as an adapter's, which may be written to again.
+            if not (shared and name == f"adapter/{CONFIG}"):
+                (self.path / name).unlink(missing_ok=True)
         wandb = self.path / "wandb"
         for path in wandb.iterdir() if wandb.is_dir() else ():
             if WANDB_FILES.fullmatch(path.name):

@@ -24,6 +24,7 @@ from lora_lab.data import TaskData
 from lora_lab.errors import CheckpointError, ConfigError, DataError, LabError
 from lora_lab.files import write_text
 from lora_lab.runs.callbacks import RunCallbacks
+from lora_lab.runs.continuation import differences, source_of
 from lora_lab.runs.environment import process_rank
 from lora_lab.runs.folder import Record, RunFolder
 from lora_lab.runs.record import end_record, start_record
@@ -52,6 +53,8 @@ class OpenRun:
     folder: RunFolder
     before: Record | None
     """The record of the earlier run in the folder, where it is continued or finished."""
+    source: RunFolder | None
+    """The folder of the finished run that this one makes longer."""
     stop: StopRequest
     """Whether the process was asked to end."""
     record: Record = field(default_factory=dict)
@@ -67,7 +70,9 @@ class OpenRun:
     @property
     def checkpoint(self) -> Path | None:
         """The checkpoint to continue from, if there is one."""
-        return self.folder.checkpoint if self.before and self.folder.checkpoint.is_file() else None
+        if self.before and self.folder.checkpoint.is_file():
+            return self.folder.checkpoint
+        return self.source.checkpoint if self.source else None
 
     def check_data(self, data: TaskData) -> None:
         """Makes sure that an earlier run in the folder had the data of today.
@@ -75,12 +80,16 @@ class OpenRun:
         Raises:
             DataError: if it had others.
         """
-        if self.before and self.before["data_fingerprint"] != data.fingerprint:
-            raise DataError(
-                f"{self.folder.path}: its run ({self.before['status']}) was trained on other data: a file, "
-                "or how it is read, has changed since. Choose another name with run=…, --overwrite "
-                "the run, or bring the former data back."
-            )
+        earlier = [(self.folder, self.before)] if self.before else []
+        if self.source and (record := self.source.read()):
+            earlier.append((self.source, record))
+        for folder, record in earlier:
+            if record["data_fingerprint"] != data.fingerprint:
+                raise DataError(
+                    f"{folder.path}: its run ({_state(record)}) was trained on other data: a file, or how it "
+                    "is read, has changed since. Choose another name with run=…, --overwrite the run, or "
+                    "bring the former data back."
+                )
 
     def start(self, adapters: AdapterSet, data: TaskData) -> list[Logger]:
         """Writes config and record, and returns the loggers; nothing is written before.
@@ -94,6 +103,8 @@ class OpenRun:
         """
         wandb_mode(self.config.tracking)
         rows = read_metrics(self.folder.path) if self.before else []
+        if self.source and not (self.before and self.folder.checkpoint.is_file()):
+            rows = read_metrics(self.source.path)
         done_steps = step_of(self.checkpoint) if self.checkpoint else 0
         self.record = start_record(self.config, adapters, data, self.before)
         if process_rank() == 0:
@@ -116,7 +127,7 @@ class OpenRun:
             self.config.run_name(),
             asdict(self.config),
         )
-        if self.before:
+        if self.before or self.source:
             replay(rows, self.loggers, done_steps)
         return self.loggers
 
@@ -167,19 +178,19 @@ def open_run(config: ExperimentConfig, resume: bool, overwrite: bool) -> Iterato
         Interruption: if the process was asked to end by a signal other than Ctrl-C's.
         KeyboardInterrupt: if it was by Ctrl-C.
     """
-    folder = RunFolder(Path(config.output) / config.name / config.run_name())
+    folder = RunFolder.of(config)
     stop = StopRequest()
     first = process_rank() == 0
     earlier = folder.read() if first and not overwrite else None
     if earlier and earlier["status"] == "finished":
         # Nothing is written, so that a folder which is read-only by now will do.
         _check_config(folder, earlier, config)
-        yield OpenRun(config, folder, earlier, stop)
+        yield OpenRun(config, folder, earlier, None, stop)
         return
     with folder.owned() if first else nullcontext(), stop.watched():
         # Other processes of the run are started when the first one has prepared the folder.
         before = _earlier(folder, config, resume, overwrite) if first else folder.read()
-        this = OpenRun(config, folder, before, stop)
+        this = OpenRun(config, folder, before, source_of(config), stop)
         try:
             yield this
         except BaseException as error:
@@ -231,24 +242,12 @@ def _check_config(folder: RunFolder, before: Record, config: ExperimentConfig) -
     # A version of this program may have added fields since; their defaults keep a config the same.
     if stored is not None and stored.hash() == config.hash():
         return
-    differing = _differing(stored.decisive(), config.decisive()) if stored else []
+    differing = differences(stored.decisive(), config.decisive()) if stored else []
     where = f" ({', '.join(differing[:5])})" if differing else ""
     raise ConfigError(
         f"{folder.path}: holds a run of another config{where}. Choose another name with run=…, or "
         "--overwrite it."
     )
-
-
-def _differing(one: Mapping[str, Any], two: Mapping[str, Any], start: str = "") -> list[str]:
-    """Returns where two configs differ, as `key: value there, value here`."""
-    found = []
-    for name in one.keys() | two.keys():
-        old, new = one.get(name), two.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differing(old, new, f"{start}{name}.")
-        elif old != new:
-            found.append(f"{start}{name}: {old!r} there, {new!r} here")
-    return sorted(found)
 
 
 def _is_worker_death(error: BaseException) -> bool:

@@ -27,6 +27,7 @@ def start_record(
         "schema_version": SCHEMA_VERSION,
         "experiment": config.name,
         "run": config.run_name(),
+        "continues": config.continues,
         "status": "running",
         "error": None,
         "method": config.adapter.method,

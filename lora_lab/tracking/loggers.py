@@ -26,7 +26,7 @@ from lora_lab.tracking.metrics_file import NAME, MetricsFile
 
 STEP = "trainer/global_step"
 """W&B's horizontal axis, by the name that Lightning gives it."""
-FINISH_SECONDS = 120
+FINISH_SECONDS = 60
 """How long the end of a run waits for W&B's server, and for its file to be whole."""
 
 
