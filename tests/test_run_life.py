@@ -96,7 +96,8 @@ def test_a_folder_that_is_no_runs_is_not_written_over(config, tmp_path, overwrit
     (folder / "run.json").write_text('{"name": "a jog in the park"}')
     with pytest.raises(CheckpointError, match="no record of a run"):
         run(compose(config, ["run=one"]), overwrite=overwrite)
-    assert {path.name for path in folder.iterdir()} == {"thesis.txt", "run.json", ".lock", "adapter"}
+    assert (folder / "thesis.txt").read_text() == "mine"
+    assert {path.name for path in folder.iterdir()} - {".lock"} == {"thesis.txt", "run.json", "adapter"}
 
 
 def test_a_folder_has_one_writer_and_the_message_names_it(config, tmp_path, capsys):

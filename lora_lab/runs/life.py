@@ -210,8 +210,8 @@ def open_run(config: ExperimentConfig, resume: bool, overwrite: bool) -> Iterato
 def _earlier(folder: RunFolder, config: ExperimentConfig, resume: bool, overwrite: bool) -> Record | None:
     """Decides what an earlier run in the folder means; returns its record if it continues or is finished."""
     folder.check_free()
-    before = None if overwrite else folder.read()
-    if before is None or before["status"] == "starting":
+    before = folder.read()  # also before it is overwritten: it may be no run's
+    if before is None or overwrite or before["status"] == "starting":
         return None
     _check_config(folder, before, config)
     if before["status"] == "diverged":
