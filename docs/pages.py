@@ -59,7 +59,9 @@ def group(description: Description) -> str:
 
 def page(description: Description) -> str:
     """Returns one description as Markdown."""
-    parts = [f"# {prose(description.title)}"]
+    named = description.kind in ("method", "controller")
+    parts = [f"# {prose(description.title) if named else description.name}"]
+    parts += [] if named else [f"{prose(description.title)}."]
     labels = {"method": "Method", "controller": "Controller", "task": "Task", "data source": "Data source"}
     facts = {labels.get(description.kind, "Part of a config"): f"`{description.name}`"}
     facts |= {label: linked(fact) for label, fact in description.facts.items()}
@@ -137,7 +139,7 @@ def linked(text: str) -> str:
     """Escapes a line, or makes a list of methods or controllers, and arXiv ids, links."""
     pages = {name: f"../{group(found)}/{name}.md" for name, found in known().items()}
     names = text.split(", ")
-    if set(names) <= METHODS.keys() | CONTROLLERS.keys():
+    if set(names) <= pages.keys():
         return ", ".join(f"[`{name}`]({pages[name]})" for name in names)
     return re.sub(r"arXiv:(\d+\.\d+)", rf"[arXiv:\1]({ARXIV}\1)", prose(text))
 

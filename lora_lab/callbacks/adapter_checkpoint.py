@@ -10,7 +10,7 @@ import lightning as L
 import torch
 
 from lora_lab.adapters import AdapterSet
-from lora_lab.callbacks.controllers.base import Controller
+from lora_lab.callbacks.controllers.base import Controller, require
 from lora_lab.training.module import FineTuner
 
 
@@ -41,6 +41,11 @@ class AdapterCheckpoint(L.Callback):
         """Whether the last validation was of other adapters than those the run ends with."""
         ends_with = self.best_step if self._best else trainer.global_step
         return self._validated_step != ends_with
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Checks that the module says which of its metrics decides."""
+        if stage == "fit":
+            require(pl_module, "AdapterCheckpoint", ("monitor", "task"), "use Lightning's ModelCheckpoint")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compares the validation just finished with the best so far."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,16 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lora_lab.training.trainer import logging_due
 
-def token_count(batch: Mapping[str, Tensor]) -> Tensor | int:
+
+def token_count(batch: Mapping[str, Tensor] | Sequence[Tensor] | Tensor) -> Tensor | int:
     """Returns the tokens of a batch, or its examples where it is no text; a tensor, not to wait for a GPU."""
-    if "attention_mask" in batch:
+    if isinstance(batch, Tensor):
+        return len(batch)
+    if isinstance(batch, Mapping) and "attention_mask" in batch:
         return batch["attention_mask"].sum()
-    return len(next(iter(batch.values())))
+    return len(next(iter(batch.values() if isinstance(batch, Mapping) else batch)))
 
 
 @dataclass
@@ -73,7 +77,7 @@ class SpeedStatistics(L.Callback):
     ) -> None:
         """Notes that this batch ends a step, and whether it is logged."""
         self._stepped = True
-        self._due = pl_module.logging_due()
+        self._due = logging_due(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -7,6 +7,8 @@ from typing import Any
 import lightning as L
 import torch
 
+from lora_lab.training.trainer import logging_due
+
 
 class StepRows(L.Callback):
     """Asks before each step whether it is logged, and logs numbers once the step is made."""
@@ -21,7 +23,7 @@ class StepRows(L.Callback):
         self, trainer: L.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer
     ) -> None:
         """Asks whether this step's numbers are logged."""
-        self._due = pl_module.logging_due()
+        self._due = logging_due(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

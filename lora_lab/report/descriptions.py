@@ -162,7 +162,7 @@ def _source(name: str) -> Description:
     example = f"data:\n  source: {name}"
     for setting in settings:
         example += f"\n  {setting.name}: …" if setting.default == REQUIRED else ""
-    facts = {"Settings of every source": "describe data"}
+    facts = {"Fields of every source": "data"}
     return Description(name, "data source", title, text, "data", settings, example, facts)
 
 

@@ -19,6 +19,7 @@ from lora_lab.training.optimization import (
     keep_frozen_parts,
     parameter_groups,
 )
+from lora_lab.training.trainer import logging_due
 
 
 class FineTuner(L.LightningModule):
@@ -119,7 +120,7 @@ class FineTuner(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the step's loss."""
-        if self.logging_due():
+        if logging_due(self.trainer):
             # Equal on all processes already.
             self.log("train/loss", self._step_loss, prog_bar=True)
             self.log("train/penalty", self._step_penalty)
@@ -130,11 +131,6 @@ class FineTuner(L.LightningModule):
     def step_loss(self) -> Tensor:
         """Returns the task's mean loss over all labels of the step whose gradients are complete, a scalar."""
         return self._step_loss
-
-    def logging_due(self) -> bool:
-        """Whether the optimizer step now under way is one whose numbers are logged."""
-        trainer: Any = self.trainer
-        return (trainer.global_step + 1) % trainer.log_every_n_steps == 0
 
     def new_metrics(self) -> nn.ModuleDict:
         """Returns the task's loss and metrics, for `evaluate` to fill."""

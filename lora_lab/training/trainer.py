@@ -74,6 +74,11 @@ def planned_steps(config: TrainerConfig, batches: int) -> int:
     return steps if config.max_steps == -1 else min(steps, config.max_steps)
 
 
+def logging_due(trainer: Any) -> bool:
+    """Whether the optimizer step now under way is one whose numbers are logged, by `log_every_n_steps`."""
+    return (trainer.global_step + 1) % trainer.log_every_n_steps == 0
+
+
 def trainer_arguments(config: TrainerConfig, gradient_clip: float | None) -> dict[str, Any]:
     """Returns the arguments of `lightning.Trainer` that the config decides."""
     return {

@@ -5,15 +5,43 @@ from dataclasses import fields
 from typing import Any
 
 from lora_lab.adapters import Adapter, AdapterSet
-from lora_lab.callbacks.controllers.base import Controller, ControllerSpec, misfit
-from lora_lab.callbacks.controllers.compaction import Compaction
-from lora_lab.callbacks.controllers.dropout_schedule import DropoutSchedule
-from lora_lab.callbacks.controllers.importance_pruning import ImportancePruning
-from lora_lab.callbacks.controllers.output_evaluation import OutputEvaluation
-from lora_lab.callbacks.controllers.rank_growth import RankGrowth
-from lora_lab.callbacks.controllers.rank_pruning import RankPruning
-from lora_lab.callbacks.controllers.rank_redistribution import RankRedistribution
-from lora_lab.callbacks.controllers.rank_switching import RankSwitching
+from lora_lab.callbacks.controllers.base import (
+    Controller as Controller,
+    ControllerSpec as ControllerSpec,
+    misfit,
+)
+from lora_lab.callbacks.controllers.compaction import (
+    Compaction as Compaction,
+    CompactionSpec as CompactionSpec,
+)
+from lora_lab.callbacks.controllers.dropout_schedule import (
+    DropoutSchedule as DropoutSchedule,
+    DropoutScheduleSpec as DropoutScheduleSpec,
+)
+from lora_lab.callbacks.controllers.importance_pruning import (
+    ImportancePruning as ImportancePruning,
+    ImportancePruningSpec as ImportancePruningSpec,
+)
+from lora_lab.callbacks.controllers.output_evaluation import (
+    OutputEvaluation as OutputEvaluation,
+    OutputEvaluationSpec as OutputEvaluationSpec,
+)
+from lora_lab.callbacks.controllers.rank_growth import (
+    RankGrowth as RankGrowth,
+    RankGrowthSpec as RankGrowthSpec,
+)
+from lora_lab.callbacks.controllers.rank_pruning import (
+    RankPruning as RankPruning,
+    RankPruningSpec as RankPruningSpec,
+)
+from lora_lab.callbacks.controllers.rank_redistribution import (
+    RankRedistribution as RankRedistribution,
+    RankRedistributionSpec as RankRedistributionSpec,
+)
+from lora_lab.callbacks.controllers.rank_switching import (
+    RankSwitching as RankSwitching,
+    RankSwitchingSpec as RankSwitchingSpec,
+)
 from lora_lab.errors import suggest
 from lora_lab.registry import Registry
 
@@ -89,14 +117,3 @@ def check_controllers(specs: Mapping[str, ControllerSpec], method: type[Adapter]
         elif matter is not None:
             deciding[matter] = name
     return found
-
-
-__all__ = [
-    "CONTROLLERS",
-    "Controller",
-    "ControllerSpec",
-    "build_controllers",
-    "check_controllers",
-    "renamed",
-    "unknown",
-]

@@ -14,7 +14,7 @@ Lightning restores the model first, then the callbacks, then builds the optimize
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -141,6 +141,26 @@ def controllers_of(trainer: L.Trainer) -> list[Controller]:
     """Returns the controllers of a run, in the order in which they act."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, Controller)]
+
+
+def require(pl_module: Any, setting: str, names: Sequence[str], instead: str) -> None:
+    """Checks that a LightningModule offers what a callback calls; lora_lab's FineTuner offers everything.
+
+    Args:
+        pl_module: anybody's LightningModule.
+        setting: what asks for it, for the message.
+        names: attributes and methods.
+        instead: what a user with another module can do.
+
+    Raises:
+        IncompatibleError: if one is missing.
+    """
+    missing = [name for name in names if not hasattr(pl_module, name)]
+    if missing:
+        raise IncompatibleError(
+            f"{setting}: uses {', '.join(missing)} of the LightningModule, which {type(pl_module).__name__} "
+            f"does not have. Train with lora_lab.FineTuner, or {instead}."
+        )
 
 
 def misfit(name: str, needs: type, method: str) -> str:

@@ -29,7 +29,13 @@ from torch import nn
 from lora_lab.adapters import AdapterSet
 from lora_lab.adapters.protocols import NestedRank
 from lora_lab.adapters.spec import least_fault
-from lora_lab.callbacks.controllers.base import Controller, ControllerSpec, from_first_process, in_steps
+from lora_lab.callbacks.controllers.base import (
+    Controller,
+    ControllerSpec,
+    from_first_process,
+    in_steps,
+    require,
+)
 from lora_lab.data.batches import seeded_generator
 from lora_lab.errors import ConfigError
 
@@ -188,6 +194,13 @@ class RankSwitching(Controller):
                     f"controllers.rank_switching.period: the first decision is due after {self.period} steps "
                     f"of a run of {total_steps}; choose fewer, or a share of all steps below 1."
                 )
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.evaluation_ranks:
+            names, instead = ("new_metrics", "evaluate", "results", "evaluation"), "set evaluation_ranks: []"
+            require(pl_module, "controllers.rank_switching.evaluation_ranks", names, instead)
+        if self.spec.policy == "recent_loss":
+            require(pl_module, "controllers.rank_switching.policy", ["step_loss"], "choose another policy")
 
     # Ranks of steps -----------------------------------------------------------------------------------
 
