@@ -212,7 +212,7 @@ class Adapter(nn.Module):
     def without_gradient_at_start(self) -> tuple[str, ...]:
         """Names the trained tensors whose gradient is exactly zero before the first step, by the formula.
 
-        LoRA's A, say, beside a B of zeros. Every other tensor has a gradient from the first step on, unless
+        LoRA's A, for example, as B is zero. Every other tensor has a gradient from the first step on, unless
         dropout takes the whole update out of it; names are those of the adapter's own parameters.
         """
         return ()
@@ -288,7 +288,7 @@ class LinearAdapter(Adapter):
     """
 
     base: Any
-    """What `accepts` allows: it lends `weight` and `bias`, whatever its class."""
+    """What `accepts` allows: it has `weight` and `bias`, whatever its class."""
     convolves: ClassVar[bool] = False
     """Whether the method's own forms use `maps.project` and `maps.mix`, which convolutions need."""
 
@@ -299,7 +299,7 @@ class LinearAdapter(Adapter):
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        """See `Adapter.accepts`."""
+        """Whether it is a linear map, or a convolution where the method knows them."""
         return is_linear(module) or (cls.convolves and is_convolution(module))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -352,7 +352,7 @@ class LinearAdapter(Adapter):
 
     @torch.no_grad()
     def merged_module(self) -> nn.Module:
-        """See `Adapter.merged_module`. Computed in float32 or wider and rounded once.
+        """Returns the merged map, computed in float32 or wider and rounded once.
 
         Raises:
             IncompatibleError: if a merged number is not finite.
@@ -377,7 +377,7 @@ class AdditiveAdapter(LinearAdapter):
         raise NotImplementedError
 
     def adapted_weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """See `LinearAdapter.adapted_weight`."""
+        """Returns W + ΔW."""
         return weight + self.delta_weight()
 
     def delta_output(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
@@ -398,7 +398,7 @@ class InputAdapter(LinearAdapter):
         raise NotImplementedError
 
     def adapted_weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """See `LinearAdapter.adapted_weight`: W' = W T, with the columns of T from the identity's rows."""
+        """Returns W T, with the columns of T from the identity's rows."""
         identity = torch.eye(self.in_features, dtype=weight.dtype, device=weight.device)
         return weight @ self.transform_input(identity).T
 
@@ -415,11 +415,11 @@ class OutputAdapter(LinearAdapter):
         raise NotImplementedError
 
     def adapted_weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """See `LinearAdapter.adapted_weight`: S acts on the columns of W."""
+        """Returns S W: S acts on the columns of W."""
         return self.transform_output(weight.T).T
 
     def adapted_bias(self, bias: Float[Tensor, " out"] | None) -> Float[Tensor, " out"] | None:
-        """See `LinearAdapter.adapted_bias`: the base's bias passes through S too."""
+        """Returns S b: the base's output, which S turns, holds its bias."""
         return None if bias is None else self.transform_output(bias)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:

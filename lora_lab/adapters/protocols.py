@@ -53,7 +53,7 @@ class Prunable:
         """Makes the adapter consist of some of its components alone; every tensor stays the same object.
 
         The update changes by what those left out contributed; its scale stays that of the rank at the start.
-        Of adapters that share tensors, each is to be given the same choice.
+        Of adapters that share tensors, each must be given the same choice.
 
         Args:
             index: the components, in rising order.
@@ -83,7 +83,7 @@ class Prunable:
         }
 
     def tensors_changed(self) -> None:
-        """See `Adapter.tensors_changed`."""
+        """Recomputes what the adapter derives from its tensors, as `Adapter` does."""
 
 
 class RankAllocatable(Prunable):
@@ -197,11 +197,11 @@ class Steerable:
 
 
 class Selectable:
-    """Works in some singular directions of its weight, and can be told in which."""
+    """Works in some singular directions of its weight, which can be chosen."""
 
     @property
     def undecided(self) -> bool:
-        """Whether it waits to be told."""
+        """Whether the choice has not been made yet."""
         raise NotImplementedError
 
     def directions(self) -> tuple[Float[Tensor, "out k"], Float[Tensor, " k"], Float[Tensor, "k in"]]:

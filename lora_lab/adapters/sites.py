@@ -301,14 +301,14 @@ def _no_match(target: str, model: nn.Module, modules: Mapping[str, nn.Module]) -
     roles = roles_of(model)
     names = {path.rpartition(".")[2] for path in modules if not path.rpartition(".")[2].isdigit()}
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    told = f"its roles are {', '.join(roles)}" if roles else "it has no roles"
+    known_roles = f"its roles are {', '.join(roles)}" if roles else "it has no roles"
     held = [role for role in FUSED.get(target, ()) if role in roles]
     if held:
-        told += f"; {target} is a part of {held[0]}: name that, or try model.split_fused: true"
+        known_roles += f"; {target} is a part of {held[0]}: name that, or try model.split_fused: true"
     if target in ("all", "all-linear"):
         return f"adapter.targets: {kind} has no module that the method can edit with '{target}'; name others."
     known = suggest(target, names | set(roles) | {"all-linear"})
-    fault = f"adapter.targets: {kind} has no '{target}' ({told}); name what it has{known}"
+    fault = f"adapter.targets: {kind} has no '{target}' ({known_roles}); name what it has{known}"
     fused = any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
     split = fused and target in ("query", "key", "value", "output")
     return f"{fault.rstrip('.')}. {SPLIT_FIRST}" if split else fault

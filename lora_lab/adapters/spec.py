@@ -88,8 +88,8 @@ class AdapterSpec:
         for name, value in cls.removed_fields.items():
             if name in stored and stored[name] != value:
                 raise IncompatibleError(
-                    f"adapter.{name}: {stored[name]!r} was removed, and {cls.method} is now what {value!r} "
-                    "meant. Train again without it, or read this with the version that wrote it."
+                    f"adapter.{name}: {stored[name]!r} is no longer supported; {cls.method} always works as "
+                    f"with {value!r}. Train again without this field, or use the version that wrote it."
                 )
         return {name: value for name, value in stored.items() if name not in cls.removed_fields}
 
@@ -140,7 +140,7 @@ class LowRankSpec(AdapterSpec):
     """Alpha for some sites: role, path ending or regex → alpha."""
 
     def faults(self) -> list[str]:
-        """See `AdapterSpec.faults`."""
+        """Returns the faults of all specs and those of ranks, alphas and dropout."""
         found = super().faults()
         for name, rank in self.ranks().items():
             found += least_fault(name, rank, 1)
@@ -150,7 +150,7 @@ class LowRankSpec(AdapterSpec):
 
     @property
     def size_field(self) -> str | None:
-        """See `AdapterSpec.size_field`."""
+        """The rank."""
         return "rank"
 
     def ranks(self) -> dict[str, int]:

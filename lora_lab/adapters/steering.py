@@ -58,7 +58,7 @@ def calibrate(adapters: AdapterSet, chosen: Batches, rejected: Batches | None = 
 
     Direction i scores S_i · mean |x v_i| on either kind of examples, and S_i · |mean x v_i − mean x' v_i| for
     the difference; see `contrastive_directions`. With one kind alone, the highest scores win. The inputs are
-    those of the base, but for padding, where `attention_mask` is 0.
+    those of the base, except for padding, where `attention_mask` is 0.
 
     Args:
         adapters: still untrained.

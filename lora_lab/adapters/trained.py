@@ -79,19 +79,18 @@ class TrainedCopy(Adapter):
         return merged
 
     def decay_exempt(self) -> list[nn.Parameter]:
-        """See `Adapter.decay_exempt`: biases and the scales of norms."""
+        """Returns biases and the scales of norms."""
         return [parameter for parameter in self.trained.parameters() if parameter.ndim < 2]
 
     def singular_values(self) -> Float[Tensor, " k"] | None:
-        """See `Adapter.singular_values`: those of what training changed, for a linear map."""
+        """Returns the singular values of what training changed, for a linear map."""
         if not is_linear(self.base):
             return None
         return torch.linalg.svdvals(widened(self.trained.weight) - widened(self.base.weight))
 
     def peft_tensors(self) -> dict[str, Tensor]:
-        """See `Adapter.peft_tensors`: the module's own names."""
+        """Returns the module's tensors under its own names."""
         return dict(self.trained.state_dict())
 
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """See `Adapter.load_peft_tensors`."""
         self.trained.load_state_dict(dict(tensors))

@@ -28,7 +28,7 @@ class Source(NamedTuple):
 
 
 def source(x: Tensor) -> Source:
-    """Returns what x can be made of again, but for the order of rounding.
+    """Returns what x can be computed from again, up to the order of rounding.
 
     That is x itself, which then has to be kept, where its origin is unknown, and where saved tensors are not
     left alone: hooks that offload or recompute them must not be called in the forward pass.
@@ -47,7 +47,7 @@ def in_pieces(build: Build, tensors: Sequence[Tensor], lead: torch.Size, rows: i
     Args:
         build: of x's source.
         tensors: of x's source.
-        lead: x's shape, but for its last axis.
+        lead: x's shape without its last axis.
         rows: length of the pieces; the last one may be shorter.
     """
     cut = (t.reshape(-1, t.shape[-1]).split(rows) if t.shape[:-1] == lead else repeat(t) for t in tensors)
@@ -55,7 +55,7 @@ def in_pieces(build: Build, tensors: Sequence[Tensor], lead: torch.Size, rows: i
 
 
 def rows_of_pieces(x: Float[Tensor, "rows n"]) -> int:
-    """Returns how many rows of x a CPU shall work on at once, so that they stay in its cache; else all."""
+    """Returns how many rows of x a CPU should work on at once, so that they stay in its cache; else all."""
     # Half precision would round the sum over the pieces once for each.
     whole = x.device.type != "cpu" or x.dtype.itemsize < 4 or torch.compiler.is_compiling()
     return len(x) if whole else max(PIECE // x.shape[-1], 1)
@@ -88,7 +88,7 @@ def _saved(node: Any, name: str) -> Tensor | None:
     """Returns a tensor that a node keeps; None where it keeps none, or not as it was."""
     try:
         raw = getattr(node, f"_raw_saved_{name}")
-        unpack = getattr(raw, "unpack_hook", raw)  # versions of torch that do not tell it may have one
+        unpack = getattr(raw, "unpack_hook", raw)  # versions of torch that do not show it may have one
         return getattr(node, f"_saved_{name}") if unpack is None or unpack in _OBSERVERS else None
     except RuntimeError:  # freed by a backward pass, or overwritten
         return None

@@ -95,7 +95,7 @@ def _signs(Vh: Float[Tensor, "*batch k in"]) -> Float[Tensor, "*batch k 1"]:
 def contrastive_directions(
     chosen: Float[Tensor, " k"], rejected: Float[Tensor, " k"], difference: Float[Tensor, " k"], count: int
 ) -> Int[Tensor, " count"]:
-    """Chooses directions that matter to either of two kinds of inputs, or that tell them apart.
+    """Chooses directions that matter to either of two kinds of inputs, or to the difference between them.
 
     A third of `count` each has the highest scores by `chosen` and by `rejected`, the rest by `difference`.
     Where they overlap, the remaining ones of the highest score of any kind fill up.

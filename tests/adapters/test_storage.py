@@ -136,7 +136,7 @@ def test_a_removed_field_is_forgotten_at_its_default_and_refused_at_another_valu
     other = not value if isinstance(value, bool) else "something else"
     OmegaConf.update(spec, f"adapter.{field}", other)
     own.write_text(OmegaConf.to_yaml(spec))
-    refused(tmp_path / "adapter", f"adapter.{field}: {other!r} was removed", IncompatibleError)
+    refused(tmp_path / "adapter", f"adapter.{field}: {other!r} is no longer supported", IncompatibleError)
 
 
 def test_model_in_half_precision_comes_back_from_its_folder(tmp_path):

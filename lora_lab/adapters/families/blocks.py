@@ -20,8 +20,8 @@ def block_faults(spec: AdapterSpec, size: str, count: str) -> list[str]:
     values = {name: getattr(spec, name) for name in (size, count)}
     found = [f"{name}: must be at least 0; got {value}" for name, value in values.items() if value < 0]
     if all(values.values()) or not any(values.values()):
-        told = " and ".join(f"{name}: {value}" for name, value in values.items())
-        found.append(f"{size}: give it or {count}, and 0 for the other; got {told}")
+        given = " and ".join(f"{name}: {value}" for name, value in values.items())
+        found.append(f"{size}: give it or {count}, and 0 for the other; got {given}")
     elif values[size] == 1:
         found.append(f"{size}: must be at least 2, as one number alone cannot be rotated; got 1")
     return found

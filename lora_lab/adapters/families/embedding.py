@@ -54,7 +54,6 @@ class LowRankEmbedding(Adapter, RankAllocatable, Growable):
         return self.scale * (self.B @ self.A).T
 
     def singular_values(self) -> Float[Tensor, " k"]:
-        """See `Adapter.singular_values`."""
         return abs(self.scale) * product_singular_values(self.B, self.A)
 
     @property
@@ -78,7 +77,7 @@ class LowRankEmbedding(Adapter, RankAllocatable, Growable):
         return merged.train(base.training)
 
     def without_gradient_at_start(self) -> tuple[str, ...]:
-        """See `Adapter.without_gradient_at_start`: here A starts at zero."""
+        """Returns B, as A starts at zero."""
         return ("B",)
 
     def new_components(self, count: int) -> dict[str, Tensor]:
@@ -87,7 +86,6 @@ class LowRankEmbedding(Adapter, RankAllocatable, Growable):
 
     @torch.no_grad()
     def keep_components(self, keep: Bool[Tensor, " rank"]) -> None:
-        """See `Prunable`."""
         self.kept.copy_(keep)
         self.A.masked_fill_(~keep.unsqueeze(1), 0)
 
@@ -103,17 +101,16 @@ class LowRankEmbedding(Adapter, RankAllocatable, Growable):
 
     @property
     def stored_spec(self) -> ScaledSpec:
-        """See `Adapter.stored_spec`."""
         return resized(self.spec, max(1, int(self.held().sum())))
 
     def peft_tensors(self) -> dict[str, Tensor]:
-        """See `Adapter.peft_tensors`: of A and B what is held."""
+        """Returns of A and B what is held."""
         held = self.held()
         left, right = filled(self.B[:, held], self.A[held], self.stored_spec.rank)
         return {"lora_embedding_A": right, "lora_embedding_B": left}
 
     def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See `Adapter.complete_peft_tensors`: there are as many components as the file has."""
+        """Makes as many components as the file has."""
         B = tensors.get("lora_embedding_B")
         if B is not None:
             self.resize_components(B.shape[1] if B.any() else 0)
@@ -121,6 +118,5 @@ class LowRankEmbedding(Adapter, RankAllocatable, Growable):
 
     @torch.no_grad()
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """See `Adapter.load_peft_tensors`."""
         self.A.copy_(tensors["lora_embedding_A"][: len(self.A)])
         self.B.copy_(tensors["lora_embedding_B"][:, : len(self.A)])

@@ -94,7 +94,7 @@ class LowRankAdapter(AdditiveAdapter, Droppable):
 
     @classmethod
     def site_parameter_count(cls, module: Any, spec: Any) -> int:
-        """See `Adapter.site_parameter_count`: A and B, rank · (out + in)."""
+        """Counts A and B, rank · (out + in) numbers."""
         return spec.rank * sum(sizes(module))
 
     @property
@@ -116,37 +116,34 @@ class LowRankAdapter(AdditiveAdapter, Droppable):
         return torch.cat([shift_B, self.start_B], dim=1), torch.cat([self.A, shift_A])
 
     def delta_weight(self) -> Float[Tensor, "out in"]:
-        """See `AdditiveAdapter.delta_weight`."""
         left, right = self.factors()
         return self.scale * self.active * (widened(left) @ widened(right))
 
     def adapted_weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """See `LinearAdapter.adapted_weight`: one pass over W."""
+        """Returns W + ΔW in one pass over W."""
         left, right = self.factors()
         return torch.addmm(weight, widened(left) * (self.scale * self.active), widened(right))
 
     def delta_output(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        """See `AdditiveAdapter.delta_output`."""
         left, right = self.factors()
         # The scale goes onto the (..., rank) product: a pass over the (..., out) output costs far more.
         hidden = project(self.base, self.dropout(x), right) * (self.scale * self.active)
         return mix(self.base, hidden, left)
 
     def singular_values(self) -> Float[Tensor, " k"]:
-        """See `LinearAdapter.singular_values`."""
         return abs(self.scale) * self.active * product_singular_values(*self.factors())
 
     def decay_exempt(self) -> list[nn.Parameter]:
-        """See `Adapter.decay_exempt`: where a start is subtracted, no change is that start."""
+        """Returns A and B where a start is subtracted, since no change is then that start."""
         return [] if self.start_A is None else [self.A, self.B]
 
     def without_gradient_at_start(self) -> tuple[str, ...]:
-        """See `Adapter.without_gradient_at_start`: A, where B starts at zero."""
+        """Returns A where B starts at zero."""
         return ("A",) if self.start_B is None else ()
 
     @torch.no_grad()
     def keep_components(self, keep: Bool[Tensor, " rank"]) -> None:
-        """See `Prunable`. B's columns are zeroed, A stays: from both zero nothing grows back."""
+        """Zeroes B's columns and leaves A: from both zero nothing would grow back."""
         self.kept.copy_(keep)
         self.B.masked_fill_(~keep, 0)
         if self.start_B is not None:
@@ -159,28 +156,26 @@ class LowRankAdapter(AdditiveAdapter, Droppable):
         return {"A": A, "B": B, "start_A": A, "start_B": B}
 
     def drop(self) -> None:
-        """See `Droppable`. A switch, not zeros in B, which the optimizer's next step would fill again."""
+        """Turns a switch instead of zeroing B, which the optimizer's next step would fill again."""
         self.active.zero_()
         self.zero_grad()
         self.tensors_changed()
 
     def tensors_changed(self) -> None:
-        """See `Adapter.tensors_changed`: what was dropped is trained no more."""
+        """Stops training what was dropped."""
         for parameter in self.parameters(recurse=False):
             parameter.requires_grad_(not self.dropped)
 
     @property
     def dropped(self) -> bool:
-        """See `Droppable`."""
         return not self.active
 
     def share_key(self) -> Hashable | None:
-        """See `Shareable`. A start that is subtracted belongs to its own base."""
+        """Returns None where a start is subtracted, which belongs to its own base."""
         shapes = tuple(tuple(tensor.shape) for tensor in self.parameters(recurse=False))
         return (type(self), self.scale, shapes) if self.start_A is None else None
 
     def share(self, owner: Shareable) -> None:
-        """See `Shareable`."""
         assert isinstance(owner, type(self))
         for name, tensor in owner.named_parameters(recurse=False):
             setattr(self, name, tensor)
@@ -201,7 +196,7 @@ class LowRankAdapter(AdditiveAdapter, Droppable):
 
     @property
     def stored_spec(self) -> Any:
-        """See `Adapter.stored_spec`: of the components in files."""
+        """Returns the spec of the components in files."""
         return resized(self.spec, self.stored_rank(int(self.held().sum())))
 
     def stored_rank(self, count: int) -> int:
@@ -209,7 +204,7 @@ class LowRankAdapter(AdditiveAdapter, Droppable):
         return max(1, count)
 
     def peft_tensors(self) -> dict[str, Tensor]:
-        """See `Adapter.peft_tensors`: of [B, −B₀] and [A; A₀] what is held; once dropped, but A all is 0."""
+        """Returns what is held of [B, −B₀] and [A; A₀]; once dropped, all but A is 0."""
         held = self.held()
         rank = self.stored_rank(int(held.sum()))
         left, right = filled(self.B[:, held], self.A[held], rank)
@@ -221,7 +216,7 @@ class LowRankAdapter(AdditiveAdapter, Droppable):
         return in_pefts_shapes(self.base, tensors)
 
     def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See `Adapter.complete_peft_tensors`: there are as many components as the file has."""
+        """Makes as many components as the file has."""
         if (A := tensors.get("lora_A.weight")) is not None:
             self._resize_to_rows(A)
         return tensors
@@ -232,13 +227,13 @@ class LowRankAdapter(AdditiveAdapter, Droppable):
         self._resize_to_file(used if self.stored_rank(used) == count else count)  # see `filled`
 
     def _resize_to_file(self, count: int) -> None:
-        # Any other number is another adapter's, which is told later.
+        # Any other number is another adapter's, which is reported later.
         if isinstance(self, Growable) or (isinstance(self, Prunable) and count < self.initial_components):
             self.resize_components(count)
 
     @torch.no_grad()
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """See `Adapter.load_peft_tensors`: takes apart what `peft_tensors` stacks."""
+        """Takes apart what `peft_tensors` stacks."""
         left, right = tensors["lora_B.weight"].flatten(1), tensors["lora_A.weight"].flatten(1)
         rank, stored = len(self.A), len(right) // 2
         super().load_peft_tensors({**tensors, "lora_A.weight": right[:rank], "lora_B.weight": left[:, :rank]})

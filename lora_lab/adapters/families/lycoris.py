@@ -50,7 +50,6 @@ class LycorisSpec(LowRankSpec):
         return self.alpha / self.rank
 
     def faults(self) -> list[str]:
-        """See `AdapterSpec.faults`."""
         found = super().faults() + probability_fault("rank_dropout", self.rank_dropout)
         return found + probability_fault("module_dropout", self.module_dropout)
 
@@ -81,7 +80,7 @@ class LycorisAdapter(AdditiveAdapter):
         return nn.Parameter(flat.reshape(shape))
 
     def without_gradient_at_start(self) -> tuple[str, ...]:
-        """See `Adapter.without_gradient_at_start`: a product with one factor of zeros reaches that alone."""
+        """A product with one factor of zeros reaches that alone."""
         if self.spec.init == "random":
             return ()
         own = dict(self.named_parameters(recurse=False))

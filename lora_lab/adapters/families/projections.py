@@ -45,11 +45,9 @@ class ProjectedSpec(AdapterSpec):
 
     @property
     def size_field(self) -> str | None:
-        """See `AdapterSpec.size_field`."""
         return "rank"
 
     def faults(self) -> list[str]:
-        """See `AdapterSpec.faults`."""
         return [
             *super().faults(),
             *least_fault("rank", self.rank, 1),
@@ -109,7 +107,7 @@ class ProjectedAdapter(AdditiveAdapter):
 
     @classmethod
     def build(cls, sites: list[Site], spec: Any) -> dict[str, Adapter]:
-        """See `Adapter.build`: all sites share one pair of projections.
+        """Makes the adapters, which share one pair of projections.
 
         Raises:
             IncompatibleError: if the pair cannot be normalised.
@@ -133,16 +131,14 @@ class ProjectedAdapter(AdditiveAdapter):
         raise NotImplementedError
 
     def delta_weight(self) -> Float[Tensor, "out in"]:
-        """See `AdditiveAdapter.delta_weight`."""
         left, right = self.factors()
         return widened(left) @ widened(right)
 
     def singular_values(self) -> Float[Tensor, " k"]:
-        """See `LinearAdapter.singular_values`."""
         return product_singular_values(*self.factors())
 
     def loraplus_parameters(self) -> list[nn.Parameter]:
-        """See `Adapter.loraplus_parameters`: all that is learned are vectors."""
+        """Returns all that is learned, which are vectors."""
         return list(self.parameters(recurse=False))
 
     @classmethod
@@ -151,7 +147,7 @@ class ProjectedAdapter(AdditiveAdapter):
         return {*cls.peft.tensors, *(f"{cls.Spec().method}_{name}" for name in "AB")}
 
     def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See `Adapter.complete_peft_tensors`: PEFT writes RandLoRA's pair once more for every map."""
+        """PEFT writes RandLoRA's pair once more for every map."""
         pair = {f"{self.spec.method}_{name}" for name in "AB"}
         return {name: tensor for name, tensor in tensors.items() if name not in pair}
 

@@ -57,7 +57,6 @@ class StartedSpec(ScaledSpec):
     """Power iterations of a randomised SVD for init: pissa, 4 to 16 in its paper; null decomposes exactly."""
 
     def faults(self) -> list[str]:
-        """See `AdapterSpec.faults`."""
         found = super().faults()
         if self.init == "orthogonal":
             odd = {name: rank for name, rank in self.ranks().items() if rank % 2}
@@ -76,11 +75,10 @@ class StartedSpec(ScaledSpec):
 
     @property
     def reads_full_weights(self) -> bool:
-        """See `AdapterSpec.reads_full_weights`."""
         return self.init == "loftq"
 
     def for_stored(self) -> Self:
-        """See `AdapterSpec.for_stored`: W may be gone, of which LoftQ's factors were made."""
+        """W may be gone, of which LoftQ's factors were made."""
         return replace(self, init="default") if self.init == "loftq" else self
 
 

@@ -109,7 +109,7 @@ class AdaLoRA(LowRankAdapter, RankAllocatable, Shareable):
 
     @classmethod
     def build(cls, sites: list[Site], spec: AdaLoRASpec) -> dict[str, Adapter]:
-        """See `Adapter.build`. PEFT's files have one rank and one alpha, which all sites are told."""
+        """PEFT's files have one rank and one alpha, which all sites must know."""
         specs = {site.path: site_spec(spec, site) for site in sites}
         file_spec = replace(spec, rank=max(own.rank for own in specs.values()))
         return {site.path: cls.at(site, specs[site.path], file_spec) for site in sites}
@@ -128,12 +128,12 @@ class AdaLoRA(LowRankAdapter, RankAllocatable, Shareable):
         return spec.orth_reg_weight * (errors.square().sum() if spec.orth_reg_squared else errors.mean())
 
     def without_gradient_at_start(self) -> tuple[str, ...]:
-        """See `Adapter.without_gradient_at_start`: the penalty alone reaches A and B beside a Λ of zeros."""
+        """Returns A and B without a penalty: while Λ is zero, nothing else reaches them."""
         return () if self.spec.orth_reg_weight else ("A", "B")
 
     @torch.no_grad()
     def keep_components(self, keep: Bool[Tensor, " rank"]) -> None:
-        """See `Prunable`: zeros in Λ alone."""
+        """Writes zeros in Λ alone."""
         self.kept.copy_(keep)
         self.E.masked_fill_(~keep, 0)
 
@@ -146,13 +146,13 @@ class AdaLoRA(LowRankAdapter, RankAllocatable, Shareable):
         return self.E != 0
 
     def peft_tensors(self) -> dict[str, Tensor]:
-        """See `Adapter.peft_tensors`: the components held, with Λ for the scale that a file has."""
+        """Returns the components held, with Λ for the scale that a file has."""
         held = self.held()
         E = (self.active * self.file_ratio * self.E)[held].unsqueeze(1)
         return {"lora_A": self.A[held], "lora_B": self.B[:, held], "lora_E": E}
 
     def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See `Adapter.complete_peft_tensors`: there are as many components as a file has."""
+        """Makes as many components as a file has."""
         self._resize_to_file(len(tensors.get("lora_E", self.E)))
         return tensors
 

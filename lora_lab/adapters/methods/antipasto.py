@@ -81,7 +81,7 @@ class AntiPaSTOSpec(BasisSpec):
     """`reference` starts with a small random edit; `identity` is for training on an ordinary loss."""
 
     def for_stored(self) -> Self:
-        """See `AdapterSpec.for_stored`: the folder says which directions were chosen."""
+        """The folder says which directions were chosen."""
         return replace(self, dim_select="top_s")
 
     @property
@@ -211,11 +211,11 @@ class AntiPaSTO(CoreUpdate, Steerable, Selectable):
         return self._undecided
 
     def tensors_changed(self) -> None:
-        # Beside the buffer, which a forward pass would have to wait for the device to read.
+        # Kept as a Python flag too: a forward pass would have to wait for the device to read the buffer.
         self._undecided = bool((self.indices < 0).any())
 
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """See `Adapter.load_peft_tensors`: a folder without a basis says which directions of W it has."""
+        """A folder without a basis says which directions of W it has."""
         if not self.spec.save_basis:
             self.choose(tensors["antipasto_indices"])
         super().load_peft_tensors(tensors)

@@ -28,7 +28,7 @@ class BitFitSpec(AdapterSpec):
     method: str = "bitfit"
 
     targets: Union[str, list[str]] = "all"  # noqa: UP007
-    """See `AdapterSpec.targets`; `all` means every linear map and layer norm that has a bias."""
+    """Where adapters stand; `all` means every linear map and layer norm that has a bias."""
 
 
 class BitFit(Adapter):

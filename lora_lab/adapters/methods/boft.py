@@ -100,7 +100,7 @@ class BOFT(InputAdapter):
 
     @classmethod
     def build(cls, sites: list[Site], spec: Any) -> dict[str, Adapter]:
-        """See `Adapter.build`.
+        """Makes the adapters.
 
         Raises:
             IncompatibleError: if the inputs of a site cannot be divided into such blocks and factors.
@@ -135,7 +135,7 @@ class BOFT(InputAdapter):
         return butterfly(x, R)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See `InputAdapter.forward`. The rotation is cast to the input, not the input to its type."""
+        """The rotation is cast to the input, not the input to its type."""
         y = self.base(self.transform_input(x))
         if not self.spec.train_scale:
             return y
@@ -145,5 +145,5 @@ class BOFT(InputAdapter):
         return torch.addcmul((1 - s) * self.base.bias, y, s).to(y.dtype)  # the bias, in y too, is not scaled
 
     def adapted_weight(self, weight: Tensor) -> Tensor:
-        """See `LinearAdapter.adapted_weight`: the inverse butterfly on the rows of W."""
+        """Returns W Rᵀ by the inverse butterfly on the rows of W."""
         return self.s * butterfly(weight, self.rotations(), inverse=True)

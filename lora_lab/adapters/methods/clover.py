@@ -121,7 +121,7 @@ class Trained(LinearAdapter):
         return self.training and self.spec.dropout > 0
 
     def decompose(self, path: str, width: int, other: Any) -> None:
-        """Makes ΔS and its bases; a site alone does not tell how wide a head is.
+        """Makes ΔS and its bases; a site alone does not show how wide a head is.
 
         Args:
             path: of the map, for messages.
@@ -183,7 +183,7 @@ class CLOVER(Trained, OutputAdapter):
 
     @classmethod
     def build(cls, sites: list[Site], spec: CLOVERSpec) -> dict[str, Adapter]:
-        """See `Adapter.build`: only the rebased form has an adapter on the second map of a pair.
+        """Only the rebased form has an adapter on the second map of a pair.
 
         Raises:
             TargetError: if a map holds query, key and value in one, or the output stands without its values.
@@ -214,7 +214,7 @@ class CLOVER(Trained, OutputAdapter):
     @classmethod
     @torch.no_grad()
     def watch(cls, model: nn.Module, adapters: Mapping[str, Adapter]) -> list[RemovableHandle]:
-        """See `Adapter.watch`: the model tells how wide heads are and what parts query and key.
+        """Makes the adapters; the model's config gives the width of heads and what stands between query and key.
 
         Raises:
             IncompatibleError: if these must not be parted, if no width is known, or by `decompose`.
@@ -225,7 +225,7 @@ class CLOVER(Trained, OutputAdapter):
 
     @classmethod
     def parameter_count(cls, model: nn.Module, sites: list[Site], spec: CLOVERSpec) -> int:
-        """See `Adapter.parameter_count`: the model tells the width of heads, and which maps are joined."""
+        """Counts by the width of heads and the pairs of maps, which the model gives."""
         adapters, count = cls.build(sites, spec), 0
         for path, width, other in cls._joined(model, adapters):
             adapter = cast(Trained, adapters[path])
@@ -248,7 +248,7 @@ class CLOVER(Trained, OutputAdapter):
             width = heads if headed else spec.block_size or (heads or 0) // 2
             if not width:
                 raise IncompatibleError(
-                    f"adapter.block_size: is needed for {path}: the model's config tells no width of heads."
+                    f"adapter.block_size: is needed for {path}: the model's config gives no width of heads."
                 )
             between = None
             if adapter.partner is not None and adapter.role not in TO_OUTPUT:

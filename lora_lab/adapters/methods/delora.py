@@ -170,18 +170,18 @@ class DeLoRA(LowRankAdapter, RankAllocatable):
         return torch.cat([left - start, start], dim=1), torch.cat([right, shift])
 
     def without_gradient_at_start(self) -> tuple[str, ...]:
-        """See `Adapter.without_gradient_at_start`. λ and the start's λ cancel where they are one number."""
+        """Λ and the start's λ cancel where they are one number."""
         if self.spec.init == "zero_b":
             return ("A", "lambda_")
         return ("lambda_",) if self.spec.residual_lambda == "current" else ()
 
     def decay_exempt(self) -> list[nn.Parameter]:
-        """See `Adapter.decay_exempt`: no change is the start, and λ = 0 only if it takes the start along."""
+        """No change is the start, and λ = 0 only if it takes the start along."""
         frozen = self.start_A is not None and self.spec.residual_lambda == "frozen"
         return super().decay_exempt() + ([self.lambda_] if frozen else [])
 
     def peft_tensors(self) -> dict[str, Tensor]:
-        """See `Adapter.peft_tensors`: of [A; −A₀] and [B, B₀] what is held, and 2 λ.
+        """Returns what is held of [A; −A₀] and [B, B₀], and 2 λ.
 
         Also LoRA's A and B where PEFT needs them.
         """
@@ -202,7 +202,7 @@ class DeLoRA(LowRankAdapter, RankAllocatable):
 
     @property
     def stored_spec(self) -> DeLoRASpec:
-        """See `Adapter.stored_spec`: of the components held."""
+        """Returns the spec of the components held."""
         return replace(self.spec, rank=self.stored_rank(int(self.held().sum())))
 
     @property
@@ -212,14 +212,14 @@ class DeLoRA(LowRankAdapter, RankAllocatable):
         return copies * (self.stored_spec.rank / self.spec.rank if self.spec.opens_as_delora else 1)
 
     def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See `Adapter.complete_peft_tensors`: there are as many components as the file has."""
+        """Makes as many components as the file has."""
         if (A := tensors.get("delora_A")) is not None:
             self._resize_to_rows(A)
         return tensors
 
     @torch.no_grad()
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """See `Adapter.load_peft_tensors`: takes apart what `peft_tensors` stacks."""
+        """Takes apart what `peft_tensors` stacks."""
         A, B, strength, w = (tensors[name] for name in self.peft.tensors)
         rank, stored = len(self.A), len(A) // 2
         self.A.copy_(A[:rank])

@@ -92,7 +92,7 @@ class DyLoRA(LowRankAdapter, NestedRank):
 
     @property
     def active_rank(self) -> int:
-        """See `NestedRank`. At the start the largest.
+        """The number of components in use; at the start the largest.
 
         Raises:
             ConfigError: if it is set to a rank that is not there.
@@ -105,7 +105,7 @@ class DyLoRA(LowRankAdapter, NestedRank):
             allowed = list(self.ranks) if self.spec.separate_ranks else f"1 to {self.max_rank}"
             raise ConfigError(f"active_rank: must be one of {allowed} here; got {rank}")
         start = sum(smaller for smaller in self.spec.separate_ranks or () if smaller < rank)
-        # Beside the buffer, which a forward pass would have to wait for the device to read.
+        # Kept as Python numbers too: a forward pass would have to wait for the device to read the buffer.
         self._window, self._at_rank = slice(start, start + rank), replace(self.spec, rank=rank)
         self.used.zero_()[self._window] = True
 
@@ -115,7 +115,7 @@ class DyLoRA(LowRankAdapter, NestedRank):
 
     @property
     def stored_spec(self) -> DyLoRASpec:
-        """See `Adapter.stored_spec`: the active rank is what PEFT opens."""
+        """The active rank is what PEFT opens."""
         return self._at_rank
 
     @property
@@ -129,18 +129,17 @@ class DyLoRA(LowRankAdapter, NestedRank):
         return 0 if self.dropped else int(self.kept[self._window].sum())
 
     def factors(self) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
-        """See `LowRankAdapter.factors`: the components in use."""
+        """Returns the components in use."""
         B, A = self.B[:, self._window], self.A[self._window]
         if not self.spec.frozen:
             return B, A
         return torch.cat([B[:, :-1].detach(), B[:, -1:]], dim=1), torch.cat([A[:-1].detach(), A[-1:]])
 
     def held(self) -> Bool[Tensor, " components"]:
-        """See `LowRankAdapter.held`."""
         return self.used
 
     def frozen_parts(self) -> list[tuple[nn.Parameter, Bool[Tensor, ...]]]:
-        """See `Adapter.frozen_parts`: the components that the step does not learn."""
+        """Returns flags of the components that the step does not learn."""
         learned = self.used.clone()
         if self.spec.frozen:
             learned[: self._window.stop - 1] = False
@@ -149,12 +148,12 @@ class DyLoRA(LowRankAdapter, NestedRank):
         return [(self.A, ~learned.unsqueeze(1)), (self.B, ~learned)]
 
     def peft_tensors(self) -> dict[str, Tensor]:
-        """See `Adapter.peft_tensors`: LoRA's at the active rank, and the others under names of ours."""
+        """Returns LoRA's tensors at the active rank, and the others under names of ours."""
         idle = {"idle_A": self.A[~self.used], "idle_B": self.B[:, ~self.used] * self.active}
         return super().peft_tensors() | (idle if len(self.used) > self.active_rank else {})
 
     def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See `Adapter.complete_peft_tensors`: the file's rank becomes the active one."""
+        """Makes the file's rank the active one."""
         A = tensors.get("lora_A.weight")
         if A is not None and len(A) in self.ranks:
             self.active_rank = len(A)

@@ -127,7 +127,7 @@ class FourierFT(AdditiveAdapter):
 
     @classmethod
     def build(cls, sites: list[Site], spec: FourierFTSpec) -> dict[str, Adapter]:
-        """See `Adapter.build`: `n_frequency_pattern` holds site by site."""
+        """Makes the adapters, for which `n_frequency_pattern` holds site by site."""
         for key in spec.n_frequency_pattern:
             if not any(match_pattern({key: True}, site) for site in sites):
                 raise TargetError(f"adapter.n_frequency_pattern: '{key}' matches no adapted module.")
@@ -138,7 +138,7 @@ class FourierFT(AdditiveAdapter):
         return sum(_spec_at(site, spec).n_frequency for site in sites)
 
     def tensors_changed(self) -> None:
-        """See `Adapter.tensors_changed`: what the two products need follows from the indices."""
+        """Computes what the two products need from the indices."""
         m, n = self.out_features, self.in_features
         maps = scatter(self.indices, m, n, self.dtype), scatter(self.indices.flip(0), n, m, self.dtype)
         for name, values in zip(("forward", "back"), maps, strict=True):

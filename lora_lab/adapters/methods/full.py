@@ -30,7 +30,7 @@ class FullSpec(AdapterSpec):
     method: str = "full"
 
     targets: Union[str, list[str]] = "all"  # noqa: UP007
-    """See `AdapterSpec.targets`; `all` trains every parameter."""
+    """Which modules are trained; `all` trains every parameter."""
 
 
 class Full(TrainedCopy):
@@ -43,17 +43,17 @@ class Full(TrainedCopy):
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        """See `Adapter.accepts`; a quantised map too, for `build` to refuse: it would stay behind unseen."""
+        """Whether it owns parameters, or codes, for `build` to refuse: they would stay behind unseen."""
         return super().accepts(module) or (holds_codes(module) and not any(module.children()))
 
     @classmethod
     def parameter_count(cls, model: nn.Module, sites: list[Site], spec: Any) -> int:
-        """See `Adapter.parameter_count`: tied parameters count once."""
+        """Counts tied parameters once."""
         return sum({id(p): p.numel() for site in sites for p in site.module.parameters()}.values())
 
     @classmethod
     def build(cls, sites: list[Site], spec: Any) -> dict[str, Adapter]:
-        """See `Adapter.build`. A module that owns parameters beside its parts is copied with its parts.
+        """Copies the modules; one that owns parameters beside its parts is copied with its parts.
 
         Raises:
             IncompatibleError: if a module is quantised.

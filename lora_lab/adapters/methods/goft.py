@@ -92,7 +92,7 @@ class GOFT(InputAdapter):
 
     @classmethod
     def build(cls, sites: list[Site], spec: Any) -> dict[str, Adapter]:
-        """See `Adapter.build`.
+        """Makes the adapters.
 
         Raises:
             IncompatibleError: if a site has a single input.
@@ -121,15 +121,15 @@ class GOFT(InputAdapter):
         return x if self.scaler is None else x * self.scaler
 
     def adapted_weight(self, weight: Tensor) -> Tensor:
-        """See `LinearAdapter.adapted_weight`: the inverse order, with transposed blocks, on the rows of W."""
+        """Returns W Rᵀ: the inverse order, with transposed blocks, on the rows of W."""
         return self.rotated(weight if self.scaler is None else weight * self.scaler, inverse=True)
 
     def penalty(self) -> Tensor | float:
-        """See `Adapter.penalty`: qGOFT's alone."""
+        """Returns qGOFT's penalty, 0 for GOFT."""
         if self.G is None or not self.spec.soft_reg:
             return 0.0
         return self.spec.soft_reg * (self.G[:, :, 0] * self.G[:, :, 1]).sum(1).square().sum()
 
     def decay_exempt(self) -> list[nn.Parameter]:
-        """See `Adapter.decay_exempt`: all but angles."""
+        """Returns all but angles."""
         return [parameter for parameter in (self.G, self.scaler) if parameter is not None]

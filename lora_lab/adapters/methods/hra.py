@@ -7,7 +7,7 @@
     start_u   (in, rank)   frozen, with `apply_GS` alone
 
 With `apply_GS` the û_i are the Gram-Schmidt vectors Q of u, and the chain is G(u) = I − 2 Q Qᵀ. Orthogonal
-reflections cannot cancel, so the start is random and a frozen copy undoes it: R = G(u) G(u₀). That is again
+reflections cannot cancel, so the start is random and a frozen copy cancels it: R = G(u) G(u₀). That is again
 a chain, of 2·rank reflections, and as such opens in PEFT. Without `identity_start`, R = G(u) as in the paper.
 
 R is orthogonal, so the rows of W' keep their lengths and angles; rank(R − I) ≤ rank.
@@ -113,15 +113,15 @@ class HRA(InputAdapter):
         else:
             u = kaiming_uniform(self.in_features, spec.rank, dtype=self.dtype)
         self.u = nn.Parameter(u)
-        undone = spec.apply_GS and spec.identity_start
-        self.register_buffer("start_u", orthonormal_columns(u) if undone else None)
+        cancelled = spec.apply_GS and spec.identity_start
+        self.register_buffer("start_u", orthonormal_columns(u) if cancelled else None)
 
     @classmethod
     def site_parameter_count(cls, module: Any, spec: Any) -> int:
         return sizes(module)[1] * spec.rank
 
     def chain(self) -> Tensor:
-        """Returns the vectors of all reflections (in, rank), or (in, 2·rank) where a start is undone."""
+        """Returns the vectors of all reflections (in, rank), or (in, 2·rank) where a start is cancelled."""
         if not self.spec.apply_GS:
             return self.u
         learned = orthonormal_columns(self.u)
@@ -131,23 +131,23 @@ class HRA(InputAdapter):
         return reflect_chain(x, self.chain())
 
     def adapted_weight(self, weight: Tensor) -> Tensor:
-        """See `LinearAdapter.adapted_weight`: W R is the reversed chain on the rows of W."""
+        """Returns W R, the reversed chain on the rows of W."""
         return reflect_chain(weight, self.chain().flip(1))
 
     def penalty(self) -> Tensor | float:
-        """See `Adapter.penalty`: how far the û_i are from orthogonal."""
+        """Returns how far the û_i are from orthogonal."""
         if not self.spec.reg_lambda:
             return 0.0
         norm = overlap(self.u)
         return self.spec.reg_lambda * (norm.square() if self.spec.reg_squared else norm)
 
     def peft_tensors(self) -> dict[str, Tensor]:
-        """See `Adapter.peft_tensors`: the doubled chain where a start is undone."""
+        """Returns the vectors, of the doubled chain where a start is cancelled."""
         return {"hra_u": self.u if self.start_u is None else self.chain()}
 
     @torch.no_grad()
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """See `Adapter.load_peft_tensors`. A doubled chain gives u back orthonormalised: the same R."""
+        """Takes over the vectors. A doubled chain gives u back orthonormalised: the same R."""
         self.u.copy_(tensors["hra_u"][:, : self.spec.rank])
         if self.start_u is not None:
             self.start_u.copy_(tensors["hra_u"][:, self.spec.rank :])

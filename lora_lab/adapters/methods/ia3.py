@@ -65,7 +65,7 @@ class IA3(OutputAdapter):
 
     @classmethod
     def build(cls, sites: list[Site], spec: IA3Spec) -> dict[str, Adapter]:
-        """See `Adapter.build`: the form is chosen by `feedforward_modules`.
+        """Makes the adapters, whose form `feedforward_modules` chooses.
 
         Raises:
             TargetError: if a name in `feedforward_modules` is no role and matches no target.
@@ -101,5 +101,5 @@ class IA3Input(InputAdapter):
         return x * self.l.flatten()
 
     def adapted_weight(self, weight: Tensor) -> Tensor:
-        """See `LinearAdapter.adapted_weight`: l scales the columns of W, no identity needed."""
+        """Returns W diag(l): l scales the columns of W."""
         return weight * self.l

@@ -107,7 +107,7 @@ class LoHa(LycorisAdapter):
         return recomputed(self._alone, x, kept)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        """See `AdditiveAdapter.forward`; where P and Q cost more, one product with W + ΔW instead of two.
+        """Applies base and update; where P and Q cost more, by one product with W + ΔW instead of two.
 
         Not under autocast: it would round the sum to half precision, which a small ΔW does not survive.
         """

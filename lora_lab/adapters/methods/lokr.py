@@ -137,7 +137,7 @@ class LoKr(LycorisAdapter):
 
     @classmethod
     def build(cls, sites: list[Site], spec: Any) -> dict[str, Adapter]:
-        """See `Adapter.build`. Warns, once, of sides without a divisor to split them by."""
+        """Makes the adapters. Warns, once, of sides without a divisor to split them by."""
         adapters: dict[str, Any] = super().build(sites, spec)
         whole = [path for path, adapter in adapters.items() if (adapter.l, adapter.p) == (1, 1)]
         if whole and spec.decompose_factor != 1:
@@ -165,7 +165,7 @@ class LoKr(LycorisAdapter):
         return torch.einsum(f"lp,kqn->{order}", self.W1(), W2).reshape(self.out_features, self.in_features)
 
     def delta_output(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        """See `AdditiveAdapter.delta_output`; W1 ⊗ W2 is never formed."""
+        """Returns x ΔWᵀ; W1 ⊗ W2 is never formed."""
         x, kept = self.dropout(x), self.kept_outputs(x, self.spec.rank_dropout_scale)
         y = recomputed(self._mapped, x)
         return y if kept is None else y * pointwise(self.base, kept)
@@ -184,7 +184,7 @@ class LoKr(LycorisAdapter):
         return y.reshape(*x.shape[:axis], self.out_features, *size)
 
     def singular_values(self) -> Float[Tensor, " k"]:
-        """See `LinearAdapter.singular_values`: those of W1 times those of W2."""
+        """Returns the singular values of W1 times those of W2."""
         left, right = self.W2()
         second = torch.linalg.svdvals(right) if left is None else product_singular_values(left, right)
         return torch.outer(torch.linalg.svdvals(self.W1()), second).flatten().sort(descending=True).values

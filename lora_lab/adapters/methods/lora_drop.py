@@ -79,7 +79,7 @@ class LoRADrop(LowRankAdapter, RankAllocatable, Growable, Shareable, RandomlyDro
 
     @property
     def drop_prob(self) -> float:
-        """The probability p, which may change in the course of training.
+        """The probability p, which may change during training.
 
         Raises:
             ConfigError: if it is set to a number outside [0, 1).
@@ -98,7 +98,7 @@ class LoRADrop(LowRankAdapter, RankAllocatable, Growable, Shareable, RandomlyDro
 
     @classmethod
     def watch(cls, model: nn.Module, adapters: Mapping[str, Any]) -> list[RemovableHandle]:
-        """See `Adapter.watch`: a batch begins where the model is called."""
+        """Begins a batch where the model is called."""
         counting = [adapter for adapter in adapters.values() if adapter.batches is not None]
         return [model.register_forward_pre_hook(adapter.begin_batch) for adapter in counting]
 
@@ -106,14 +106,16 @@ class LoRADrop(LowRankAdapter, RankAllocatable, Growable, Shareable, RandomlyDro
         """Draws the mask of a training batch."""
         if self.training and self.batches is not None:
             self.count += 1
-            self.batches.fill_(self.count)  # kept beside the number, which no device has to be asked for
+            self.batches.fill_(
+                self.count
+            )  # reading `count` waits for no device, which reading the buffer would
             generator = torch.Generator().manual_seed(self.seed + self.count)
             keep = torch.full(self.mask.shape, 1 - self.drop_prob)
             # A new tensor: the backward pass of the last batch may still need the old one.
             self.mask = torch.bernoulli(keep, generator=generator).to(self.mask)
 
     def tensors_changed(self) -> None:
-        """See `Adapter.tensors_changed`: a resumed run counts on, for as many units as there are."""
+        """Makes a resumed run count on, for as many units as there are."""
         super().tensors_changed()
         self.mask = self.A.new_ones(len(self.A) if self.spec.drop_unit == "rank" else 1)
         self.count = 0 if self.batches is None else int(self.batches)

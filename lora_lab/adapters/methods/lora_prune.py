@@ -40,7 +40,7 @@ class LoRAPrune(LowRankAdapter, Prunable):
     paper = "-"
 
     def factors(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
-        """See `LowRankAdapter.factors`: flags in B leave a dead unit of either factor without gradient."""
+        """Flags in B leave a dead unit of either factor without gradient."""
         return self.B * self.kept, self.A
 
     @torch.no_grad()
@@ -49,10 +49,10 @@ class LoRAPrune(LowRankAdapter, Prunable):
         self.A.masked_fill_(~self.kept.unsqueeze(1), 0)
 
     def frozen_parts(self) -> list[tuple[nn.Parameter, Bool[Tensor, ...]]]:
-        """See `Adapter.frozen_parts`: the dead units. Their moments stay as they were, unused."""
+        """Returns the dead units, whose moments stay as they were, unused."""
         return [] if self.kept.all() else [(self.A, ~self.kept.unsqueeze(1)), (self.B, ~self.kept)]
 
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """See `Adapter.load_peft_tensors`: a unit of zeros is a dead one."""
+        """A unit of zeros is a dead one."""
         super().load_peft_tensors(tensors)
         self.kept.copy_(self.A.any(1) | self.B.any(0))

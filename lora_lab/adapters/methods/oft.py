@@ -153,7 +153,7 @@ class OFT(InputAdapter):
 
     @classmethod
     def build(cls, sites: list[Site], spec: Any) -> dict[str, Adapter]:
-        """See `Adapter.build`. Refuses inputs that cannot be divided into such blocks."""
+        """Makes the adapters."""
         check_blocks(sites, spec, "oft_block_size", "r", spec.auto_adjust)
         adapters: dict[str, Any] = super().build(sites, spec)
         warn_of_dropouts(adapters, spec.dropout)
@@ -184,14 +184,14 @@ class OFT(InputAdapter):
         return rotate_blocks(x, with_identities(R, dropout) if dropout else R)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See `InputAdapter.forward`. The rotation is cast to the input, not the input to its type."""
+        """The rotation is cast to the input, not the input to its type."""
         if self.spec.coft and self.training:
             with torch.no_grad():
                 self.q.mul_(self.shrinkage())
         return self.base(self.transform_input(x))
 
     def adapted_weight(self, weight: Tensor) -> Tensor:
-        """See `LinearAdapter.adapted_weight`: the transposed blocks on the rows of W."""
+        """Returns W Rᵀ: the transposed blocks on the rows of W."""
         if self.spec.use_cayley_neumann and torch.linalg.matrix_norm(self.blocks_of_Q()).max() > 1:
             warnings.warn(
                 "oft: a block has ‖Q‖ > 1, where the polynomial of use_cayley_neumann is no rotation. Train "

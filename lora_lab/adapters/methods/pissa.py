@@ -82,7 +82,7 @@ class PiSSA(LowRankAdapter, RankAllocatable):
 
     @torch.no_grad()
     def tensors_changed(self) -> None:
-        """See `Adapter.tensors_changed`: W_res follows the frozen start, and gives back what is silenced."""
+        """W_res follows the frozen start, and gives back what is silenced."""
         super().tensors_changed()
         if self.spec.mode == "residual":
             start = self.scale * self.active * (self.start_B @ self.start_A)
@@ -90,7 +90,7 @@ class PiSSA(LowRankAdapter, RankAllocatable):
 
     @torch.no_grad()
     def keep_components(self, keep: Bool[Tensor, " rank"]) -> None:
-        """See `Prunable`. Controllers silence the same components after every step, which leaves W_res be."""
+        """Controllers silence the same components after every step, which leaves W_res be."""
         changes = self.residual is not None and not torch.equal(keep, self.kept)
         super().keep_components(keep)
         if changes:
@@ -104,12 +104,12 @@ class PiSSA(LowRankAdapter, RankAllocatable):
         return (y + mix(self.base, hidden, self.B)).to(y.dtype)
 
     def stored_rank(self, count: int) -> int:
-        """See `LowRankAdapter.stored_rank`: one more where A and A₀ are as many rows as PEFT's A."""
+        """One more where A and A₀ are as many rows as PEFT's A."""
         rank = super().stored_rank(count)
         return rank + (2 * rank == self.spec.rank)
 
     def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See `Adapter.complete_peft_tensors`: PEFT's file has A and B alone; the start follows from W."""
+        """PEFT's file has A and B alone; the start follows from W."""
         A, B = tensors.get("lora_A.weight"), tensors.get("lora_B.weight")
         if A is None or B is None or A.shape != self.A.shape or B.shape != self.B.shape:
             return super().complete_peft_tensors(tensors)

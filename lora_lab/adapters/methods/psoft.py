@@ -196,12 +196,12 @@ class PSOFT(CoreUpdate):
         return root.unsqueeze(1) * change * root
 
     def decay_exempt(self) -> list[nn.Parameter]:
-        """See `Adapter.decay_exempt`: no change is a = b = 1, and R = I."""
+        """No change is a = b = 1, and R = I."""
         free = [] if self.spec.psoft_orth else [self.q]
         return free + [vector for vector in (self.a, self.b) if vector is not None]
 
     def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See `Adapter.complete_peft_tensors`: PEFT's file has no basis, which follows from W."""
+        """PEFT's file has no basis, which follows from W."""
         tensors = super().complete_peft_tensors(tensors)
         whole = any("_basis_" in name for name in tensors)
         return tensors if whole else self.stored_basis() | tensors

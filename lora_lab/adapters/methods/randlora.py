@@ -104,7 +104,7 @@ class RandLoRA(ProjectedAdapter):
 
     @classmethod
     def draw(cls, rows: int, columns: int, spec: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """See `ProjectedAdapter.draw`: A first, then B basis by basis, in bfloat16 unless sparse."""
+        """Draws A first, then B basis by basis, in bfloat16 unless sparse."""
         small, large = sorted((rows, columns))
         bases = math.ceil(small / spec.rank)
         tail = 1 / (2 * (math.sqrt(small) if spec.very_sparse else 3))
@@ -138,7 +138,7 @@ class RandLoRA(ProjectedAdapter):
         return ("gamma",)
 
     def factors(self) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
-        """See `ProjectedAdapter.factors`: B and s λ A γ, both transposed where in > out."""
+        """Returns B and s λ A γ, both transposed where in > out."""
         rows = (self.scale * self.lambda_.unsqueeze(2) * self.A * self.gamma).flatten(0, 1)
         return (self.B, rows) if self.small == self.in_features else (rows.T, self.B.T)
 

@@ -59,7 +59,7 @@ class ReFTSpec(AdapterSpec):
     removed_fields = {"dropout_on": "output"}
 
     targets: Union[str, list[str]] = "block"  # noqa: UP007
-    """See `AdapterSpec.targets`; modules that put out hidden states."""
+    """Modules that put out hidden states: blocks, by role, name or pattern."""
 
     intervention: Literal["loreft", "noreft", "direft", "nodireft", "consreft", "lobireft"] = "loreft"
     """Which member of the family."""
@@ -186,7 +186,7 @@ class ReFT(HiddenStateAdapter):
                 f"adapter.rank: reft edits blocks beginning with a linear map of {spec.rank} inputs or more; "
                 f"{type(base).__name__} begins with {entry}. Lower the rank or name other targets."
             )
-        # A block reads what it adds to: its first linear map tells the width of the hidden states.
+        # A block reads what it adds to: its first linear map shows the width of the hidden states.
         self.width: int = entry.in_features
         dtype = torch.promote_types(entry.weight.dtype, torch.float32)
         self.edits = nn.ModuleDict({name: Edit(self.width, spec, dtype) for name in edit_names(spec)})
@@ -201,7 +201,7 @@ class ReFT(HiddenStateAdapter):
 
     @classmethod
     def build(cls, sites: list[Site], spec: ReFTSpec) -> dict[str, Adapter]:
-        """See `Adapter.build`: the adapters share the positions."""
+        """Makes the adapters, which share the positions."""
         positions = Positions(read_counts(spec.positions))
         return {site.path: cls.at(site, spec, positions) for site in sites}
 
@@ -228,18 +228,18 @@ class ReFT(HiddenStateAdapter):
         return edited
 
     def without_gradient_at_start(self) -> tuple[str, ...]:
-        """See `Adapter.without_gradient_at_start`: R, where it is multiplied by zeros alone."""
+        """Returns R where it is multiplied by zeros alone."""
         if self.spec.init == "reference" or self.spec.intervention in REPLACING:
             return ()
         return tuple(f"edits.{name}.original" for name in self.edits)
 
     def decay_exempt(self) -> list[nn.Parameter]:
-        """See `Adapter.decay_exempt`: the length of columns that are normalised does not count."""
+        """Returns columns that are normalised, whose length does not count."""
         orthonormal = self.spec.intervention in ORTHONORMAL
         return [edit.original for edit in self.edits.values()] if orthonormal else []
 
     def peft_tensors(self) -> dict[str, Tensor]:
-        """See `Adapter.peft_tensors`: R itself is stored, whatever its parametrisation."""
+        """Returns R itself, whatever its parametrisation."""
         return {
             f"reft_{name}.{letter}": tensor
             for name, edit in self.edits.items()
@@ -249,7 +249,7 @@ class ReFT(HiddenStateAdapter):
 
     @torch.no_grad()
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """See `Adapter.load_peft_tensors`. Orthonormalising an orthonormal R gives R back."""
+        """Takes over R; orthonormalising an orthonormal R gives R back."""
         for name, edit in self.edits.items():
             for letter, own in {"R": edit.original, "W": edit.W, "b": edit.b, "z": edit.z}.items():
                 if own is not None:

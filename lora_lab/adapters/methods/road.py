@@ -123,5 +123,5 @@ class RoAd(OutputAdapter):
         return self.transform_output(self.base(x))
 
     def adapted_weight(self, weight: Tensor) -> Tensor:
-        """See `LinearAdapter.adapted_weight`: R acts on pairs of rows."""
+        """Returns R W: R acts on pairs of rows."""
         return map_pairs(weight, *self.coefficients(), self.spec.group_size, axis=0)

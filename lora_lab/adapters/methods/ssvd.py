@@ -48,7 +48,7 @@ class SSVDSpec(BasisSpec):
     """Their share of all singular values instead, in (0, 1], rounded down; null where `rank` says."""
 
     rotation: Literal["cayley", "first_order", "free"] = "cayley"
-    """What becomes of the right vectors: a rotation, its first-order part, or any mixture of them."""
+    """How the right vectors are mixed: by a rotation, its first-order part, or any matrix."""
 
     gate: bool = False
     """Learn a factor sigmoid(gate) of Δσ."""

@@ -125,7 +125,7 @@ class SVFT(AdditiveAdapter, RankAllocatable):
         return number_of_pairs(spec, q) + (1 if spec.gate else 0)
 
     def tensors_changed(self) -> None:
-        """See `Adapter.tensors_changed`: where each row of M begins among the pairs."""
+        """Computes where each row of M begins among the pairs."""
         first = torch.arange(len(self.Vh), dtype=torch.int32, device=self.rows.device)
         self.register_buffer(
             "offsets", torch.searchsorted(self.rows, first, out_int32=True), persistent=False
@@ -159,7 +159,7 @@ class SVFT(AdditiveAdapter, RankAllocatable):
         return (mixed.T @ self.U.T).reshape(*x.shape[:-1], self.out_features)
 
     def singular_values(self) -> Float[Tensor, " k"]:
-        """See `LinearAdapter.singular_values`: those of M, as U and V are orthonormal."""
+        """Returns the singular values of M, as U and V are orthonormal."""
         return torch.linalg.svdvals(self.core())
 
     def without_gradient_at_start(self) -> tuple[str, ...]:
@@ -177,13 +177,13 @@ class SVFT(AdditiveAdapter, RankAllocatable):
         return self.kept | (self.c != 0)
 
     def peft_tensors(self) -> dict[str, Tensor]:
-        """See `Adapter.peft_tensors`: of the pairs those in use."""
+        """Returns the pairs in use: those kept, and those that have grown back."""
         held = self.components_in_use()
         pairs = {f"svft_{name}": getattr(self, name)[held] for name in ("c", "rows", "cols")}
         return super().peft_tensors() | pairs
 
     def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See `Adapter.complete_peft_tensors`: there are as many pairs as the file has."""
+        """Makes as many pairs as the file has."""
         c = tensors.get("svft_c")
         if c is not None and len(c) < self.initial_components:
             self.resize_components(len(c))

@@ -68,7 +68,7 @@ class VeRA(ProjectedAdapter):
 
     @classmethod
     def draw(cls, rows: int, columns: int, spec: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """See `ProjectedAdapter.draw`: float32 whatever the model's type, A first."""
+        """Draws A first, then B, in float32 whatever the model's type."""
 
         def uniform(height: int, width: int) -> Tensor:
             bound = math.sqrt(6 / width)
@@ -90,7 +90,7 @@ class VeRA(ProjectedAdapter):
         return ("lambda_d",)
 
     def factors(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
-        """See `ProjectedAdapter.factors`: diag(λ_b) B and diag(λ_d) A."""
+        """Returns diag(λ_b) B and diag(λ_d) A."""
         return self.lambda_b.unsqueeze(1) * self.B, self.lambda_d.unsqueeze(1) * self.A
 
     def delta_output(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
