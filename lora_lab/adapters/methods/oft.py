@@ -8,7 +8,7 @@
         (1, b(b−1)/2)        with block_share
 
 R is orthogonal, so the rows of W' keep their lengths and angles. The two forms turn in opposite directions,
-as they do in PEFT; `cayley_sign: plus` gives the first the direction of the second and of the paper.
+as they do in PEFT; the polynomial has the direction of the paper.
 
 With `coft` every ‖Q_i‖_F is held within eps / √(rows of q), by shrinking q before each pass of training.
 """
