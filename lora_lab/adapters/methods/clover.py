@@ -214,7 +214,7 @@ class CLOVER(Trained, OutputAdapter):
     @classmethod
     @torch.no_grad()
     def watch(cls, model: nn.Module, adapters: Mapping[str, Adapter]) -> list[RemovableHandle]:
-        """Makes ΔS and its bases by the model's config: how wide heads are, what stands between query and key.
+        """Makes ΔS and its bases: the model shows how wide heads are and what joins query and key.
 
         Raises:
             IncompatibleError: if these must not be parted, if no width is known, or by `decompose`.
