@@ -303,7 +303,7 @@ class LinearAdapter(Adapter):
         return is_linear(module) or (cls.convolves and is_convolution(module))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """See `Adapter._apply`; the type in which the adapter computes follows its base."""
+        """Applies a cast or move; the type in which the adapter computes follows its base."""
         super()._apply(fn, recurse)
         self.dtype = torch.promote_types(self.base.weight.dtype, torch.float32)
         return self

@@ -41,11 +41,11 @@ class TrainedCopy(Adapter):
 
     @property
     def lender(self) -> nn.Module:
-        """See `Adapter.lender`: model code that looks at a weight must see the one in use."""
+        """The trained copy: model code that looks at a weight must see the one in use."""
         return self._modules["trained"]  # type: ignore[return-value]
 
     def __getattr__(self, name: str) -> Any:
-        """See `Adapter.__getattr__`; a trained tensor shows in the base's type."""
+        """Looks a name up here, then in the copy; a trained tensor shows in the base's type."""
         found = super().__getattr__(name)
         parts = self.__dict__["_modules"]
         if isinstance(found, nn.Parameter) and found.dtype != (own := getattr(parts["base"], name)).dtype:

@@ -69,7 +69,6 @@ class LowRankEmbedding(Adapter, RankAllocatable, Growable):
 
     @torch.no_grad()
     def merged_module(self) -> nn.Module:
-        """See `Adapter.merged_module`."""
         base = self.base
         merged = nn.Embedding.from_pretrained(
             self.weight, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq

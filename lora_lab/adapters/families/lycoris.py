@@ -69,7 +69,6 @@ class LycorisAdapter(AdditiveAdapter):
 
     @property
     def rests_by_chance(self) -> bool:
-        """See `Adapter.rests_by_chance`."""
         return self.spec.module_dropout > 0
 
     def started(self, *shape: int, spread: float | None = None) -> nn.Parameter:
