@@ -64,7 +64,7 @@ class LowRankExperts(Adapter):
 
     @classmethod
     def at(cls, site: Any, spec: Any, *shared: Any) -> Adapter:
-        """See `Adapter.at`.
+        """Makes the adapter.
 
         Raises:
             IncompatibleError: if an option has no meaning where no activation is seen.
@@ -82,15 +82,14 @@ class LowRankExperts(Adapter):
 
     @classmethod
     def site_parameter_count(cls, module: Any, spec: Any) -> int:
-        """See `Adapter.site_parameter_count`: rank · (out + in) for every expert."""
+        """Counts rank · (out + in) numbers for every expert."""
         return sum(spec.rank * len(p) * sum(p.shape[1:]) for p in stacked(module).values())
 
     def without_gradient_at_start(self) -> tuple[str, ...]:
-        """See `Adapter.without_gradient_at_start`: A, beside a B of zeros."""
+        """Returns A, as B is zero."""
         return tuple(f"A.{name}" for name in self.A)
 
     def loraplus_parameters(self) -> list[nn.Parameter]:
-        """See `Adapter.loraplus_parameters`."""
         return list(self.B.values())
 
     def adapted(self, name: str) -> Float[Tensor, "experts _ _"]:
@@ -110,7 +109,6 @@ class LowRankExperts(Adapter):
 
     @torch.no_grad()
     def merged_module(self) -> nn.Module:
-        """See `Adapter.merged_module`."""
         merged = {name: nn.Parameter(self.adapted(name), requires_grad=False) for name in self.A}
         if not all(parameter.isfinite().all() for parameter in merged.values()):
             raise IncompatibleError(
@@ -125,7 +123,7 @@ class LowRankExperts(Adapter):
         return {name: "base_layer." * (len(names) - 1 - i) for i, name in enumerate(names)}
 
     def peft_tensors(self) -> dict[str, Tensor]:
-        """See `Adapter.peft_tensors`: (experts · rank, in) and (out, rank · experts), experts innermost."""
+        """Returns (experts · rank, in) and (out, rank · experts), experts innermost."""
         tensors = {}
         for name, prefix in self._prefixes().items():
             tensors[f"{prefix}lora_A.weight"] = self.A[name].flatten(0, 1)
@@ -134,7 +132,6 @@ class LowRankExperts(Adapter):
 
     @torch.no_grad()
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """See `Adapter.load_peft_tensors`."""
         for name, prefix in self._prefixes().items():
             A, B = self.A[name], self.B[name]
             A.copy_(tensors[f"{prefix}lora_A.weight"].reshape(A.shape))

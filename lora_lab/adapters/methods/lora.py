@@ -85,7 +85,7 @@ class LoRA(LowRankAdapter, RankAllocatable, Growable, Shareable):
 
     @classmethod
     def at(cls, site: Site, spec: LoRASpec, *shared: Any) -> Adapter:
-        """See `Adapter.at`: an embedding has an adapter of its own."""
+        """Makes the adapter; an embedding has one of its own."""
         if LowRankExperts.accepts(site.module):
             return LowRankExperts.at(site, spec)
         if not LowRankEmbedding.accepts(site.module):
