@@ -127,9 +127,17 @@ def test_rotation_alone_keeps_lengths_and_angles_of_the_rows_as_the_roots_do_not
         assert relative(adapted, weight) > 0.1
 
 
-@pytest.mark.parametrize("terms", [None, *range(1, 9)])
-@pytest.mark.parametrize("mode", ["default", "without a", "without b", "rotation alone", "pissa", "free"])
-@pytest.mark.parametrize(("rows", "columns", "rank"), [(16, 24, 4), (25, 7, 7), (3, 9, 2)])
+KINDS = ["default", "without a", "without b", "rotation alone", "pissa", "free"]
+SHAPES = [(16, 24, 4), (25, 7, 7), (3, 9, 2)]
+PEFTS = [
+    *((kind, None, *shape) for kind in KINDS for shape in SHAPES),
+    *(("default", terms, 25, 7, 7) for terms in range(1, 9)),
+    *((kind, 5, 16, 24, 4) for kind in KINDS[1:]),
+]
+"""Every kind on every shape; the polynomial at every length on one, and beside every kind."""
+
+
+@pytest.mark.parametrize(("mode", "terms", "rows", "columns", "rank"), PEFTS)
 def test_is_pefts_layer_with_its_gradients(mode, terms, rows, columns, rank):
     neumann = {} if terms is None else {"use_cayley_neumann": True, "num_cayley_neumann_terms": terms}
     ours, theirs = linear(rows, columns), linear(rows, columns)
