@@ -20,7 +20,7 @@ class TrainerConfig:
     """Optimizer steps after which training ends, if before `max_epochs`; -1 means no such limit."""
 
     accumulate: int = 1
-    """Batches whose gradients are averaged into one optimizer step; at least 1."""
+    """Batches that make one optimizer step, as one batch of all their examples would; at least 1."""
 
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Types of activations; trainable tensors stay in float32."""
