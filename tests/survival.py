@@ -16,6 +16,7 @@ two processes are started on one folder. What must hold:
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import random
@@ -63,6 +64,7 @@ class Process:
     pid: int
     output: Path
     code: int | None = None
+    started: float = field(default_factory=time.time)
 
     def poll(self) -> int | None:
         """Returns the exit code, negative for a signal; None while it runs."""
@@ -112,6 +114,7 @@ class Trials:
         os.dup2(file, 1)
         os.dup2(file, 2)
         os.makedirs(MEDIA_TMP.name, exist_ok=True)  # the parent's, which an earlier child has cleaned up
+        faulthandler.dump_traceback_later(PATIENCE - 20, file=os.fdopen(os.dup(2), "w"))
         code = 1
         try:
             code = main(["train", str(self.folder / "x.yaml"), f"output={self.folder}", f"run={run}"])
@@ -172,8 +175,6 @@ class Trials:
             if record.get("status") == "finished":
                 self.check_finished(run)
                 return done
-            if self.faults and done >= kills:
-                return done
 
     def _check_end(self, run: str, process: Process, code: int, how: signal.Signals, record: dict) -> None:
         status = record.get("status", "none")
@@ -190,8 +191,11 @@ class Trials:
             self.seen["continued after SIGTERM"] += 1
             lost = self.rows_before.get(run, 0) - int(found[1])
             self.check(lost <= 0, f"{lost} steps lost", run)
-        # Rows of a process that SIGTERM ended in training; the end of a run has no checkpoint of its own.
-        logged = rows(self.path(run))
+        # Rows of a process that SIGTERM ended in training: before, the file has those of an earlier process,
+        # and the end of a run has no checkpoint of its own.
+        metrics = self.path(run) / "metrics.csv"
+        own = metrics.is_file() and metrics.stat().st_mtime > process.started
+        logged = rows(self.path(run)) if own else []
         steps = int(logged["step"].max()) + 1 if len(logged) else 0
         self.rows_before[run] = steps if code == 143 and steps < STEPS else 0
 
