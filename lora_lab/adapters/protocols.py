@@ -103,7 +103,7 @@ class Growable(Prunable):
 
     @torch.no_grad()
     def extend_components(self, count: int, init: Mapping[str, Tensor] | None = None) -> None:
-        """Adds components behind those there are; the counterpart of `select_components`.
+        """Adds components behind the present ones; the counterpart of `select_components`.
 
         The others keep their values, the update its scale, and every tensor stays the same object. Not for
         adapters that share tensors.
