@@ -91,7 +91,7 @@ class RankAllocatable(Prunable):
 
 
 class Growable(Prunable):
-    """A `Prunable` adapter to which components can be added while it trains."""
+    """A `Prunable` adapter to which more components can be added while it trains."""
 
     def new_components(self, count: int) -> dict[str, Tensor]:
         """Returns the start of so many more components, drawn from torch's generator.
