@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lora_lab.errors import ConfigError, LabError, suggest
+from lora_lab.errors import ConfigError, DivergenceError, LabError, suggest
 from lora_lab.stopping import Interruption
 
 NO_CONFIG = """train: needs the YAML file of an experiment.
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0; the error's own code (2 for most) after an error that one message explains; 130 after Ctrl-C, 129
+        0; 2 after an error that one message explains, 3 if that is a diverged training; 130 after Ctrl-C, 129
         when the terminal has gone, 143 after SIGTERM and the signals of schedulers.
     """
     parser = _parser()
@@ -47,16 +47,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked loader workers would warn about it
     # A process that tracks runs hands its W&B service down; a run killed there would leave its id in use.
     os.environ.pop("WANDB_SERVICE", None)
+    # A process that the first one of a run has started ends without a fault where all end alike: with one, it
+    # would be taken for dead and the first process be killed.
+    follows = os.environ.get("LOCAL_RANK", "0") != "0"
     try:
         options.command(options)
     except LabError as error:
+        if follows and isinstance(error, DivergenceError):
+            return 0
         Console(stderr=True, soft_wrap=True, highlight=False).print("[bold red]error:[/] ", end="")
         print(error, file=sys.stderr)
         return error.exit_code
     except (KeyboardInterrupt, Interruption) as error:
-        # A process that the first one of a run has started ends without a fault: with one, it would be
-        # taken for dead and the first process be killed.
-        if os.environ.get("LOCAL_RANK", "0") != "0":
+        if follows:
             return 0
         again = "; the same command continues" if options.command is _train else ""
         Console(stderr=True).print(f"interrupted{again}")

@@ -6,6 +6,7 @@ ours and keeps its traceback.
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -40,6 +41,23 @@ class CheckpointError(LabError):
 
 class AssetError(LabError):
     """A model or data set that could be fetched from nowhere."""
+
+
+class DivergenceError(LabError):
+    """Training reached numbers that are not finite."""
+
+    exit_code = 3
+    status = "diverged"
+    checkpoint: Path | None = None
+    """The last checkpoint before it, if there is one; all its weights are finite."""
+
+    def __str__(self) -> str:
+        if self.checkpoint is None:
+            return f"{super().__str__()} No checkpoint was written before."
+        return (
+            f"{super().__str__()} The last finite checkpoint is {self.checkpoint}; trainer.on_nonfinite=skip "
+            "continues from it and leaves out steps that are not finite."
+        )
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -54,7 +54,14 @@ def run(config: ExperimentConfig, resume: bool = True, overwrite: bool = False) 
         model = build_model(config.model, data.num_labels, keep_weights=config.adapter.reads_full_weights)
         adapters = inject(model, config.adapter, config.seed)
         forget_weights(model)
-        module = FineTuner(model.train(), adapters, config.model.task, data.num_labels, config.optimization)
+        module = FineTuner(
+            model.train(),
+            adapters,
+            config.model.task,
+            data.num_labels,
+            config.optimization,
+            config.trainer.on_nonfinite,
+        )
         _prepare_model(model, config)
         batches = data.batches_per_epoch(config.trainer.devices)
         callbacks = _Callbacks.build(config, adapters, batches, this.folder, this.stop)

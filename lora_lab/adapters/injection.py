@@ -21,6 +21,7 @@ from lora_lab.adapters.sites import Site, find_sites, saved_modules, site_seed
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.adapters.trained import TrainedCopy
 from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError, suggest
+from lora_lab.linalg.norms import nonfinite
 from lora_lab.models.quantization import QuantizedLinear
 
 P = TypeVar("P")
@@ -394,7 +395,8 @@ class AdapterSet:
             The model, without a trace of lora_lab in it.
 
         Raises:
-            IncompatibleError: if the method cannot be merged, or a merged weight is not finite; the model is
+            IncompatibleError: if the method cannot be merged, or a number of it or of a merged
+                weight is not finite; the model is
                 unchanged then.
         """
         self._place(self._merged_modules())
@@ -437,7 +439,23 @@ class AdapterSet:
     def _merged_modules(self) -> dict[str, nn.Module]:
         if not self._in_place():
             raise IncompatibleError("the adapters are not in the model (merged or removed already).")
-        return {path: adapter.merged_module() for path, adapter in self._all.items()}
+        plain = {path: adapter.merged_module() for path, adapter in self._all.items()}
+        found = self.nonfinite() or [
+            f"{path}.{name}"
+            for path, module in plain.items()
+            for name in nonfinite(dict(module.named_parameters()))
+        ]
+        if found:
+            raise IncompatibleError(
+                f"{found[0]}: an adapter's or a merged number is not finite; the adapter's training has "
+                "diverged. Nothing was merged: train again with a smaller learning rate, or load an earlier "
+                "checkpoint."
+            )
+        return plain
+
+    def nonfinite(self) -> list[str]:
+        """Returns the names in `state_dict` of the tensors that have a number which is not finite."""
+        return nonfinite(self.state_dict())
 
     def _in_place(self) -> bool:
         modules = {id(module) for module in self.model.modules()}

@@ -35,6 +35,7 @@ from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.documents import DocumentError, plain, read_json, read_yaml, references, texts
 from lora_lab.errors import CheckpointError
 from lora_lab.files import new_folder
+from lora_lab.linalg.norms import nonfinite
 from lora_lab.structured import fill
 
 CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", "lora_lab.yaml"
@@ -109,7 +110,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterSet
         The set of adapters now in the model.
 
     Raises:
-        CheckpointError: if a file is missing or broken, or the folder belongs to another model.
+        CheckpointError: if a file is missing or broken, a number in it is not finite, or the folder belongs
+            to another model.
         IncompatibleError: if the folder uses an option of PEFT that lora_lab does not have.
         TargetError: if the model does not have the modules that the folder names.
     """
@@ -189,9 +191,16 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     try:
-        return load_file(folder / TENSORS)
+        tensors = load_file(folder / TENSORS)
     except (SafetensorError, OSError) as error:
         raise _unreadable(folder / TENSORS, error) from error
+    if found := nonfinite(tensors):
+        raise CheckpointError(
+            f"{folder / TENSORS}: {len(found)} of {len(tensors)} tensors have numbers that are not finite "
+            f"({found[0]}); its training has diverged, or the file is damaged. Load an adapter of an earlier "
+            "step, or train again with a smaller learning rate."
+        )
+    return tensors
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:

@@ -22,6 +22,8 @@ class AdapterCheckpoint(L.Callback):
         keep: which adapters the run ends with.
         controllers: the run's controllers. With `keep="best"` a validation counts once they have settled:
             what is kept must have the rank that was asked for.
+
+    A validation whose loss is not finite, or whose adapters are not, is never the best.
     """
 
     def __init__(
@@ -53,8 +55,9 @@ class AdapterCheckpoint(L.Callback):
             return
         self._validated_step = trainer.global_step
         value = float(trainer.callback_metrics[pl_module.monitor])
-        if math.isnan(value):
-            return  # no later value would compare as better
+        loss = float(trainer.callback_metrics.get("validation/loss", value))
+        if not (math.isfinite(value) and math.isfinite(loss)) or self.adapters.nonfinite():
+            return
         if self.keep == "best" and not all(controller.settled for controller in self.controllers):
             return
         best = self.best_value

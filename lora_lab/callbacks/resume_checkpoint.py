@@ -15,6 +15,8 @@ import numpy as np
 import torch
 import torch.distributed as distributed
 
+from lora_lab.errors import DivergenceError
+from lora_lab.linalg.norms import nonfinite
 from lora_lab.stopping import Interruption, StopRequest
 
 
@@ -24,7 +26,8 @@ class ResumeCheckpoint(L.Callback):
     It writes at the start of a batch, when all rows and validations of the steps before are logged.
     Lightning's own checkpoints, made at the end of a batch, come before that batch's row and validation: a
     run resumed from them would lose both. The file takes its name only when it is whole. The last optimizer
-    step has a checkpoint before it whatever the interval, for runs that continue a finished one.
+    step has a checkpoint before it whatever the interval, for runs that continue a finished one. Weights that
+    are not finite are never written: the checkpoint before them stays.
 
     When the process is asked to end, a checkpoint is written at the next step and training stops with an
     `Interruption`, in all processes at the same step.
@@ -90,11 +93,16 @@ class ResumeCheckpoint(L.Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Lets requests to end be obeyed at once: training has ended."""
+        """Lets requests to end be obeyed at once: training has ended. Names the checkpoint that is left."""
         self.stop.patient = False
+        if isinstance(exception, DivergenceError) and self.path.is_file():
+            exception.checkpoint = self.path
 
     def _save(self, trainer: L.Trainer) -> None:
         """Writes the checkpoint; where the disk refuses, the one before stays and training goes on."""
+        trained = {n: p.detach() for n, p in trainer.lightning_module.named_parameters() if p.requires_grad}
+        if nonfinite(trained):
+            return
         self._saved_at = trainer.global_step
         unfinished = self.path.with_suffix(".unfinished")
         progress = trainer.fit_loop.epoch_loop.batch_progress

@@ -46,11 +46,14 @@ class ExperimentConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def decisive(self) -> dict[str, Any]:
-        """Returns what decides the result: everything but names, folders, tracking and conveniences."""
+        """Returns what decides the result: everything but names, folders, tracking and conveniences.
+
+        What is done about a step that is not finite may be chosen when the step has come.
+        """
         settings = asdict(self)
         for name in ("name", "run", "output", "tracking"):
             del settings[name]
-        for name in ("progress_bar", "checkpoint_every"):
+        for name in ("progress_bar", "checkpoint_every", "on_nonfinite"):
             del settings["trainer"][name]
         settings["data"].pop("workers", None)
         return settings

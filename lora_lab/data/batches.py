@@ -98,9 +98,15 @@ class BucketedBatches(Sampler[list[int]]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        batches = training_order(self.lengths, self.size, self.bucketed, self.seed, self.epoch)
-        for batch in batches[self.skip :]:
+        for batch in self._global_batches()[self.skip :]:
             yield batch[self.rank :: self.world_size].tolist()
+
+    def rows(self, first: int, last: int) -> list[int]:
+        """Returns the rows of all processes in the epoch's batches from `first` to `last`, counted from 0."""
+        return [row for batch in self._global_batches()[first : last + 1] for row in batch.tolist()]
+
+    def _global_batches(self) -> list[Tensor]:
+        return training_order(self.lengths, self.size, self.bucketed, self.seed, self.epoch)
 
     def __len__(self) -> int:
         """Returns the batches of a whole epoch, those to skip included: Lightning counts on from them."""

@@ -1,4 +1,6 @@
-"""Norms of sums and products that are never formed. Pure functions of tensors."""
+"""Norms of sums and products that are never formed, and numbers that are not finite. Pure functions."""
+
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
@@ -32,3 +34,15 @@ def product_norm(left: Float[Tensor, "rows rank"], right: Float[Tensor, "rank co
     """‖L R‖_F without forming the product, from ‖L R‖² = ⟨LᵀL, R Rᵀ⟩; its gradient is 0 where the norm is."""
     square = ((left.T @ left) * (right @ right.T)).sum()
     return square.clamp(min=torch.finfo(square.dtype).tiny).sqrt() * (square > 0)
+
+
+def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Returns the names of the tensors, of any shapes, that have a number which is not finite."""
+    found = []
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.itemsize == 1:
+            tensor = tensor.float()  # torch neither sums nor judges float8
+        # A sum is finite only where all its terms are, and is read faster than they are one by one.
+        if not (tensor.sum().isfinite() or tensor.isfinite().all()):
+            found.append(name)
+    return found

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -113,12 +114,12 @@ class RunFolder:
         return record
 
     def write(self, record: Record) -> None:
-        """Writes the record, whole or not at all.
+        """Writes the record, whole or not at all; JSON has null for numbers that are not finite.
 
         Raises:
             CheckpointError: if the folder cannot be written to.
         """
-        write_text(self.record, json.dumps(record, indent=2, sort_keys=False) + "\n")
+        write_text(self.record, json.dumps(_finite(record), indent=2, allow_nan=False) + "\n")
 
     def check_free(self) -> None:
         """Makes sure that a folder which holds no run has no files that a run would write over.
@@ -226,3 +227,12 @@ class RunFolder:
             raise CheckpointError(
                 f"output: cannot make {self.path}: {ancestor} {what}. Choose another output folder."
             )
+
+
+def _finite(value: Any) -> Any:
+    """Returns a value with None in the place of every number in it that is not finite."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -214,10 +214,10 @@ def _earlier(folder: RunFolder, config: ExperimentConfig, resume: bool, overwrit
     if before is None or overwrite or before["status"] == "starting":
         return None
     _check_config(folder, before, config)
-    if before["status"] == "diverged":
+    if before["status"] == "diverged" and config.trainer.on_nonfinite == "stop":
         raise CheckpointError(
             f"{folder.path}: holds a run that diverged, and it would diverge again ({before['error']}). "
-            "Change the config, or --overwrite the run."
+            "Change the config, --overwrite the run, or continue it with trainer.on_nonfinite=skip."
         )
     if before["status"] != "finished" and not resume:
         raise CheckpointError(

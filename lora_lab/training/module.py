@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
 from lora_lab.adapters import AdapterSet
+from lora_lab.errors import DivergenceError
 from lora_lab.tasks import TASKS, MeanLoss
 from lora_lab.training.optimization import (
     OptimizationConfig,
@@ -20,6 +21,13 @@ from lora_lab.training.optimization import (
     parameter_groups,
 )
 from lora_lab.training.trainer import logging_due
+
+SHOWN_ROWS = 32
+"""Rows of a step that diverged which its message names at most."""
+
+
+class _SkippedStep(Exception):
+    """Leaves an optimizer's step before it changes anything."""
 
 
 class FineTuner(L.LightningModule):
@@ -33,13 +41,15 @@ class FineTuner(L.LightningModule):
         task: a key of TASKS.
         num_labels: classes of a classification task.
         optimization: optimizer and schedule.
+        on_nonfinite: whether a step whose loss or gradient norm is not finite ends training or is left out.
 
     The loss of an optimizer step is one number: the sum of the losses of all labels in its batches, on all
     processes, divided by the number of these labels, plus the adapters' penalty. It does not depend on how
     the examples are spread over batches, accumulated batches and processes, nor on padding.
 
     Logs `train/loss` (the task's part of that number), `train/penalty` (the adapters' part),
-    `train/learning_rate`, and under `validation/` and `test/` the loss and the task's metrics.
+    `train/learning_rate`, with `on_nonfinite="skip"` `train/skipped_steps` (so far), and under `validation/`
+    and `test/` the loss and the task's metrics.
     """
 
     def __init__(
@@ -49,12 +59,16 @@ class FineTuner(L.LightningModule):
         task: str,
         num_labels: int = 1,
         optimization: OptimizationConfig | None = None,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
     ):
         super().__init__()
         self.model = model
         self.adapters = adapters
         self.task = TASKS[task]
         self.optimization = optimization or OptimizationConfig()
+        self.on_nonfinite = on_nonfinite
+        self.skipped_steps = 0
+        """Optimizer steps so far that were left out because they were not finite."""
         self.num_labels = num_labels
         self.evaluation = nn.ModuleDict({stage: self.new_metrics() for stage in ("validation", "test")})
         prompts = any(adapter.reads_prompt_lengths for adapter in adapters)
@@ -119,14 +133,71 @@ class FineTuner(L.LightningModule):
         return part * trainer.accumulate_grad_batches
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Logs the step's loss."""
+        """Judges the step, and logs its loss.
+
+        Raises:
+            DivergenceError: if the step is not finite and shall not be left out.
+        """
+        fault = self._fault(optimizer)
+        if fault and (self.on_nonfinite == "stop" or self.adapters.nonfinite()):
+            raise DivergenceError(self._divergence(fault, optimizer))
+        self.skipped_steps += bool(fault)
         if logging_due(self.trainer):
             # Equal on all processes already.
             self.log("train/loss", self._step_loss, prog_bar=True)
             self.log("train/penalty", self._step_penalty)
             self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+            if self.on_nonfinite == "skip":
+                self.log("train/skipped_steps", float(self.skipped_steps))
         self._losses.clear()
         self._counts.clear()
+        if fault:
+            raise _SkippedStep
+
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        """Makes the step, unless it is left out: then weights and moments stay as they are."""
+        try:
+            super().optimizer_step(*arguments, **options)
+        except _SkippedStep:
+            if scaler := self._scaler():
+                scaler.update()  # as after every step: it knows that the gradients were unscaled
+
+    def _scaler(self) -> Any:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    def _fault(self, optimizer: torch.optim.Optimizer) -> str | None:
+        """Returns what of the step is not finite, alike in all processes: they share loss and gradients."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        loss = self._step_loss + self._step_penalty
+        if (loss + norm.to(loss.device)).isfinite():
+            return None
+        if not loss.isfinite():
+            return f"the loss is {loss.item()}"
+        if not norm.isfinite():
+            scaler = self._scaler()
+            # Magnified gradients may leave half precision's range; the scaler then skips the step itself and
+            # magnifies less. At a scale of 1 the gradients are at fault.
+            if scaler is None or scaler.get_scale() <= 1:
+                return f"the norm of the gradients is {norm.item()}"
+        return None
+
+    def _divergence(self, fault: str, optimizer: torch.optim.Optimizer) -> str:
+        trainer: Any = self.trainer
+        batch = trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1
+        sampler: Any = getattr(trainer.train_dataloader, "batches", None)
+        rows = sampler.rows(batch - len(self._losses) + 1, batch) if hasattr(sampler, "rows") else []
+        shown = ", ".join(map(str, rows[:SHOWN_ROWS])) + (", …" if len(rows) > SHOWN_ROWS else "")
+        where = f" The step's rows in the training split, counted from 0: {shown}." if rows else ""
+        weights = (
+            "" if self.on_nonfinite == "stop" else " Weights are not finite, so that no later step can be."
+        )
+        return (
+            f"training diverged in optimizer step {trainer.global_step + 1} (batch {batch + 1} of epoch "
+            f"{trainer.current_epoch + 1}): {fault}, at a learning rate of "
+            f"{optimizer.param_groups[0]['lr']:g}.{weights}{where} Lower optimization.learning_rate, or look "
+            "at these data."
+        )
 
     def step_loss(self) -> Tensor:
         """Returns the task's mean loss over all labels of the step whose gradients are complete, a scalar."""
@@ -159,7 +230,17 @@ class FineTuner(L.LightningModule):
         self.evaluate(batch, self.evaluation["validation"])
 
     def on_train_end(self) -> None:
-        """Stops a run in which an adapter never learned, however short it was."""
+        """Stops a run in which an adapter never learned, however short it was, or whose last step diverged.
+
+        Raises:
+            TargetError: if an adapter never learned.
+            DivergenceError: if trained weights are not finite.
+        """
+        if found := self.adapters.nonfinite():
+            raise DivergenceError(
+                f"training diverged: after its last step {found[0]} is not finite. Lower "
+                "optimization.learning_rate."
+            )
         self.adapters.check_alive()
 
     def on_validation_epoch_end(self) -> None:
@@ -188,6 +269,14 @@ class FineTuner(L.LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = build_schedule(optimizer, self.optimization, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the count of steps left out."""
+        checkpoint["skipped_steps"] = self.skipped_steps
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Goes on counting steps left out."""
+        self.skipped_steps = checkpoint.get("skipped_steps", 0)
 
     def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """Returns the adapters' tensors alone."""

@@ -123,6 +123,7 @@ def keep_frozen_parts(optimizer: Optimizer, adapters: AdapterSet) -> None:
         return {"": parameter.detach(), **moments}
 
     def remember(*_: Any) -> None:
+        before.clear()  # a step that was skipped has restored nothing
         for adapter in adapters:
             for parameter, frozen in adapter.frozen_parts():
                 old = {name: x.clone() for name, x in numbers_of(parameter).items()}

@@ -43,6 +43,11 @@ class TrainerConfig:
     keep: Literal["last", "best"] = "last"
     """Which adapters the run ends with: those of the last step, or of the best validation."""
 
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What happens to an optimizer step whose loss or gradient norm is not finite: it ends the run as
+    diverged, or it changes neither weights nor moments and is counted in `train/skipped_steps`. Once trained
+    weights are not finite, either ends the run. A diverged run may be continued with `skip`."""
+
     gradient_checkpointing: bool = False
     """Recompute activations of each block in the backward pass (non-reentrant): less memory, more time."""
 

@@ -110,10 +110,6 @@ class LowRankExperts(Adapter):
     @torch.no_grad()
     def merged_module(self) -> nn.Module:
         merged = {name: nn.Parameter(self.adapted(name), requires_grad=False) for name in self.A}
-        if not all(parameter.isfinite().all() for parameter in merged.values()):
-            raise IncompatibleError(
-                "the merged experts are not finite; the adapter's training has diverged. Nothing was merged."
-            )
         # Deepcopy takes what its memo holds for a copy: the old experts are not copied.
         return copy.deepcopy(self.base, {id(self.base.get_parameter(name)): p for name, p in merged.items()})
 
