@@ -171,7 +171,9 @@ def test_a_folder_of_sliced_adapters_opens_here_and_in_peft(case, dropped, tmp_p
     fresh = tiny_bert()
     loaded = load_adapter(fresh, tmp_path / "adapter")
     assert relative(logits(fresh), expected) < TOLERANCE
-    assert [len(adapter.kept) for adapter in loaded] == [len(adapter.kept) for adapter in adapters]
+    # A dropped adapter's file holds no more than PEFT needs; the others come back with what they have.
+    first = int(dropped)
+    assert [len(a.kept) for a in loaded][first:] == [len(a.kept) for a in adapters][first:]
     if not dropped:
         assert [row.sparsity for row in adapter_rows(loaded)] == [
             row.sparsity for row in adapter_rows(adapters)
@@ -272,13 +274,15 @@ def test_steps_and_moments_after_it_are_those_of_the_run_without_it(spec):
         axes = {name: axis for name, axis in other.components.items()}
         for name, parameter in adapter.named_parameters(recurse=False):
             whole = getattr(other, name)
-            pairs = [(parameter, whole)]
-            pairs += [
-                (ours.state[parameter][kind], theirs.state[whole][kind]) for kind in ("exp_avg", "exp_avg_sq")
-            ]
-            for given, expected in pairs:
+            own, other_state = ours.state[parameter], theirs.state[whole]
+            # A mean of gradients may cancel to almost nothing; a step divides it by a root of squares.
+            size = other_state["exp_avg_sq"].sqrt().max()
+            pairs = [(parameter, whole, whole.abs().max())]
+            pairs += [(own["exp_avg"], other_state["exp_avg"], size)]
+            pairs += [(own["exp_avg_sq"], other_state["exp_avg_sq"], other_state["exp_avg_sq"].max())]
+            for given, expected, greatest in pairs:
                 expected = expected.index_select(axes[name], index) if name in axes else expected
-                assert relative(given, expected) < LONG_TOLERANCE, (path, name)
+                assert (given - expected).abs().max() < LONG_TOLERANCE * greatest, (path, name)
 
 
 @pytest.mark.parametrize("stopped", [4, 7, 9, 10, 15])
@@ -337,7 +341,9 @@ def test_dropped_adapters_vanish_and_shared_tensors_are_sliced_once(register, tm
     assert second.A is third.A
     assert second.A.shape == (3, 8)
     assert first.A.shape == (0, 6)
-    assert [adapter.rank for adapter in whole.adapters] == [0, 2, 2]
+    # Two are kept in each; the next steps fill the third again, which the other one keeps.
+    assert [int(adapter.kept.sum()) for adapter in whole.adapters] == [0, 2, 2]
+    assert [adapter.rank for adapter in whole.adapters] == [0, 3, 3]
     for stopped in (3, 4, 9):
         train(LoRASpec(rank=4), both, stop_after=stopped, folder=tmp_path)
         assert_equal(train(LoRASpec(rank=4), both, folder=tmp_path, resume=True).adapters, whole.adapters)

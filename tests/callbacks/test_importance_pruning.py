@@ -386,7 +386,7 @@ def test_a_target_above_the_start_is_refused(tmp_path):
 
 
 def test_silenced_components_may_come_back_until_the_last_decision(tmp_path):
-    flags = fit(tmp_path, adapter={"orth_reg_weight": 0.0}, deltaT=1, beta1=0.3, beta2=0.3).recorder.flags
+    flags = fit(tmp_path, adapter={"orth_reg_weight": 0.0}, deltaT=1, beta1=0.01, beta2=0.01).recorder.flags
     rows = [[flag for adapter in flags[step] for flag in adapter] for step in sorted(flags)]
     came_back = [
         step
