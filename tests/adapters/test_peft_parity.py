@@ -352,7 +352,6 @@ def test_pefts_ways_to_choose_modules_are_understood(options, tmp_path):
             "init_lora_weights: 'pissa_niter_2' started from a random SVD",
         ),
         ({"init_lora_weights": "olora"}, "init_lora_weights: 'olora' changed the base model"),
-        ({"bias": "all"}, "bias: 'all' of PEFT's config has no counterpart"),
         ({"alora_invocation_tokens": [3], "task_type": "CAUSAL_LM"}, r"alora_invocation_tokens: \[3\]"),
     ],
 )
