@@ -144,7 +144,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterSet
             for name, tensor in adapters._all[path].complete_peft_tensors(found).items()
         }
         if foreign is not None:
-            foreign.check_ranks(adapters, str(folder / CONFIG))
+            foreign.check_ranks(adapters, by_path, str(folder / CONFIG))
         # Shared tensors follow from the spec, so that a file may leave them out.
         given |= _shared_tensors(adapters)
         given |= others
