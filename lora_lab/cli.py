@@ -119,7 +119,7 @@ def _train(options: argparse.Namespace) -> None:
 
     import yaml
 
-    from lora_lab.runs.continuation import compose_run
+    from lora_lab.experiment.continuation import compose_run
 
     if options.config is None:
         raise ConfigError(NO_CONFIG)
@@ -128,8 +128,8 @@ def _train(options: argparse.Namespace) -> None:
         print(yaml.safe_dump(asdict(config), sort_keys=False), end="")
         return
     from lora_lab.experiment import run
+    from lora_lab.experiment.environment import process_rank
     from lora_lab.report.tables import record_table
-    from lora_lab.runs import process_rank
 
     result = run(config, resume=options.resume, overwrite=options.overwrite)
     if process_rank() == 0:

@@ -29,7 +29,6 @@ ORDER = [
     "plugins",
     "tracking",
     "config",
-    "runs",
     "experiment",
     "report",
     "bench",

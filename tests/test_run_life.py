@@ -18,10 +18,10 @@ from lora_lab import experiment
 from lora_lab.cli import main
 from lora_lab.config import compose
 from lora_lab.errors import CheckpointError, ConfigError, DataError
-from lora_lab.experiment import run
+from lora_lab.experiment import life, run
+from lora_lab.experiment.continuation import compose_run
+from lora_lab.experiment.folder import RunFolder
 from lora_lab.files import clean_unfinished, new_folder
-from lora_lab.runs import RunFolder, life
-from lora_lab.runs.continuation import compose_run
 from lora_lab.stopping import Interruption
 from lora_lab.tracking import MetricsFile, read_metrics
 from tests.survival import rows

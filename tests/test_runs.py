@@ -11,7 +11,7 @@ from lora_lab.assets import fetch
 from lora_lab.config import compose
 from lora_lab.errors import AssetError
 from lora_lab.experiment import evaluate, run
-from lora_lab.runs import environment
+from lora_lab.experiment.environment import environment
 from tests.wandb_file import offline_folders, read_offline_run
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from lora_lab.runs import environment
+from lora_lab.experiment.environment import environment
 
 CPU = torch.device("cpu")
 

@@ -19,8 +19,8 @@ from lora_lab.callbacks.resume_checkpoint import ResumeCheckpoint
 from lora_lab.cli import main
 from lora_lab.data import ToyConfig, build_data
 from lora_lab.errors import CheckpointError, DivergenceError, IncompatibleError
+from lora_lab.experiment.folder import RunFolder
 from lora_lab.models.build import ModelConfig, build_model
-from lora_lab.runs import RunFolder
 from lora_lab.tracking import MetricsFile, read_metrics
 from lora_lab.training.module import FineTuner
 from lora_lab.training.optimization import OptimizationConfig

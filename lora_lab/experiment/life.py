@@ -22,12 +22,12 @@ from lora_lab.config.compose import compose
 from lora_lab.config.schema import ExperimentConfig
 from lora_lab.data import TaskData
 from lora_lab.errors import CheckpointError, ConfigError, DataError, LabError
+from lora_lab.experiment.callbacks import RunCallbacks
+from lora_lab.experiment.continuation import differences, source_of
+from lora_lab.experiment.environment import process_rank
+from lora_lab.experiment.folder import Record, RunFolder
+from lora_lab.experiment.record import end_record, start_record
 from lora_lab.files import write_text
-from lora_lab.runs.callbacks import RunCallbacks
-from lora_lab.runs.continuation import differences, source_of
-from lora_lab.runs.environment import process_rank
-from lora_lab.runs.folder import Record, RunFolder
-from lora_lab.runs.record import end_record, start_record
 from lora_lab.stopping import Interruption, StopRequest
 from lora_lab.tracking import build_loggers, close_loggers, read_metrics, replay, wandb_mode
 

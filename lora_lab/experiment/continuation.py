@@ -11,7 +11,7 @@ from typing import Any
 from lora_lab.config.compose import compose
 from lora_lab.config.schema import ExperimentConfig
 from lora_lab.errors import CheckpointError, ConfigError
-from lora_lab.runs.folder import RunFolder
+from lora_lab.experiment.folder import RunFolder
 
 LENGTHS = ("max_epochs", "max_steps")
 MORE = re.compile(rf"trainer\.({'|'.join(LENGTHS)})=\+(\d+)")

@@ -1,4 +1,7 @@
-"""One tracked run, from config to record: the whole data flow on one screen."""
+"""One tracked run, from config to record: the whole data flow on one screen.
+
+Beside it in this package: who owns a run's folder, what it records, which callbacks it has.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,13 @@ from lora_lab.config.compose import compose
 from lora_lab.config.schema import ExperimentConfig
 from lora_lab.data import TaskData, build_data
 from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError
+from lora_lab.experiment.callbacks import RunCallbacks as _Callbacks, progress_bars
+from lora_lab.experiment.environment import process_rank
+from lora_lab.experiment.folder import RunFolder
+from lora_lab.experiment.libraries import quiet_libraries
+from lora_lab.experiment.life import RunResult, open_run
 from lora_lab.models.build import build_model, build_tokenizer
 from lora_lab.models.quantization import forget_weights
-from lora_lab.runs import RunFolder, process_rank
-from lora_lab.runs.callbacks import RunCallbacks as _Callbacks, progress_bars
-from lora_lab.runs.libraries import quiet_libraries
-from lora_lab.runs.life import RunResult, open_run
 from lora_lab.tasks import TASKS
 from lora_lab.training.module import FineTuner
 from lora_lab.training.trainer import trainer_arguments

@@ -13,8 +13,8 @@ from lora_lab.adapters import AdapterSet
 from lora_lab.callbacks.adapter_statistics import final_statistics
 from lora_lab.config.schema import ExperimentConfig
 from lora_lab.data import TaskData
-from lora_lab.runs.callbacks import RunCallbacks
-from lora_lab.runs.environment import environment
+from lora_lab.experiment.callbacks import RunCallbacks
+from lora_lab.experiment.environment import environment
 
 SCHEMA_VERSION = 2
 
