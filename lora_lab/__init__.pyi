@@ -15,7 +15,7 @@ from .models.build import (
     build_model as build_model,
     build_tokenizer as build_tokenizer,
 )
-from .plugins import register as register
+from .registry import register as register
 from .training.module import FineTuner as FineTuner
 from .training.optimization import (
     OptimizationConfig as OptimizationConfig,

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lora_lab.errors import ConfigError, DivergenceError, LabError, suggest
-from lora_lab.stopping import Interruption
+from lora_lab.training.stopping import Interruption
 
 NO_CONFIG = """train: needs the YAML file of an experiment.
 

@@ -4,17 +4,20 @@ A package adds kinds by entry points in its pyproject.toml, under the ids that t
 
     [project.entry-points."lora_lab.methods"]
     volume = "my_package.volume:Volume"
+
+In Python `register` adds one, for a process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import entry_points
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from lora_lab.errors import ConfigError
 
 Kind = TypeVar("Kind")
+Class = TypeVar("Class", bound=type)
 
 
 class Registry(Mapping[str, type[Kind]]):
@@ -30,6 +33,9 @@ class Registry(Mapping[str, type[Kind]]):
         own: our classes.
     """
 
+    tables: ClassVar[list[Registry[Any]]] = []
+    """All of them; a table stands where what its kinds inherit can be imported from."""
+
     def __init__(
         self,
         what: str,
@@ -44,6 +50,7 @@ class Registry(Mapping[str, type[Kind]]):
         """Our classes alone, without a look at entry points."""
         self._kinds = dict(self.own)
         self._complete = False
+        self.tables.append(self)
 
     def __getitem__(self, name: str) -> type[Kind]:
         return self._all()[name]
@@ -112,6 +119,28 @@ class Registry(Mapping[str, type[Kind]]):
         self.add(kind)
         if self.id_of(kind) != point.name:
             raise ConfigError(f"{where}: its id is '{self.id_of(kind)}'; name the entry point so.")
+
+
+def register(kind: Class) -> Class:
+    """Adds a method or a controller, for configs, the command line, storage and the contract tests.
+
+    It holds for this process. A run in several processes, or `lora-lab train`, needs the entry point of an
+    installed package instead.
+
+    Args:
+        kind: a class that inherits `Adapter` or `Controller`.
+
+    Returns:
+        The class, so that this serves as a decorator.
+
+    Raises:
+        ConfigError: if something is missing in the class, or its id is taken.
+    """
+    for table in Registry.tables:
+        if isinstance(kind, type) and issubclass(kind, table.base):
+            table.add(kind)
+            return kind
+    raise ConfigError(f"register: {kind!r} is no class that inherits lora_lab.Adapter or Controller.")
 
 
 def _path(kind: type) -> str:

@@ -14,10 +14,7 @@ PACKAGE = ROOT / "lora_lab"
 ORDER = [
     "errors",
     "registry",
-    "files",
     "documents",
-    "structured",
-    "stopping",
     "assets",
     "linalg",
     "tasks",
@@ -26,7 +23,6 @@ ORDER = [
     "data",
     "training",
     "callbacks",
-    "plugins",
     "tracking",
     "config",
     "experiment",

@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from lora_lab import experiment
 from lora_lab.cli import main
 from lora_lab.config import compose
+from lora_lab.documents.writing import clean_unfinished, new_folder
 from lora_lab.errors import CheckpointError, ConfigError, DataError
 from lora_lab.experiment import life, run
 from lora_lab.experiment.continuation import compose_run
 from lora_lab.experiment.folder import RunFolder
-from lora_lab.files import clean_unfinished, new_folder
-from lora_lab.stopping import Interruption
 from lora_lab.tracking import MetricsFile, read_metrics
+from lora_lab.training.stopping import Interruption
 from tests.survival import rows
 
 CONFIG = """
@@ -164,7 +164,7 @@ def test_an_epoch_of_one_batch_has_checkpoints_too(config, monkeypatch):
 def test_a_second_ctrl_c_is_obeyed_at_once(config, monkeypatch):
     def press_twice():
         os.kill(os.getpid(), signal.SIGINT)
-        monkeypatch.setattr("lora_lab.stopping.DOUBLE_PRESS", 0.0)
+        monkeypatch.setattr("lora_lab.training.stopping.DOUBLE_PRESS", 0.0)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("training went on")
 

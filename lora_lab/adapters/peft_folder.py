@@ -30,8 +30,8 @@ from lora_lab.adapters.injection import AdapterSet
 from lora_lab.adapters.methods import METHODS
 from lora_lab.adapters.sites import ends_with, exact_targets, match_regex
 from lora_lab.adapters.spec import AdapterSpec
+from lora_lab.documents.structured import fill
 from lora_lab.errors import CheckpointError, IncompatibleError, suggest
-from lora_lab.structured import fill
 
 PREFIX = "base_model.model."
 BASE_COPY = ".base_layer."

@@ -32,11 +32,11 @@ from lora_lab.adapters.peft_folder import PREFIX, PeftFolder, understand
 from lora_lab.adapters.protocols import Droppable
 from lora_lab.adapters.sites import saved_modules
 from lora_lab.adapters.spec import AdapterSpec
-from lora_lab.documents import DocumentError, plain, read_json, read_yaml, references, texts
+from lora_lab.documents.reading import DocumentError, plain, read_json, read_yaml, references, texts
+from lora_lab.documents.structured import fill
+from lora_lab.documents.writing import new_folder
 from lora_lab.errors import CheckpointError
-from lora_lab.files import new_folder
 from lora_lab.linalg.norms import nonfinite
-from lora_lab.structured import fill
 
 CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", "lora_lab.yaml"
 

@@ -17,7 +17,7 @@ import torch.distributed as distributed
 
 from lora_lab.errors import DivergenceError
 from lora_lab.linalg.norms import nonfinite
-from lora_lab.stopping import Interruption, StopRequest
+from lora_lab.training.stopping import Interruption, StopRequest
 
 
 class ResumeCheckpoint(L.Callback):

@@ -30,10 +30,10 @@ from lora_lab.callbacks import CONTROLLERS, check_controllers
 from lora_lab.callbacks.controllers import renamed, unknown
 from lora_lab.config.schema import ExperimentConfig
 from lora_lab.data import DATA_SOURCES, check_data
-from lora_lab.documents import DocumentError, parse_yaml, plain, read_yaml, references, texts
+from lora_lab.documents.reading import DocumentError, parse_yaml, plain, read_yaml, references, texts
+from lora_lab.documents.structured import fill
 from lora_lab.errors import ConfigError, IncompatibleError, suggest
 from lora_lab.models.build import check_model
-from lora_lab.structured import fill
 from lora_lab.tasks import TASKS
 
 COMMAND_LINE = "command line"

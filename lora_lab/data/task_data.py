@@ -1,6 +1,7 @@
 """The Lightning data module: padding, loaders, and going on in the middle of an epoch."""
 
 import math
+import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -15,7 +16,6 @@ from torch.utils.data import DataLoader, Dataset
 from lora_lab.data.batches import BucketedBatches, EvaluationBatches, seeded_generator, stratified_sample
 from lora_lab.data.config import DataConfig, Splits
 from lora_lab.errors import CheckpointError, DataError
-from lora_lab.stopping import ignore_in_worker
 from lora_lab.tasks import IGNORED, TASKS
 
 
@@ -76,7 +76,7 @@ class TrainingLoader(DataLoader[dict[str, Tensor]]):
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
             generator=seeded_generator(0),
-            worker_init_fn=ignore_in_worker,
+            worker_init_fn=_outlive_sigterm,
         )
         self.batches = batches
         self.trainer = trainer
@@ -223,7 +223,7 @@ class TaskData(L.LightningDataModule):
             num_workers=self.config.workers,
             pin_memory=torch.cuda.is_available(),
             generator=seeded_generator(0),
-            worker_init_fn=ignore_in_worker,
+            worker_init_fn=_outlive_sigterm,
         )
 
     def _training_batches(self, rank: int, processes: int) -> BucketedBatches:
@@ -236,3 +236,8 @@ class TaskData(L.LightningDataModule):
     def _place(self) -> tuple[int, int]:
         """Returns rank and number of processes."""
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """Lets a loader's worker outlive a SIGTERM to the whole process group, which its parent answers."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -16,7 +16,7 @@ from lora_lab.callbacks.resume_checkpoint import ResumeCheckpoint
 from lora_lab.callbacks.speed_statistics import SpeedStatistics
 from lora_lab.config.schema import ExperimentConfig
 from lora_lab.experiment.folder import RunFolder
-from lora_lab.stopping import StopRequest
+from lora_lab.training.stopping import StopRequest
 from lora_lab.training.trainer import planned_steps
 
 

@@ -31,8 +31,8 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from lora_lab.adapters.storage import CONFIG, OWN, TENSORS
 from lora_lab.config.schema import ExperimentConfig
+from lora_lab.documents.writing import clean_unfinished, writable, write_text
 from lora_lab.errors import CheckpointError
-from lora_lab.files import clean_unfinished, writable, write_text
 
 Record = dict[str, Any]
 """What `run.json` holds: plain values by name."""

@@ -21,15 +21,15 @@ from lora_lab.adapters.storage import TENSORS
 from lora_lab.config.compose import compose
 from lora_lab.config.schema import ExperimentConfig
 from lora_lab.data import TaskData
+from lora_lab.documents.writing import write_text
 from lora_lab.errors import CheckpointError, ConfigError, DataError, LabError
 from lora_lab.experiment.callbacks import RunCallbacks
 from lora_lab.experiment.continuation import differences, source_of
 from lora_lab.experiment.environment import process_rank
 from lora_lab.experiment.folder import Record, RunFolder
 from lora_lab.experiment.record import end_record, start_record
-from lora_lab.files import write_text
-from lora_lab.stopping import Interruption, StopRequest
 from lora_lab.tracking import build_loggers, close_loggers, read_metrics, replay, wandb_mode
+from lora_lab.training.stopping import Interruption, StopRequest
 
 SPARE_BYTES = 1 << 20
 """Space for the record and the last rows, beside the adapter's."""

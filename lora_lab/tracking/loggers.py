@@ -19,8 +19,8 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from wandb.errors import AuthenticationError, UsageError
 
+from lora_lab.documents.writing import writable
 from lora_lab.errors import ConfigError
-from lora_lab.files import writable
 from lora_lab.tracking.config import Mode, TrackingConfig, wandb_mode
 from lora_lab.tracking.metrics_file import NAME, MetricsFile
 

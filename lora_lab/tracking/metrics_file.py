@@ -18,8 +18,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from lora_lab.documents.writing import write_text
 from lora_lab.errors import CheckpointError
-from lora_lab.files import write_text
 
 NAME = "metrics.csv"
 

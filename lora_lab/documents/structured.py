@@ -10,7 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_lab.documents import Scalar, plain, texts
+from lora_lab.documents.reading import Scalar, plain, texts
 from lora_lab.errors import suggest
 
 

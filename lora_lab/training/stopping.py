@@ -94,11 +94,6 @@ class StopRequest:
         self.check()
 
 
-def ignore_in_worker(worker: int) -> None:
-    """Lets a loader's worker outlive a SIGTERM to the whole process group, which its parent answers."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 def _leave_terminal() -> None:
     """Sends what is printed from here on nowhere: writing to a terminal that has gone is an error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)

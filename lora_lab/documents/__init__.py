@@ -1,0 +1,1 @@
+"""Files of text: read strictly, filled into dataclasses, written whole or not at all."""
