@@ -127,7 +127,7 @@ class Adapter(nn.Module):
                 return moved
             return tensor.to(moved.device, torch.float32)
 
-        return super()._apply(widening, recurse)
+        return super()._apply(widening, recurse)  # type: ignore[no-untyped-call]
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:

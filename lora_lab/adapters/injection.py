@@ -65,7 +65,7 @@ def place(model: nn.Module, spec: AdapterSpec, seed: int = 0, untied: bool = Fal
             )
     sites = _sites(model, spec, method, seed)
     adapters = method.build(sites, spec)
-    copies: dict = {}
+    copies: dict[int, Any] = {}
     heads = {
         path: TrainedCopy(model.get_submodule(path), {} if untied else copies)
         for path in saved_modules(model, spec)

@@ -7,7 +7,8 @@ convolution with the rows of R followed by a 1 × 1 convolution with L, without 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,19 @@ from torch import Tensor, nn
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.rank import widened
 
-CONVOLUTIONS: dict[type[nn.Module], Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d}
+Convolution = nn.Conv1d | nn.Conv2d
+CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d}
+
+
+class LinearMap(nn.Module):
+    """A module that `is_linear` or `is_convolution` let through, for annotations; its class may be any."""
+
+    weight: Tensor
+    bias: Tensor | None
+    in_features: int
+    """Of all but convolutions, like `out_features`."""
+    out_features: int
+    __call__: Callable[..., Tensor]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -32,7 +45,7 @@ def is_linear(module: nn.Module) -> bool:
     return (
         isinstance(weight, Tensor)
         and weight.is_floating_point()
-        and weight.shape == (module.out_features, module.in_features)
+        and weight.shape == (cast(LinearMap, module).out_features, cast(LinearMap, module).in_features)
         and (type(module).forward is nn.Linear.forward or _computes(module, weight))
     )
 
@@ -56,26 +69,27 @@ def _computes(module: nn.Module, weight: Tensor) -> bool:
 def is_convolution(module: nn.Module) -> bool:
     """Whether a module is a convolution of one group with zeros around its input."""
     return (
-        isinstance(module, nn.Conv1d | nn.Conv2d)
+        isinstance(module, Convolution)
         and type(module) in CONVOLUTIONS
         and module.groups == 1
         and module.padding_mode == "zeros"
     )
 
 
-def matrix(base: Any) -> Float[Tensor, "out in"]:
+def matrix(base: nn.Module) -> Float[Tensor, "out in"]:
     """Returns a map's weight as a matrix, a convolution's with its kernel in the columns."""
-    return base.weight.flatten(1)
+    return cast(LinearMap, base).weight.flatten(1)
 
 
-def sizes(base: Any) -> tuple[int, int]:
+def sizes(base: nn.Module) -> tuple[int, int]:
     """Returns the shape (out, in) of `matrix` without dequantising the weight."""
-    if hasattr(base, "out_features"):
-        return base.out_features, base.in_features
-    return len(base.weight), base.weight[0].numel()
+    if isinstance(base, Convolution):
+        return len(base.weight), base.weight[0].numel()
+    linear = cast(LinearMap, base)
+    return linear.out_features, linear.in_features
 
 
-def finite_matrix(base: Any, what: str) -> Float[Tensor, "out in"]:
+def finite_matrix(base: nn.Module, what: str) -> Float[Tensor, "out in"]:
     """Returns W in float32 or wider, for a decomposition.
 
     Raises:
@@ -89,14 +103,14 @@ def finite_matrix(base: Any, what: str) -> Float[Tensor, "out in"]:
     return weight
 
 
-def project(base: Any, x: Tensor, rows: Float[Tensor, "k in"], bias: Tensor | None = None) -> Tensor:
+def project(base: nn.Module, x: Tensor, rows: Float[Tensor, "k in"], bias: Tensor | None = None) -> Tensor:
     """Applies a matrix to x in the way the map applies its own, to (..., in) or (batch, in, *size).
 
     Returns:
         (..., k), or (batch, k, *size of the map's outputs). x may have other channels than the base's, if the
         matrix has as many.
     """
-    if type(base) not in CONVOLUTIONS:
+    if not isinstance(base, Convolution):
         return F.linear(x, rows, bias)
     if not len(rows):  # torch convolves to one channel at least
         return project(base, x, F.pad(rows, (0, 0, 0, 1))).narrow(1 - base.weight.ndim, 0, 0)
@@ -104,27 +118,31 @@ def project(base: Any, x: Tensor, rows: Float[Tensor, "k in"], bias: Tensor | No
     return CONVOLUTIONS[type(base)](x, kernel, bias, base.stride, base.padding, base.dilation)
 
 
-def mix(base: Any, y: Tensor, rows: Float[Tensor, "out k"], bias: Tensor | None = None) -> Tensor:
+def mix(base: nn.Module, y: Tensor, rows: Float[Tensor, "out k"], bias: Tensor | None = None) -> Tensor:
     """Applies a matrix to the channels of what `project` returned, at each position alone."""
-    if type(base) not in CONVOLUTIONS:
+    if not isinstance(base, Convolution):
         return F.linear(y, rows, bias)
     if not rows.shape[1]:  # and from one channel at least
         y, rows = F.pad(y, (0, 0) * (base.weight.ndim - 2) + (0, 1)), F.pad(rows, (0, 1))
     return CONVOLUTIONS[type(base)](y, pointwise(base, rows), bias)
 
 
-def pointwise(base: Any, values: Tensor) -> Tensor:
+def pointwise(base: nn.Module, values: Tensor) -> Tensor:
     """Appends an axis of length 1 for each axis of a convolution's kernel; values of a linear map pass."""
-    if type(base) not in CONVOLUTIONS:
+    if not isinstance(base, Convolution):
         return values
     return values.reshape(*values.shape, *[1] * (base.weight.ndim - 2))
 
 
-def with_weight(base: Any, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None) -> nn.Module:
+def with_weight(
+    base: LinearMap, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
+) -> nn.Module:
     """Returns a plain, frozen module like the base with these values, of the base's type of numbers."""
-    if type(base) in CONVOLUTIONS:
+    new: nn.Module
+    if isinstance(base, Convolution):
         shape = (base.in_channels, base.out_channels, base.kernel_size, base.stride, base.padding)
-        new: Any = type(base)(*shape, base.dilation, bias=bias is not None, device="meta")
+        make: Callable[..., nn.Module] = type(base)
+        new = make(*shape, base.dilation, bias=bias is not None, device="meta")
     else:
         new = nn.Linear(base.in_features, base.out_features, bias is not None, device="meta")
     dtype = base.weight.dtype

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from lora_lab.adapters import METHODS, AdapterSet, inject
 from lora_lab.adapters.base import Adapter
-from lora_lab.adapters.storage import PREFIX, TENSORS, save_adapter
+from lora_lab.adapters.peft_folder import PREFIX
+from lora_lab.adapters.storage import TENSORS, save_adapter
 from lora_lab.bench.adapter_cases import CASES, SHAPES, Case, Shapes
 from lora_lab.bench.adapter_report import read_rows, show_markdown, show_tables
 from lora_lab.bench.results import about

@@ -114,7 +114,7 @@ def parse_yaml(text: str, source: str) -> Tree:
             node = loader.get_single_node()
             return None if node is None else _tree(loader, node, source, [MOST_VALUES], ())
         finally:
-            loader.dispose()  # type: ignore[no-untyped-call]
+            loader.dispose()
     except yaml.YAMLError as error:
         raise DocumentError(f"{source}: is no valid YAML: {' '.join(str(error).split())}") from error
     except (ValueError, OverflowError) as error:  # a character or number that Python has none for

@@ -7,13 +7,15 @@ x are transformed, each frequency s_k is passed on to r_k, and the result is tra
 the half of its spectrum says all: frequency f and n − f differ by the sign of the imaginary part.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from lora_lab.linalg.autograd import Context, TensorFunction
 
 
 class Scatter(NamedTuple):
@@ -106,15 +108,15 @@ def fourier_product(
     return _Product.apply(x.to(c.dtype), c, rows, *forward, *back)
 
 
-class _Product(torch.autograd.Function):
+class _Product(TensorFunction):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, c: Tensor, rows: int, *scatters: Tensor) -> Tensor:
+    def forward(ctx: Context, x: Tensor, c: Tensor, rows: int, *scatters: Tensor) -> Tensor:
         ctx.save_for_backward(x, c, *scatters)
         return _passed_on(_spectrum(x), c, Scatter(*scatters[:5]), rows).reshape(*x.shape[:-1], rows)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, c, *scatters = ctx.saved_tensors
         forward, back = Scatter(*scatters[:5]), Scatter(*scatters[5:])
         spectrum = _spectrum(grad)

@@ -3,15 +3,15 @@
 from collections import defaultdict
 from collections.abc import Iterable
 from itertools import repeat
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_lab.linalg.autograd import Context, TensorFunction
 from lora_lab.linalg.rank import widened
-from lora_lab.linalg.rebuild import in_pieces, rows_of_pieces, source
+from lora_lab.linalg.rebuild import Build, in_pieces, rows_of_pieces, source
 
 
 def reflect_chain(x: Float[Tensor, "... n"], u: Float[Tensor, "n k"]) -> Float[Tensor, "... n"]:
@@ -143,14 +143,18 @@ def cayley_neumann(Q: Float[Tensor, "*batch b b"], terms: int) -> Float[Tensor, 
         return R.reshape(Q.shape)
 
 
-class _CayleyNeumann(torch.autograd.Function):
+class _Terms(Context):
+    k: int
+
+
+class _CayleyNeumann(TensorFunction):
     """Keeps Q alone for the backward pass, and sums the series again there.
 
     k = 4 is PEFT's default: R = S (S + 2 Q) with S = I + Q² takes half the products.
     """
 
     @staticmethod
-    def forward(ctx: Any, Q: Tensor, k: int) -> Tensor:
+    def forward(ctx: _Terms, Q: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(Q)
         ctx.k = k
         if k == 4:
@@ -160,7 +164,7 @@ class _CayleyNeumann(torch.autograd.Function):
         return total + Q @ total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _Terms, gradient: Tensor) -> tuple[Tensor, None]:
         (Q,) = ctx.saved_tensors
         if ctx.k == 4:
             S = torch.baddbmm(_identity(Q), Q, Q)
@@ -202,17 +206,17 @@ def cayley_change(Q: Float[Tensor, "*blocks n n"]) -> Float[Tensor, "*blocks n n
         return _CayleyChange.apply(widened(Q))
 
 
-class _CayleyChange(torch.autograd.Function):
+class _CayleyChange(TensorFunction):
     """dR = ½ (I + R) dQ (I + R), so that the backward pass needs R − I alone and solves nothing."""
 
     @staticmethod
-    def forward(ctx: Any, Q: Tensor) -> Tensor:
+    def forward(ctx: Context, Q: Tensor) -> Tensor:
         change = torch.linalg.solve(_identity(Q) - Q, 2 * Q)
         ctx.save_for_backward(change)
         return change
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Context, gradient: Tensor) -> Tensor:
         (change,) = ctx.saved_tensors
         sides = (change + 2 * _identity(change)).mT
         return 0.5 * (sides @ gradient @ sides)
@@ -256,12 +260,18 @@ def rotate_blocks(x: Float[Tensor, "*rows n"], R: Float[Tensor, "blocks b b"]) -
     return _RotateBlocks.apply(x, R)
 
 
-class _RotateBlocks(torch.autograd.Function):
+class _Rebuilt(Context):
+    build: Build
+
+
+class _RotateBlocks(TensorFunction):
     """Keeps R and what x can be made of again, see `rebuild`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, R: Tensor) -> Tensor:
-        ctx.build, tensors = source(x) if ctx.needs_input_grad[1] else (None, ())
+    def forward(ctx: _Rebuilt, x: Tensor, R: Tensor) -> Tensor:
+        tensors: tuple[Tensor, ...] = ()
+        if ctx.needs_input_grad[1]:
+            ctx.build, tensors = source(x)
         ctx.save_for_backward(R, *tensors)
         rows = x.reshape(-1, x.shape[-1])
         y, count = rows.new_empty(rows.shape), rows_of_pieces(rows)
@@ -271,7 +281,7 @@ class _RotateBlocks(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: _Rebuilt, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (R, *tensors), (for_x, for_R) = ctx.saved_tensors, ctx.needs_input_grad
         rows = gradient.reshape(-1, gradient.shape[-1])
         by_x, by_R, count = rows.new_empty(rows.shape), R.new_zeros(R.shape), rows_of_pieces(rows)

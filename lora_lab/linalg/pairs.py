@@ -4,12 +4,11 @@ An axis of n numbers falls into groups, and number j of a group's first half is 
 second half. J turns every pair by 90°: (x₁, x₂) → (−x₂, x₁).
 """
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_lab.linalg.autograd import Context, TensorFunction
 from lora_lab.linalg.rank import widened
 
 
@@ -71,16 +70,20 @@ def paired(x: Float[Tensor, " pairs"], group: int) -> Float[Tensor, " n"]:
     return x.reshape(-1, 1, group // 2).expand(-1, 2, -1).flatten()
 
 
-class _RotatePairs(torch.autograd.Function):
+class _Kept(Context):
+    group: int
+
+
+class _RotatePairs(TensorFunction):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, theta: Tensor, alpha: Tensor, group: int) -> Tensor:
+    def forward(ctx: _Kept, x: Tensor, theta: Tensor, alpha: Tensor, group: int) -> Tensor:
         y = _rotated(x, theta, alpha, group)
         ctx.save_for_backward(y, theta, alpha)
         ctx.group = group
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Kept, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, theta, alpha = ctx.saved_tensors
         rows, width = y.numel() // y.shape[-1], y.shape[-1]
         first, second = halves(widened(y).reshape(rows, width), ctx.group, 1)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.graph import Node
+
+Hook = TypeVar("Hook", bound=Callable[..., Tensor])
 
 Build = Callable[..., Tensor]
 """Makes x of the tensors of its `Source`, or some rows of x of these rows of them."""
@@ -65,10 +68,10 @@ PIECE = 2**17
 """Numbers in a piece."""
 
 
-_OBSERVERS = set[Any]()
+_OBSERVERS = set[object]()
 
 
-def observer(unpack: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+def observer(unpack: Hook) -> Hook:
     """Marks the second of two hooks on saved tensors that only look, and may be called at any time."""
     _OBSERVERS.add(unpack)
     return unpack
@@ -78,13 +81,13 @@ def _itself(x: Tensor) -> Tensor:
     return x
 
 
-def _made_by(node: Any) -> Source | None:
+def _made_by(node: Node | None) -> Source | None:
     """Returns the source of what a node of autograd's graph has put out; None where it is not known."""
     maker = None if node is None else _MAKERS.get(node.name())
-    return maker and maker(node)
+    return None if node is None or maker is None else maker(node)
 
 
-def _saved(node: Any, name: str) -> Tensor | None:
+def _saved(node: Node, name: str) -> Tensor | None:
     """Returns a tensor that a node keeps; None where it keeps none, or not as it was."""
     try:
         raw = getattr(node, f"_raw_saved_{name}")
@@ -94,7 +97,7 @@ def _saved(node: Any, name: str) -> Tensor | None:
         return None
 
 
-def _layer_norm(node: Any) -> Source | None:
+def _layer_norm(node: Node) -> Source | None:
     kept = [_saved(node, name) for name in ("input", "result1", "result2", "weight", "bias")]
     if any(tensor is None for tensor in kept[:3]):
         return None
@@ -116,7 +119,7 @@ def _gelu(node: Any) -> Source | None:
     return None if h is None else Source(lambda h: F.gelu(h, approximate=approximate), (h,))
 
 
-def _product(node: Any) -> Source | None:
+def _product(node: Node) -> Source | None:
     factors = []
     for name, (origin, _) in zip(("self", "other"), node.next_functions, strict=True):
         kept = _saved(node, name)
@@ -129,7 +132,7 @@ def _product(node: Any) -> Source | None:
     return Source(lambda *kept: make_left(*kept[:count]) * make_right(*kept[count:]), own + others)
 
 
-def _cast(node: Any) -> Source | None:
+def _cast(node: Node) -> Source | None:
     made, dtype = _made_by(node.next_functions[0][0]), node._input_metadata[0].dtype
     if made is None:
         return None
@@ -137,7 +140,7 @@ def _cast(node: Any) -> Source | None:
     return Source(lambda *kept: make(*kept).to(dtype), made.tensors)
 
 
-_MAKERS: dict[str, Callable[[Any], Source | None]] = {
+_MAKERS: dict[str, Callable[[Node], Source | None]] = {
     "NativeLayerNormBackward0": _layer_norm,
     "GeluBackward0": _gelu,
     "MulBackward0": _product,  # of SwiGLU; twice in a row, of RMSNorm

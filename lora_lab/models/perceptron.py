@@ -41,7 +41,7 @@ class MultiLayerPerceptron(PreTrainedModel):
         sizes = [*config.sizes, config.num_labels]
         for number, (width_in, width_out) in enumerate(zip(sizes, sizes[1:], strict=False), start=1):
             self.add_module(f"layer{number}", nn.Linear(width_in, width_out))
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):

@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.errors import ConfigError, IncompatibleError
+from lora_lab.linalg.autograd import Context, TensorFunction
 from lora_lab.models.architectures import find_roles, head_paths
 
 Quantization = Literal["none", "nf4", "fp4", "int8"]
@@ -227,7 +228,7 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # Another floating type is for the bias and the lent weight: scales that are rounded change every W.
         scales = {name: getattr(self, name) for name in ("absmax", "nested_absmax", "offset")}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         for name, scale in scales.items():
             if scale is not None:
@@ -238,15 +239,19 @@ class QuantizedLinear(nn.Module):
         return {**self.__dict__, "full_weight": None}
 
 
-class _Product(torch.autograd.Function):
+class _Map(Context):
+    module: QuantizedLinear
+
+
+class _Product(TensorFunction):
     """x Wᵀ + b. W is dequantised for each pass: kept until backward it would undo what quantising saves."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: QuantizedLinear) -> Tensor:
+    def forward(ctx: _Map, x: Tensor, module: QuantizedLinear) -> Tensor:
         ctx.module = module
         bias = None if module.bias is None else module.bias.to(x.dtype)
         return F.linear(x, module.dequantized(x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _Map, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient @ ctx.module.dequantized(gradient.dtype), None

@@ -54,8 +54,8 @@ class Positions:
         return [model.register_forward_pre_hook(self._read, with_kwargs=True)]
 
     def _read(
-        self, model: nn.Module, arguments: tuple, keywords: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]]:
+        self, model: nn.Module, arguments: tuple[object, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[object, ...], dict[str, Any]]:
         """Finds the positions of one call, and takes `prompt_lengths` out of it."""
         keywords = dict(keywords)
         prompt_lengths = keywords.pop("prompt_lengths", None)

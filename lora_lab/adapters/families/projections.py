@@ -19,6 +19,7 @@ from lora_lab.adapters.base import Adapter, AdditiveAdapter, PeftLayout
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import AdapterSpec, least_fault, probability_fault
 from lora_lab.errors import IncompatibleError
+from lora_lab.linalg.autograd import Context, TensorFunction
 from lora_lab.linalg.rank import product_singular_values, widened
 
 
@@ -152,7 +153,7 @@ class ProjectedAdapter(AdditiveAdapter):
         return {name: tensor for name, tensor in tensors.items() if name not in pair}
 
 
-class ScaledLinear(torch.autograd.Function):
+class ScaledLinear(TensorFunction):
     """x Mᵀ with M = left ⊙ frozen ⊙ right, which is made again in the backward pass instead of kept."""
 
     @staticmethod
@@ -161,12 +162,12 @@ class ScaledLinear(torch.autograd.Function):
         return F.linear(x, (left * frozen * right).reshape(-1, x.shape[-1]))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """Keeps the inputs alone."""
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Returns the gradients of x, left and right."""
         (gradient,) = gradients
         x, left, frozen, right = ctx.saved_tensors
