@@ -26,6 +26,7 @@ ORDER = [
     "tracking",
     "config",
     "experiment",
+    "statistics",
     "report",
     "bench",
     "testing",

@@ -1,0 +1,202 @@
+"""From a table of runs to what may be said of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from lora_lab.errors import ConfigError, suggest
+from lora_lab.statistics.intervals import Interval, mean_interval
+from lora_lab.statistics.metrics import example_values, higher_is_better
+from lora_lab.statistics.paired import Comparison, compare_paired
+from lora_lab.statistics.resampling import Resampled, rank_interval, resample_seeds
+
+FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class CellSummary:
+    """All runs of one cell."""
+
+    name: str
+    values: Mapping[int, float]
+    """seed → metric, of the runs that finished."""
+    mean: float | None
+    interval: Interval | None
+    """None for fewer than two seeds."""
+    statuses: Mapping[str, int]
+    """How many runs finished, failed, diverged, …"""
+    rank: int | None = None
+    """1 for the best; equal means share the better rank; None for fewer than two seeds."""
+    rank_interval: Interval | None = None
+
+    @property
+    def unfinished(self) -> int:
+        """How many runs have no result."""
+        return sum(count for status, count in self.statuses.items() if status != FINISHED)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What the runs of a study say about one metric."""
+
+    metric: str
+    higher_is_better: bool
+    baseline: str | None
+    margin: float | None
+    level: float
+    cells: tuple[CellSummary, ...]
+    comparisons: Mapping[str, Comparison]
+    """Cell → its comparison with the baseline."""
+    examples: int | None
+    """Test examples that the bootstrap draws from; None where it has none."""
+    notes: tuple[str, ...]
+    """What of the design could not be used, and why."""
+
+    def cell(self, name: str) -> CellSummary:
+        """Returns a cell by its name."""
+        return next(cell for cell in self.cells if cell.name == name)
+
+    def is_better(self, cell: str) -> bool:
+        """Whether a cell's difference from the baseline is an improvement."""
+        mean = self.comparisons[cell].mean
+        return mean is not None and (mean > 0) == self.higher_is_better
+
+
+def analyse(
+    results: pd.DataFrame,
+    metric: str,
+    baseline: str | None = None,
+    margin: float | None = None,
+    examples: Mapping[tuple[str, int], pd.DataFrame] | None = None,
+    level: float = 0.95,
+) -> Analysis:
+    """Judges the runs of a study.
+
+    Args:
+        results: one row for each run: columns cell, seed, status and the metric.
+        metric: the column that is compared; its name says whether more of it is better.
+        baseline: the cell that the others are compared with; None compares nothing.
+        margin: differences below it count as none; None tests no equivalence.
+        examples: (cell, seed) → rows of the run's test examples (columns id, label, prediction, loss).
+        level: of the intervals; effects are claimed at 1 - level.
+
+    Raises:
+        ConfigError: if the metric or baseline is not in the table, a cell has two runs of one seed, or the
+            margin is not positive.
+    """
+    better = higher_is_better(metric)
+    _check(results, metric, baseline, margin)
+    finite = pd.to_numeric(results[metric], errors="coerce")
+    finished = results.assign(value=finite)[(results["status"] == FINISHED) & np.isfinite(finite)]
+    notes = []
+    missing = int((results["status"] == FINISHED).sum()) - len(finished)
+    if missing:
+        notes.append(f"{missing} finished runs have no finite {metric} and are not compared.")
+    values = {
+        str(cell): dict(zip(rows["seed"].astype(int), rows["value"].astype(float), strict=True))
+        for cell, rows in finished.sort_values("seed").groupby("cell", sort=False)
+    }
+    resampled, count = None, None
+    if examples:
+        found = _example_table(values, metric, examples)
+        resampled = found if isinstance(found, str) else Resampled.draw(found)
+        if isinstance(resampled, str):
+            notes.append(f"Test examples are not resampled: {resampled}.")
+            resampled = None
+        elif resampled is None:
+            notes.append("Test examples are not resampled: cells were tested on different ones.")
+        elif not isinstance(found, str):
+            count = max((len(rows) for rows in found.values()), default=None)
+    cells = []
+    for name, rows in results.groupby("cell", sort=False):
+        own = values.get(str(name), {})
+        mean = float(np.mean(list(own.values()))) if own else None
+        statuses = Counter(str(status) for status in rows["status"])
+        cells.append(CellSummary(str(name), own, mean, mean_interval(list(own.values()), level), statuses))
+    comparisons = {}
+    if baseline is not None:
+        others = [cell.name for cell in cells if cell.name != baseline]
+        common = [sorted(set(values.get(name, {})) & set(values.get(baseline, {}))) for name in others]
+        differences = [
+            np.array([values[name][seed] - values[baseline][seed] for seed in seeds])
+            for name, seeds in zip(others, common, strict=True)
+        ]
+        replicates = [
+            resampled.difference(name, baseline, seeds) if resampled and len(seeds) > 1 else None
+            for name, seeds in zip(others, common, strict=True)
+        ]
+        comparisons = dict(zip(others, compare_paired(differences, replicates, margin, level), strict=True))
+    ranked = _with_ranks(cells, resampled, better, level)
+    return Analysis(metric, better, baseline, margin, level, tuple(ranked), comparisons, count, tuple(notes))
+
+
+def _check(results: pd.DataFrame, metric: str, baseline: str | None, margin: float | None) -> None:
+    faults = []
+    if metric not in results:
+        faults.append(f"metric: no run logged '{metric}'{suggest(metric, map(str, results.columns))}")
+    cells = {str(cell) for cell in results["cell"]}
+    if baseline is not None and baseline not in cells:
+        faults.append(f"baseline: no cell '{baseline}'{suggest(baseline, cells)}")
+    if margin is not None and not margin > 0:
+        faults.append(f"margin: must be above 0; got {margin}")
+    for _, row in results[results.duplicated(["cell", "seed"])].iterrows():
+        faults.append(f"cell '{row['cell']}': has two runs of seed {row['seed']}; leave one of them out")
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def _example_table(
+    values: Mapping[str, Mapping[int, float]],
+    metric: str,
+    examples: Mapping[tuple[str, int], pd.DataFrame],
+) -> dict[tuple[str, int], pd.Series] | str:
+    """Returns the metric of every example of every finished run, or why there is none."""
+    if not metric.startswith("test/"):
+        return f"{metric} is not of the test split"
+    table = {}
+    for cell, seeds in values.items():
+        for seed, value in seeds.items():
+            rows = examples.get((cell, seed))
+            if rows is None:
+                return f"{cell}, seed {seed}, stores none"
+            found = example_values(rows, metric)
+            if found is None:
+                return f"{metric} is no mean over examples"
+            if not np.isclose(found.mean(), value, rtol=1e-4, atol=1e-6):
+                return (
+                    f"the examples of {cell}, seed {seed}, have a mean of {found.mean():.6g}, not {value:.6g}"
+                )
+            table[cell, seed] = pd.Series(found, index=pd.Index(rows["id"]))
+    return table
+
+
+def _with_ranks(
+    cells: list[CellSummary], resampled: Resampled | None, descending: bool, level: float
+) -> list[CellSummary]:
+    ranked = [cell for cell in cells if len(cell.values) > 1]
+    if len(ranked) < 2:
+        return cells
+    columns = []
+    for cell in ranked:
+        drawn = (
+            np.stack([resampled.values[cell.name, seed] for seed in cell.values], 1)
+            if resampled
+            else np.array(list(cell.values.values()))
+        )
+        columns.append(np.concatenate([[cell.mean], resample_seeds(drawn)]))
+    ranks, intervals = rank_interval(np.stack(columns, 1), descending, level)
+    found = {
+        cell.name: (int(rank), interval)
+        for cell, rank, interval in zip(ranked, ranks, intervals, strict=True)
+    }
+    return [
+        CellSummary(
+            cell.name, cell.values, cell.mean, cell.interval, cell.statuses, *found.get(cell.name, ())
+        )
+        for cell in cells
+    ]
