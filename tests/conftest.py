@@ -2,7 +2,6 @@
 
 import os
 import socket
-from pathlib import Path
 
 # Of tiny tensors several threads only wait for each other, in the processes that tests start too.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -15,16 +14,6 @@ from lora_lab.testing import tiny_batch, tiny_model  # noqa: E402
 torch.set_num_threads(1)
 
 LOCAL = ("localhost", "127.0.0.1", "::1", "0.0.0.0", "")
-
-
-def pytest_collection_modifyitems(items):
-    """Marks the tests of `open_faults.txt` as expected failures: seen, said, and not mended yet."""
-    lines = (Path(__file__).parent / "open_faults.txt").read_text().splitlines()
-    known = dict(line.split(" | ", 1) for line in lines if line and not line.startswith("#"))
-    for item in items:
-        for start, reason in known.items():
-            if item.nodeid.startswith(start):
-                item.add_marker(pytest.mark.xfail(reason=reason, strict=False))
 
 
 @pytest.fixture(autouse=True, scope="session")

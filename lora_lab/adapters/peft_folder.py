@@ -49,6 +49,7 @@ HARMLESS = frozenset(
     # How the tensors started and were trained: the file holds the end of that.
     "init_weights init_ia3_weights init_lora_weights loftq_config eva_config corda_config lora_ga_config "
     "target_r tinit tfinal deltaT beta1 beta2 total_step r psoft_svd_lowrank_niter psoft_alpha "
+    "lambda_pattern "
     # Options of options that are off, and of another library's parallel maps.
     "megatron_config megatron_core qalora_group_size".split()
 )

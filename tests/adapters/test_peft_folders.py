@@ -107,7 +107,6 @@ REFUSED = {
     "layer_replication": lora(layer_replication=[[0, 1], [0, 2]]),
     "alora_invocation_tokens": lora(alora_invocation_tokens=[3, 4], task_type="CAUSAL_LM"),
     "peft_type": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
-    "lambda_pattern": peft.DeloraConfig(r=4, target_modules=["q_proj"], lambda_pattern={"q_proj": 3.0}),
     "bias": peft.OFTConfig(target_modules=["q_proj"], oft_block_size=5, r=0, bias="oft_only"),
 }
 

@@ -30,10 +30,20 @@ class ControlledRun:
     checkpoint: AdapterCheckpoint
 
 
-def fresh_model() -> MultiLayerPerceptron:
-    """Returns the perceptron 6 → 8 → 8 → 8 → 1 of every run, as it is before."""
+def fresh_model(uneven: bool = False) -> MultiLayerPerceptron:
+    """Returns the perceptron 6 → 8 → 8 → 8 → 1 of every run, as it is before.
+
+    Args:
+        uneven: make each hidden number twice as large as the one before it.
+    """
     torch.manual_seed(0)
-    return MultiLayerPerceptron(MultiLayerPerceptronConfig(sizes=[6, 8, 8, 8], num_labels=1))
+    model = MultiLayerPerceptron(MultiLayerPerceptronConfig(sizes=[6, 8, 8, 8], num_labels=1))
+    if uneven:
+        sizes = 2.0 ** torch.arange(-4, 4)
+        for layer in (model.layer1, model.layer2):
+            layer.weight.data.mul_(sizes.unsqueeze(1))
+            layer.bias.data.mul_(sizes)
+    return model
 
 
 def train(
@@ -47,6 +57,7 @@ def train(
     stop_after=None,
     folder=None,
     resume=False,
+    uneven=False,
     **optimization,
 ) -> ControlledRun:
     """Trains a perceptron 6 → 8 → 8 → 8 → 1 on batches of 8 rows an optimizer step.
@@ -57,8 +68,9 @@ def train(
         extra: callbacks that stand behind the controllers, or functions that make one for the adapters.
         stop_after: writes a checkpoint after so many steps, and stops one step later.
         resume: goes on from the folder's checkpoint.
+        uneven: see `fresh_model`.
     """
-    model = fresh_model()
+    model = fresh_model(uneven)
     spec.targets, spec.modules_to_save = LAYERS, ["layer4"]
     adapters = inject(model, spec)
     options = OptimizationConfig(**{"learning_rate": 0.01} | optimization)

@@ -73,12 +73,15 @@ class Trajectory(L.Callback):
         self.adapters = adapters
         self.steps: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] = []
         self.clipped = 0
+        self.gradients: dict[str, torch.Tensor] = {}
 
     def on_before_optimizer_step(self, *_):
         named = self.adapters.named_parameters().items()
         self.gradients = {name: p.grad.clone() for name, p in named}
 
-    def on_train_batch_end(self, *_):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.fit_loop._should_accumulate():
+            return  # more batches of this step are to come
         named = self.adapters.named_parameters().items()
         self.steps.append({name: (p.detach().clone(), self.gradients[name]) for name, p in named})
         self.clipped += any(not torch.equal(p.grad, self.gradients[name]) for name, p in named)
@@ -386,7 +389,9 @@ def test_a_target_above_the_start_is_refused(tmp_path):
 
 
 def test_silenced_components_may_come_back_until_the_last_decision(tmp_path):
-    flags = fit(tmp_path, adapter={"orth_reg_weight": 0.0}, deltaT=1, beta1=0.01, beta2=0.01).recorder.flags
+    # Steps so long that a silenced component has grown enough when the next decision comes.
+    steps = {"optimization": {"learning_rate": 0.1}, "deltaT": 1, "beta1": 0.3, "beta2": 0.3}
+    flags = fit(tmp_path, adapter={"orth_reg_weight": 0.0}, **steps).recorder.flags
     rows = [[flag for adapter in flags[step] for flag in adapter] for step in sorted(flags)]
     came_back = [
         step

@@ -1,5 +1,6 @@
 """Output evaluation: adapters kept, shared and dropped by what they add to outputs."""
 
+import math
 import os
 import subprocess
 import sys
@@ -38,26 +39,29 @@ from tests.adapters.tiny import linear, relative, shake
 from tests.callbacks.controlled import train
 
 TOLERANCE = 1e-6  # float32, relative to the greatest number
-STEPS, WARMUP = 10, 4
+ROWS, BATCH = 64, 6
+STEPS = math.ceil(ROWS / BATCH)
+"""The last of them has four rows; of two processes each takes two of these."""
+WARMUP = 4
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """64 short texts of unequal length, three quarters of them positive."""
+    """64 short texts of unequal length, three quarters of them negative."""
     generator = torch.Generator().manual_seed(0)
     made = []
-    for number in range(88):
+    for number in range(ROWS + 24):
         length = int(torch.randint(3, 14, (1,), generator=generator))
         letters = torch.randint(97, 105, (length,), generator=generator)
         made.append({"text": bytes(letters.tolist()).decode(), "label": "no" if number % 4 else "yes"})
     folder = tmp_path_factory.mktemp("rows")
-    pd.DataFrame(made[:64]).to_csv(folder / "train.csv", index=False)
-    pd.DataFrame(made[64:]).to_csv(folder / "validation.csv", index=False)
+    pd.DataFrame(made[:ROWS]).to_csv(folder / "train.csv", index=False)
+    pd.DataFrame(made[ROWS:]).to_csv(folder / "validation.csv", index=False)
     return folder
 
 
 def settings(rows, **changes):
-    """A run of ten steps on a random BERT of four layers of width 32, six texts a step."""
+    """A run of STEPS steps on a random BERT of four layers of width 32, six texts a step."""
     made = {
         "model": {
             "name": "random:bert",
@@ -72,7 +76,7 @@ def settings(rows, **changes):
             "train": str(rows / "train.csv"),
             "validation": str(rows / "validation.csv"),
             "label": "label",
-            "batch_size": 6,
+            "batch_size": BATCH,
             "max_length": 16,
         },
         "adapter": {"method": "lora", "rank": 4, "alpha": 16.0},
@@ -523,7 +527,7 @@ def test_two_processes_equal_one_with_the_doubled_batch_before_and_after_the_dec
     path = tmp_path / "experiment.yaml"
     path.write_text(yaml.safe_dump({"name": "drop", "output": str(tmp_path), **settings(rows)}))
     found = []
-    for overrides in (["data.batch_size=6"], ["data.batch_size=3", "trainer.devices=2"]):
+    for overrides in ([], [f"data.batch_size={BATCH // 2}", "trainer.devices=2"]):
         options = [*overrides, f"run={len(found)}", f"controllers.output_evaluation.share={share}"]
         if len(found) == 0:
             experiment.run(compose(path, options))

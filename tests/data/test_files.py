@@ -55,13 +55,14 @@ def test_every_format_gives_the_same_data(write, encoder_tokenizer, suffix):
 
 def test_classification_batches_have_the_promised_shapes(write, encoder_tokenizer):
     data = build(encoder_tokenizer, train=write("a.csv", ROWS), label="label", batch_size=8)
-    for batch in data.train_dataloader():
+    batches = list(data.train_dataloader())
+    assert sorted(len(batch["labels"]) for batch in batches) == [4, 8, 8, 8, 8]  # of 36 rows
+    for batch in batches:
         rows, time = batch["input_ids"].shape
-        assert rows == 8
         assert batch["attention_mask"].shape == batch["token_type_ids"].shape == (rows, time)
         assert batch["attention_mask"].sum(1).max() == time
         assert torch.equal(batch["attention_mask"] == 0, batch["input_ids"] == encoder_tokenizer.pad_token_id)
-        assert (batch["labels"].dtype, batch["labels"].shape) == (torch.int64, (8,))
+        assert (batch["labels"].dtype, batch["labels"].shape) == (torch.int64, (rows,))
         word = encoder_tokenizer.convert_tokens_to_ids("good")
         assert torch.equal((batch["input_ids"] == word).any(1).long(), batch["labels"])
 

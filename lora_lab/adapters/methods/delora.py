@@ -97,7 +97,6 @@ def _write_config(spec: DeLoRASpec) -> dict[str, Any]:
 
 
 def _read_config(config: dict[str, Any]) -> dict[str, Any]:
-    # PEFT's lambda_pattern says where λ started; the file's tensors say where it is.
     return {
         "rank": config["r"],
         "delora_lambda": float(config["delora_lambda"]),
