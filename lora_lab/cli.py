@@ -1,4 +1,4 @@
-"""The command line: `lora-lab train | evaluate | methods | describe | fetch`."""
+"""The command line: `lora-lab train | evaluate | merge | export | combine | methods | describe | fetch`."""
 
 from __future__ import annotations
 
@@ -96,6 +96,40 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.set_defaults(command=_evaluate)
 
+    source = "the folder of a finished run, or of an adapter"
+    merge = commands.add_parser("merge", help="write base and adapter as one plain model")
+    merge.add_argument("source", metavar="RUN|ADAPTER", type=Path, help=source)
+    merge.add_argument("--out", type=Path, required=True, help="the new model's folder")
+    merge.add_argument("--base", metavar="MODEL", help="the base model, as model.name")
+    merge.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="type of the weights")
+    merge.add_argument("--shard-size", default="5GB", help="size of the largest file (%(default)s)")
+    merge.set_defaults(command=_merge)
+
+    export = commands.add_parser("export", help="write an adapter as plain LoRA, or as PEFT has it")
+    export.add_argument("source", metavar="RUN|ADAPTER", type=Path, help=source)
+    export.add_argument("--out", type=Path, required=True, help="the new adapter's folder")
+    export.add_argument(
+        "--as", dest="form", choices=("lora", "peft"), default="lora", help="the form (%(default)s)"
+    )
+    _add_size(export)
+    export.add_argument("--active-rank", type=int, help="the rank of a method of nested ranks (dylora)")
+    export.add_argument("--base", metavar="MODEL", help="the base model, as model.name")
+    export.set_defaults(command=_export)
+
+    combine = commands.add_parser("combine", help="mix several adapters of one base into one LoRA")
+    combine.add_argument("sources", metavar="RUN|ADAPTER", type=Path, nargs="+", help=source)
+    combine.add_argument("--out", type=Path, required=True, help="the new adapter's folder")
+    combine.add_argument(
+        "--method", default="weighted", help="weighted, cat, svd, ties, dare, magnitude_prune"
+    )
+    combine.add_argument("--weights", type=float, nargs="+", help="one for each (a mean without them)")
+    _add_size(combine)
+    combine.add_argument("--density", type=float, help="share of the numbers that ties, dare, … keep")
+    combine.add_argument("--seed", type=int, default=0, help="of dare's draws (%(default)s)")
+    combine.add_argument("--heads", type=_heads, help="whose task head: 1, 2, … or average")
+    combine.add_argument("--base", metavar="MODEL", help="the base model, as model.name")
+    combine.set_defaults(command=_combine)
+
     methods = commands.add_parser("methods", help="list methods and controllers")
     methods.set_defaults(command=_methods)
 
@@ -109,6 +143,17 @@ def _parser() -> argparse.ArgumentParser:
     fetch.add_argument("assets", nargs="*", metavar="ASSET", help="names; without one, list what there is")
     fetch.set_defaults(command=_fetch)
     return parser
+
+
+def _add_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rank", type=int, help="the most components of a module")
+    parser.add_argument(
+        "--energy", type=float, default=1.0, help="share of each update's squared norm to keep (%(default)s)"
+    )
+
+
+def _heads(text: str) -> int | str:
+    return text if text == "average" else int(text)
 
 
 # Imports stand inside the commands: torch and transformers take seconds, which `--help` must not cost.
@@ -145,6 +190,40 @@ def _evaluate(options: argparse.Namespace) -> None:
     from lora_lab.report.tables import metrics_table
 
     Console().print(metrics_table(evaluate(options.run, options.overrides), str(options.run)))
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from lora_lab.artifacts import merge
+
+    out = merge(options.source, options.out, options.base, options.dtype, options.shard_size)
+    Console().print(f"Model folder: {out}", soft_wrap=True)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from lora_lab.artifacts import export
+    from lora_lab.report.tables import conversion_table
+
+    form, limits = options.form, (options.rank, options.energy, options.active_rank)
+    Console().print(conversion_table(export(options.source, options.out, form, *limits, options.base)))
+
+
+def _combine(options: argparse.Namespace) -> None:
+    from lora_lab.artifacts import combine
+    from lora_lab.report.tables import conversion_table
+
+    mixed = combine(
+        options.sources,
+        options.out,
+        options.weights,
+        options.method,
+        options.rank,
+        options.energy,
+        options.density,
+        options.seed,
+        options.heads,
+        options.base,
+    )
+    Console().print(conversion_table(mixed))
 
 
 def _methods(options: argparse.Namespace) -> None:

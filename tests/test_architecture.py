@@ -27,6 +27,7 @@ ORDER = [
     "config",
     "experiment",
     "statistics",
+    "artifacts",
     "report",
     "bench",
     "testing",

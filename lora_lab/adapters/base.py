@@ -30,6 +30,7 @@ from lora_lab.adapters.sites import Site, site_spec
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.rank import narrows, widened
+from lora_lab.linalg.updates import Update
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,17 @@ class Adapter(nn.Module):
         """
         return []
 
+    def update(self) -> Update:
+        """Returns W' − W in thin factors, and b' − b.
+
+        Raises:
+            IncompatibleError: if it is no linear map that the adapter edits.
+        """
+        raise IncompatibleError(
+            f"{type(self).__name__} on a {type(self.base).__name__} has no update of a matrix, which factors "
+            "could express. Keep the adapter as it is, or merge it."
+        )
+
     def merged_module(self) -> nn.Module:
         """Returns a new plain module that computes what base and adapter compute together."""
         raise IncompatibleError(
@@ -335,6 +347,19 @@ class LinearAdapter(Adapter):
         """Returns W' − W, in float32 or wider."""
         weight = widened(matrix(self.base))
         return self.adapted_weight(weight) - weight
+
+    @torch.no_grad()
+    def update(self) -> Update:
+        """See `Adapter.update`: by the singular values of W' − W."""
+        return Update.of_matrix(self.delta_weight(), self._bias_shift())
+
+    def _bias_shift(self) -> Float[Tensor, " out"] | None:
+        own: Tensor | None = self.base.bias
+        adapted = self.adapted_bias(None if own is None else widened(own))
+        if adapted is None or own is None:
+            return adapted
+        shift = adapted - widened(own)
+        return shift if shift.any() else None
 
     def singular_values(self) -> Float[Tensor, " k"]:
         """Returns the singular values of W' − W in falling order."""

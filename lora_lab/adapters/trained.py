@@ -14,6 +14,7 @@ from torch.func import functional_call
 from lora_lab.adapters.base import Adapter
 from lora_lab.adapters.maps import is_linear
 from lora_lab.linalg.rank import widened
+from lora_lab.linalg.updates import Update
 
 
 class TrainedCopy(Adapter):
@@ -87,6 +88,14 @@ class TrainedCopy(Adapter):
         if not is_linear(self.base):
             return None
         return torch.linalg.svdvals(widened(self.trained.weight) - widened(self.base.weight))
+
+    @torch.no_grad()
+    def update(self) -> Update:
+        """See `Adapter.update`; for a linear map alone."""
+        if not is_linear(self.base):
+            return super().update()
+        shift = None if self.base.bias is None else widened(self.trained.bias) - widened(self.base.bias)
+        return Update.of_matrix(widened(self.trained.weight) - widened(self.base.weight), shift)
 
     def peft_tensors(self) -> dict[str, Tensor]:
         """Returns the module's tensors under its own names."""

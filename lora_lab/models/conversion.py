@@ -82,7 +82,7 @@ def _layout(model: nn.Module, path: str) -> tuple[int, dict[str, int]]:
     return pairs, {"query": heads // pairs * width, "key": width, "value": width}
 
 
-def save_model(model: PreTrainedModel, folder: str | Path) -> None:
+def save_model(model: PreTrainedModel, folder: str | Path, shard_size: str = "50GB") -> None:
     """Writes config and weights as a folder that `from_pretrained` and `ModelConfig.name` open.
 
     Split projections are joined again, and quantised maps are written dequantised. GPT-2's layers get back
@@ -92,6 +92,7 @@ def save_model(model: PreTrainedModel, folder: str | Path) -> None:
     Args:
         model: A model of `build_model` without adapters (merged or never injected).
         folder: Created where it does not exist.
+        shard_size: Size of the largest file, "500MB".
 
     Raises:
         CheckpointError: If the folder cannot be written.
@@ -117,7 +118,7 @@ def save_model(model: PreTrainedModel, folder: str | Path) -> None:
     for path in _transposed_layers(model):
         weights[f"{path}.weight"] = weights[f"{path}.weight"].T.contiguous()
     try:
-        model.save_pretrained(folder, state_dict=weights)
+        model.save_pretrained(folder, state_dict=weights, max_shard_size=shard_size)
     except OSError as error:
         raise CheckpointError(
             f"the model cannot be written to {folder}: {error}; choose another folder"

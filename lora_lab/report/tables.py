@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_lab.adapters import METHODS
+from lora_lab.artifacts import Converted
 from lora_lab.callbacks import CONTROLLERS
 from lora_lab.report.descriptions import REQUIRED, describe, known
 
@@ -46,6 +47,17 @@ def metrics_table(metrics: Mapping[str, float], title: str) -> Table:
     """Shows metrics by name."""
     table = _facts(title)
     _add_metrics(table, metrics)
+    return table
+
+
+def conversion_table(converted: Converted) -> Table:
+    """Shows the rank of each module in a new LoRA, and what was lost."""
+    table = Table(title=str(converted.folder), title_justify="left", box=SIMPLE)
+    table.add_column("module", overflow="fold")
+    table.add_column("rank", justify="right")
+    table.add_column("relative error", justify="right")
+    for path, rank in converted.ranks.items():
+        table.add_row(path, str(rank), f"{converted.errors[path]:.2g}")
     return table
 
 

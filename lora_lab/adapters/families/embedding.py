@@ -20,6 +20,7 @@ from lora_lab.adapters.base import Adapter, PeftLayout
 from lora_lab.adapters.families.low_rank import ScaledSpec, filled, resized
 from lora_lab.adapters.protocols import Growable, RankAllocatable
 from lora_lab.linalg.rank import product_singular_values, widened
+from lora_lab.linalg.updates import Update
 
 
 class LowRankEmbedding(Adapter, RankAllocatable, Growable):
@@ -52,6 +53,11 @@ class LowRankEmbedding(Adapter, RankAllocatable, Growable):
     def delta_weight(self) -> Float[Tensor, "vocabulary width"]:
         """Returns W' − W."""
         return self.scale * (self.B @ self.A).T
+
+    @torch.no_grad()
+    def update(self) -> Update:
+        """Returns the factors of Wᵀ' − Wᵀ, (width, vocabulary)."""
+        return Update(widened(self.B) * self.scale, widened(self.A))
 
     def singular_values(self) -> Float[Tensor, " k"]:
         return abs(self.scale) * product_singular_values(self.B, self.A)

@@ -26,6 +26,7 @@ from lora_lab.adapters.spec import LowRankSpec
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.kaiming import kaiming_uniform
 from lora_lab.linalg.rank import product_singular_values, widened
+from lora_lab.linalg.updates import Update
 
 
 @dataclass
@@ -129,6 +130,12 @@ class LowRankAdapter(AdditiveAdapter, Droppable):
         # The scale goes onto the (..., rank) product: a pass over the (..., out) output costs far more.
         hidden = project(self.base, self.dropout(x), right) * (self.scale * self.active)
         return mix(self.base, hidden, left)
+
+    @torch.no_grad()
+    def update(self) -> Update:
+        """See `Adapter.update`: the factors as they are."""
+        left, right = self.factors()
+        return Update(widened(left) * (self.scale * self.active), widened(right), self._bias_shift())
 
     def singular_values(self) -> Float[Tensor, " k"]:
         return abs(self.scale) * self.active * product_singular_values(*self.factors())

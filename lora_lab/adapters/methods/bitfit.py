@@ -19,6 +19,7 @@ from lora_lab.adapters.base import Adapter, PeftLayout
 from lora_lab.adapters.maps import is_linear
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.linalg.rank import widened
+from lora_lab.linalg.updates import Update
 
 
 @dataclass
@@ -65,6 +66,14 @@ class BitFit(Adapter):
         """Shifts the base's output."""
         y = self.base(x)
         return (y + self.delta).to(y.dtype)
+
+    @torch.no_grad()
+    def update(self) -> Update:
+        """See `Adapter.update`: of the bias alone."""
+        if isinstance(self.base, nn.LayerNorm):
+            return super().update()
+        rows, columns = self.base.weight.shape
+        return Update(self.delta.new_zeros(rows, 0), self.delta.new_zeros(0, columns), self.delta.detach())
 
     @torch.no_grad()
     def merged_module(self) -> nn.Module:

@@ -1,0 +1,246 @@
+"""A mixture of stored adapters as one LoRA.
+
+The sum of weighted updates is exact in ΔW itself, whatever methods and ranks they have; where it is cut to a
+rank, the error is measured. The others change single numbers of ΔW before they add:
+
+    weighted         Σ wᵢ ΔWᵢ
+    cat              the same, its components those of the sources side by side
+    svd              the same, cut to `rank` or `energy`
+    magnitude_prune  of each source the largest numbers alone, the rest 0
+    dare             of each number a draw: 0 with probability 1 − density, else divided by density
+                     (Yu et al. 2024, arXiv:2311.03099)
+    ties             the largest numbers of each source; of these, those of the sign that has the greater sum;
+                     of these the mean (Yadav et al. 2023, arXiv:2306.01708)
+
+The largest numbers are those of all modules of a source together, as TIES has it, not of each matrix. PEFT
+trims factor by factor or matrix by matrix; its `linear` adds A and B, which is no sum of updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lora_lab.adapters.storage import load_adapter
+from lora_lab.artifacts.converting import Converted, as_lora, check_size, store, updates
+from lora_lab.artifacts.opening import Source, open_source
+from lora_lab.errors import ConfigError, IncompatibleError
+from lora_lab.linalg.updates import Update
+
+Method = Literal["weighted", "cat", "svd", "ties", "dare", "magnitude_prune"]
+SPARSE = ("ties", "dare", "magnitude_prune")
+
+State = Mapping[str, Tensor]
+
+
+def combine(
+    paths: Sequence[Path],
+    out: Path,
+    weights: Sequence[float] | None = None,
+    method: Method = "weighted",
+    rank: int | None = None,
+    energy: float = 1.0,
+    density: float | None = None,
+    seed: int = 0,
+    heads: int | Literal["average"] | None = None,
+    base: str | None = None,
+) -> Converted:
+    """Writes a mixture of stored adapters as one LoRA.
+
+    Args:
+        paths: folders of runs or adapters, all on the same base model.
+        out: the new adapter's folder.
+        weights: the factor of each source; None means 1 / number of sources each, and 1 each for `ties`,
+            which takes a mean by itself.
+        method: how they are mixed.
+        rank: the most components of a module; None sets no limit.
+        energy: the share of each mixture's squared norm to keep, in (0, 1].
+        density: the share of numbers that `ties`, `dare` and `magnitude_prune` keep, in [0, 1].
+        seed: of the draws of `dare`.
+        heads: whose modules trained whole (task heads) the mixture has: the number of a source, counted from
+            1, or their weighted average; None where no two sources differ in them.
+        base: the base model, as `model.name`.
+
+    Raises:
+        ConfigError: if a setting is out of range or has no meaning here.
+        IncompatibleError: if the sources belong to different models, or differ in their heads and `heads` is
+            None.
+    """
+    check_size(rank, energy)
+    weights = _checked(paths, weights, method, rank, energy, density)
+    sources = [open_source(path, base) for path in paths]
+    for source in sources[1:]:
+        if source.model != sources[0].model:
+            raise IncompatibleError(
+                f"{source.path} belongs to another base model or task than {sources[0].path} "
+                f"({source.model.name}, {sources[0].model.name}). Mix adapters of one base."
+            )
+    model = sources[0].build().eval()
+    found, trained = [], []
+    for source in sources:
+        adapters = load_adapter(model, source.adapter)
+        found.append(updates(adapters))
+        trained.append(
+            {
+                f"{path}.{name}": tensor.clone()
+                for path, copy in adapters.saved.items()
+                for name, tensor in copy.peft_tensors().items()
+            }
+        )
+        if source is not sources[-1]:
+            adapters.remove()
+    head = _head(sources, trained, weights, heads)
+    if method in SPARSE:
+        assert density is not None
+        mixed = _sparse_mixture(found, weights, method, density, seed)
+    else:
+        mixed = {
+            path: Update.sum(*_present(path, found, weights))
+            for path in dict.fromkeys(path for own in found for path in own)
+        }
+    cut = {path: (update, 0.0) for path, update in mixed.items()}
+    if method != "cat":
+        cut = {path: update.truncated(rank, energy) for path, update in mixed.items()}
+    lora = as_lora(adapters, {path: update for path, (update, _) in cut.items()})
+    with torch.no_grad():
+        for path, copy in lora.saved.items():
+            own = copy.peft_tensors()
+            copy.load_peft_tensors({name: head[f"{path}.{name}"] for name in own})
+    store(lora, out, sources[0])
+    ranks = {path: update.rank for path, (update, _) in cut.items()}
+    return Converted(out, ranks, {path: error for path, (_, error) in cut.items()})
+
+
+def _checked(
+    paths: Sequence[Path],
+    weights: Sequence[float] | None,
+    method: str,
+    rank: int | None,
+    energy: float,
+    density: float | None,
+) -> Sequence[float]:
+    if len(paths) < 2:
+        raise ConfigError("combine: needs two adapters at least.")
+    if method not in get_args(Method):
+        raise ConfigError(f"--method: must be one of {', '.join(get_args(Method))}; got {method!r}")
+    if (density is None) == (method in SPARSE):
+        who = (
+            f"{method} needs the share of numbers to keep" if density is None else f"{method} keeps them all"
+        )
+        raise ConfigError(f"--density: {who}; it belongs to {', '.join(SPARSE)}.")
+    if density is not None and not (0 < density <= 1 or (density == 0 and method != "dare")):
+        raise ConfigError(
+            f"--density: must lie in [0, 1], and above 0 for dare, which divides by it; got {density}"
+        )
+    if method == "svd" and rank is None and energy == 1:
+        raise ConfigError("--method svd: needs --rank or --energy; `weighted` is the whole sum.")
+    if method == "cat" and (rank is not None or energy < 1):
+        raise ConfigError("--method cat: keeps all components; --rank and --energy go with the others.")
+    if weights is None:
+        return [1.0 if method == "ties" else 1 / len(paths)] * len(paths)
+    if len(weights) != len(paths):
+        raise ConfigError(f"--weights: needs one for each adapter, {len(paths)}; got {len(weights)}")
+    return weights
+
+
+def _present(
+    path: str, found: Sequence[Mapping[str, Update]], weights: Sequence[float]
+) -> tuple[list[Update], list[float]]:
+    """Returns the updates of one module and their weights; a source without an adapter there adds nothing."""
+    pairs = [(own[path], weight) for own, weight in zip(found, weights, strict=True) if path in own]
+    return [update for update, _ in pairs], [weight for _, weight in pairs]
+
+
+def _sparse_mixture(
+    found: Sequence[Mapping[str, Update]], weights: Sequence[float], method: str, density: float, seed: int
+) -> dict[str, Update]:
+    """Mixes whole updates number by number; biases count as numbers like all others."""
+    vectors = [_whole(own) for own in found]
+    generator = torch.Generator().manual_seed(seed)
+    kept = []
+    for vector, weight in zip(vectors, weights, strict=True):
+        if method == "dare":
+            names, drawn = list(vector), {}
+            for name in names:
+                flags = torch.rand(vector[name].shape, generator=generator) < density
+                drawn[name] = vector[name] * flags / density * weight
+            kept.append(drawn)
+        else:
+            kept.append({name: tensor * weight for name, tensor in largest(vector, density).items()})
+    mixed = {}
+    for name in dict.fromkeys(name for vector in kept for name in vector):
+        stacked = torch.stack([vector[name] for vector in kept if name in vector])
+        mixed[name] = elected_mean(stacked) if method == "ties" else stacked.sum(0)
+    return {
+        path: Update.of_matrix(mixed[path], mixed.get(f"{path}.bias"))
+        for path in dict.fromkeys(path for own in found for path in own)
+    }
+
+
+def largest(vector: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
+    """Returns tensors with all but the largest of their numbers zeroed, counted over all of them together.
+
+    Args:
+        vector: name → tensor, of any shapes.
+        density: the share to keep, in [0, 1]; the count is rounded, and equal numbers at its border stay.
+    """
+    sizes = torch.cat([tensor.abs().flatten() for tensor in vector.values()])
+    count = round(density * len(sizes))
+    if not count:
+        return {name: torch.zeros_like(tensor) for name, tensor in vector.items()}
+    border = sizes.kthvalue(len(sizes) - count + 1).values
+    return {name: tensor * (tensor.abs() >= border) for name, tensor in vector.items()}
+
+
+def elected_mean(stacked: Tensor) -> Tensor:
+    """Returns for each number the mean of the sources that agree with the elected sign, as TIES does.
+
+    Args:
+        stacked: (sources, …); a 0 takes no part.
+    """
+    agree = (stacked.sign() == stacked.sum(0).sign()) & (stacked != 0)
+    return (stacked * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
+def _whole(found: Mapping[str, Update]) -> dict[str, Tensor]:
+    whole = {path: update.matrix() for path, update in found.items()}
+    return whole | {f"{path}.bias": own.bias for path, own in found.items() if own.bias is not None}
+
+
+def _head(
+    sources: Sequence[Source],
+    trained: Sequence[State],
+    weights: Sequence[float],
+    heads: int | Literal["average"] | None,
+) -> State:
+    alike = all(
+        own.keys() == trained[-1].keys()
+        and all(torch.equal(tensor, trained[-1][name]) for name, tensor in own.items())
+        for own in trained
+    )
+    if alike:
+        return trained[-1]
+    if heads is None:
+        raise IncompatibleError(
+            "the adapters have task heads or other whole modules that differ, and no sum of updates mixes "
+            "them. Say whose the mixture has: --heads 1 (the first source's), 2, …, or average"
+        )
+    if any(own.keys() != trained[-1].keys() for own in trained):
+        raise IncompatibleError("the adapters train different modules whole; only adapters of one head mix.")
+    if heads != "average":
+        if not 1 <= heads <= len(sources):
+            raise ConfigError(f"--heads: must be a source's number, 1 to {len(sources)}; got {heads}")
+        return trained[heads - 1]
+    total = sum(weights)
+    if not total:
+        raise ConfigError("--heads average: the weights add up to 0, which has no mean.")
+    mean = dict(trained[0])
+    for name, tensor in mean.items():
+        if tensor.is_floating_point():
+            parts = [own[name] * (weight / total) for own, weight in zip(trained, weights, strict=True)]
+            mean[name] = torch.stack(parts).sum(0)
+    return mean

@@ -1,0 +1,164 @@
+"""Any adapter of linear maps as a plain LoRA: exact where its update has the rank, else the nearest."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lora_lab.adapters.injection import AdapterSet, place
+from lora_lab.adapters.methods.lora import LoRASpec
+from lora_lab.adapters.protocols import NestedRank
+from lora_lab.adapters.sites import exact_targets
+from lora_lab.adapters.storage import save_adapter
+from lora_lab.artifacts.opening import Source, open_adapter, open_source
+from lora_lab.errors import ConfigError, IncompatibleError
+from lora_lab.linalg.updates import Update
+from lora_lab.tasks import TASKS
+
+
+@dataclass(frozen=True)
+class Converted:
+    """An adapter folder made from others."""
+
+    folder: Path
+    ranks: Mapping[str, int]
+    """Path → components in the file."""
+    errors: Mapping[str, float]
+    """Path → ‖ΔW − ΔW of the file‖_F / ‖ΔW‖_F."""
+
+
+def export(
+    path: Path,
+    out: Path,
+    form: Literal["peft", "lora"] = "lora",
+    rank: int | None = None,
+    energy: float = 1.0,
+    active_rank: int | None = None,
+    base: str | None = None,
+) -> Converted:
+    """Writes a stored adapter in another form.
+
+    Args:
+        path: the folder of a finished run, or of an adapter of a language model.
+        out: the new adapter's folder.
+        form: `lora`, a plain LoRA that any library opens; `peft`, the method's own form.
+        rank: the most components of a module; None sets no limit.
+        energy: the share of each ‖ΔW‖²_F to keep, in (0, 1].
+        active_rank: the rank at which a method of nested ranks is exported; None takes the stored one.
+        base: the base model, as `model.name`.
+
+    Raises:
+        ConfigError: if a setting is out of range or has no meaning here.
+        IncompatibleError: if the adapter has no such form.
+    """
+    check_size(rank, energy)
+    if form == "peft" and (rank is not None or energy < 1):
+        raise ConfigError("export: --rank and --energy cut a LoRA; a method's own form is written as it is.")
+    source = open_source(path, base)
+    _, adapters = open_adapter(source)
+    if active_rank is not None:
+        _activate(adapters, active_rank)
+    if form == "peft":
+        layout = type(next(iter(adapters))).peft if len(adapters) else None
+        if layout is None or layout.peft_type is None:
+            raise IncompatibleError(
+                f"{path}: PEFT has no method like {adapters.spec.method}. Export it as a LoRA: --as lora"
+            )
+        store(adapters, out, source)
+        ranks = {name: adapter.rank or 0 for name, adapter in adapters.items()}
+        return Converted(out, ranks, dict.fromkeys(ranks, 0.0))
+    cut = {name: update.truncated(rank, energy) for name, update in updates(adapters).items()}
+    lora = as_lora(adapters, {name: update for name, (update, _) in cut.items()})
+    store(lora, out, source)
+    ranks = {name: update.rank for name, (update, _) in cut.items()}
+    return Converted(out, ranks, {name: error for name, (_, error) in cut.items()})
+
+
+def check_size(rank: int | None, energy: float) -> None:
+    """Checks what limits a LoRA's size.
+
+    Raises:
+        ConfigError: if it is out of range.
+    """
+    if rank is not None and rank < 1:
+        raise ConfigError(f"--rank: must be at least 1; got {rank}")
+    if not 0 < energy <= 1:
+        raise ConfigError(f"--energy: must lie in (0, 1]; got {energy}")
+
+
+def updates(adapters: AdapterSet) -> dict[str, Update]:
+    """Returns what each adapter adds to its map, by path.
+
+    Raises:
+        IncompatibleError: if one of them edits no linear map.
+    """
+    found = {}
+    for path, adapter in adapters.items():
+        try:
+            found[path] = adapter.update()
+        except IncompatibleError as error:
+            raise IncompatibleError(f"{path}: {error}") from error
+    return found
+
+
+@torch.no_grad()
+def as_lora(adapters: AdapterSet, found: Mapping[str, Update]) -> AdapterSet:
+    """Puts plain LoRA of given updates in the places of adapters; modules trained whole are kept.
+
+    Args:
+        adapters: what stands in the model; it is removed.
+        found: path → update; its paths may differ from those of the adapters.
+    """
+    trained = {path: copy.trained.state_dict() for path, copy in adapters.saved.items()}
+    model = adapters.remove()
+    # PEFT has no rank of 0: what is not changed gets one component of zeros.
+    ranks = {path: max(1, update.rank) for path, update in found.items()}
+    general = Counter(ranks.values()).most_common(1)[0][0]
+    others = {path: rank for path, rank in ranks.items() if rank != general}
+    spec = LoRASpec(
+        targets=exact_targets(list(found), dict(model.named_modules())),
+        rank=general,
+        alpha=float(general),  # a scale of 1
+        rank_pattern={f"^{_escaped(path)}": rank for path, rank in others.items()},
+        alpha_pattern={f"^{_escaped(path)}": float(rank) for path, rank in others.items()},
+        modules_to_save=list(trained),
+        lora_bias=any(update.bias is not None for update in found.values()),
+    )
+    lora = place(model, spec)
+    adapter: Any
+    for path, adapter in lora.items():
+        update = found[path]
+        adapter.A.zero_()[: update.rank] = update.right
+        adapter.B.zero_()[:, : update.rank] = update.left
+        if update.bias is not None:
+            adapter.c.copy_(update.bias)
+    for path, state in trained.items():
+        copy: Any = lora.saved[path]
+        copy.trained.load_state_dict(state)
+    return lora
+
+
+def store(adapters: AdapterSet, folder: Path, source: Source) -> None:
+    """Writes adapters with the name of the base that they belong to."""
+    name = source.model.source().public_name
+    save_adapter(adapters, folder, name, TASKS[source.model.task].peft_type)
+
+
+def _escaped(path: str) -> str:
+    return path.replace(".", r"\.")
+
+
+def _activate(adapters: AdapterSet, rank: int) -> None:
+    nested = adapters.implementing(NestedRank)
+    if not nested:
+        raise ConfigError(
+            f"--active-rank: {adapters.spec.method} has no nested ranks to choose from; dylora has. --rank "
+            "cuts any method."
+        )
+    for adapter in nested.values():
+        adapter.active_rank = rank

@@ -1,0 +1,103 @@
+"""A stored adapter and the base it belongs to: of a run's folder, or of an adapter's and a base's name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lora_lab.adapters.storage import CONFIG, load_adapter
+from lora_lab.config.compose import compose
+from lora_lab.documents import DocumentError, read_json
+from lora_lab.errors import CheckpointError, ConfigError
+from lora_lab.experiment import build_parts
+from lora_lab.experiment.folder import Record, RunFolder
+from lora_lab.models.build import ModelConfig, build_model
+from lora_lab.tasks import TASKS
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a stored adapter lies, and which model it belongs to."""
+
+    path: Path
+    """As the user named it."""
+
+    adapter: Path
+    """The adapter's folder."""
+
+    model: ModelConfig
+    record: Record | None
+    """The record of the run that trained it; None for an adapter by itself."""
+
+    run: Path | None
+
+    def build(self) -> PreTrainedModel:
+        """Returns the base model, not adapted.
+
+        Raises:
+            LabError: if the model or the data that say its number of classes cannot be had.
+        """
+        if self.run is None or TASKS[self.model.task].causal:
+            return build_model(self.model)
+        config = compose(self.run / "config.yaml", stored=True)
+        config.model = self.model
+        model: Any = build_parts(config)[0]
+        return model
+
+
+def open_source(path: Path, base: str | None = None, dtype: str | None = None) -> Source:
+    """Finds a stored adapter and says which model it belongs to; neither is read yet.
+
+    Args:
+        path: the folder of a finished run, or of an adapter.
+        base: the base model, as `model.name`; None takes the run's, or the one that the adapter names.
+        dtype: the type of the base's weights; None takes the run's.
+
+    Raises:
+        CheckpointError: if there is no finished run and no adapter.
+        ConfigError: if nothing says which model it belongs to.
+    """
+    run = next((folder for folder in (path, path.parent) if (folder / "run.json").is_file()), None)
+    if run is None and not (path / CONFIG).is_file():
+        raise CheckpointError(f"{path}: holds neither a run nor an adapter ({CONFIG}). Name such a folder.")
+    record = None
+    if run is not None:
+        folder = RunFolder(run)
+        record, adapter = folder.read(), folder.adapter
+        if record is None or record["status"] != "finished":
+            state = "nothing" if record is None else f"'{record['status']}'"
+            raise CheckpointError(f"{run}: is no finished run, its status is {state}. Let it finish first.")
+        model = compose(folder.config, stored=True).model
+    else:
+        adapter, model = path, _named_base(path, base)
+    if base is not None:
+        model.name, model.revision = base, None
+    if dtype is not None:
+        model.dtype = dtype  # type: ignore[assignment]
+    return Source(path, adapter, model, record, run)
+
+
+def open_adapter(source: Source) -> tuple[PreTrainedModel, Any]:
+    """Returns a source's model and its adapters, which stand in it."""
+    model = source.build().eval()
+    return model, load_adapter(model, source.adapter)
+
+
+def _named_base(path: Path, base: str | None) -> ModelConfig:
+    try:
+        config = read_json(path / CONFIG)
+    except DocumentError as error:
+        raise CheckpointError(f"{path / CONFIG}: cannot be read ({error}).") from error
+    named = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if base is None and not isinstance(named, str):
+        raise ConfigError(f"{path}: does not name the model that it belongs to. Name it: --base MODEL")
+    kinds = {task.peft_type: name for name, task in TASKS.items() if task.causal}
+    if config.get("task_type") not in kinds:
+        raise ConfigError(
+            f"{path}: is an adapter of a classifier or an unknown task by itself, and does not say how its "
+            "model was built. Name the folder of the run that trained it."
+        )
+    return ModelConfig(name=base or str(named), task=kinds[config["task_type"]])

@@ -1,0 +1,115 @@
+"""merge, export and combine on the folders of real runs."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from lora_lab.adapters.storage import load_adapter
+from lora_lab.cli import main
+from lora_lab.models.build import ModelConfig, build_model
+
+TEXTS = ["a good film", "what a bore", "well made and moving", "not worth the time", "fine", "no"]
+
+
+def trained(folder, model, name, *settings):
+    """Trains one run of a few steps; returns its folder."""
+    lines = [json.dumps({"text": text, "label": index % 2}) for index, text in enumerate(TEXTS * 2)]
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    task, label = ("causal_lm", "") if "gpt2" in model else ("sequence_classification", ", label: label")
+    (folder / "experiment.yaml").write_text(
+        f"name: trial\noutput: {folder / 'runs'}\nmodel: {{name: '{model}', task: {task}}}\n"
+        f"data: {{source: files, train: {folder / 'rows.jsonl'}, batch_size: 4, max_length: 16{label}}}\n"
+        "adapter: {method: lora, rank: 4, targets: all-linear}\n"
+        "optimization: {learning_rate: 0.05}\ntrainer: {max_steps: 4}\ntracking: {wandb: disabled}\n"
+    )
+    arguments = ["train", str(folder / "experiment.yaml"), f"run={name}", *settings]
+    assert main(arguments) == 0
+    return folder / "runs" / "trial" / name
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A model folder of GPT-2, whose layers lie transposed on the disk, with a tokenizer."""
+    from lora_lab.models.build import build_tokenizer
+    from lora_lab.models.conversion import save_model
+
+    folder = tmp_path_factory.mktemp("base") / "gpt2"
+    config = ModelConfig(name="random:gpt2", task="causal_lm")
+    torch.manual_seed(0)
+    save_model(build_model(config), folder)
+    build_tokenizer(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return [trained(folder, str(base), "one"), trained(folder, str(base), "two", "seed=7", "adapter.rank=3")]
+
+
+def stored_logits(base, adapter):
+    model = build_model(ModelConfig(name=str(base), task="causal_lm")).eval()
+    load_adapter(model, adapter)
+    with torch.no_grad():
+        return model(input_ids=torch.arange(5, 17)[None]).logits
+
+
+def test_a_merged_run_opens_in_transformers_alone(base, runs, tmp_path, capsys):
+    out = tmp_path / "merged"
+    assert main(["merge", str(runs[0]), "--out", str(out), "--shard-size", "20KB"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(out).eval()
+    with torch.no_grad():
+        merged = model(input_ids=torch.arange(5, 17)[None]).logits
+    torch.testing.assert_close(merged, stored_logits(base, runs[0] / "adapter"), atol=1e-5, rtol=1e-5)
+    assert len(list(out.glob("*.safetensors"))) > 1
+    assert (out / "tokenizer_config.json").is_file()
+    card = (out / "README.md").read_text()
+    assert "lora adapter" in card
+    assert "validation" in card or "train/loss" in card
+    assert main(["merge", str(runs[0]), "--out", str(out)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_a_classifier_keeps_its_head(tmp_path):
+    run = trained(tmp_path, "random:bert", "one", "adapter.targets=[query]", "data.max_length=12")
+    assert main(["merge", str(run), "--out", str(tmp_path / "merged")]) == 0
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert model.config.num_labels == 2
+
+
+def test_exports_and_mixtures_are_the_functions_that_they_claim(base, runs, tmp_path, capsys):
+    both = [stored_logits(base, run / "adapter") for run in runs]
+    assert main(["export", str(runs[0]), "--out", str(tmp_path / "lora")]) == 0
+    assert "relative error" in capsys.readouterr().out
+    torch.testing.assert_close(stored_logits(base, tmp_path / "lora"), both[0], atol=1e-5, rtol=1e-5)
+    for weights, expected in ((["1", "0"], both[0]), (["0", "1"], both[1])):
+        out = tmp_path / f"mixed{weights[0]}"
+        assert main(["combine", *map(str, runs), "--out", str(out), "--weights", *weights]) == 0
+        torch.testing.assert_close(stored_logits(base, out), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["export", "RUN", "--rank", "0"], "--rank: must be at least 1"),
+        (["export", "RUN", "--energy", "1.5"], "--energy: must lie in"),
+        (["export", "RUN", "--as", "peft", "--rank", "2"], "cut a LoRA"),
+        (["export", "RUN", "--active-rank", "2"], "no nested ranks"),
+        (["export", "NOTHING"], "neither a run nor an adapter"),
+        (["combine", "RUN"], "two adapters at least"),
+        (["combine", "RUN", "RUN", "--method", "mean"], "--method: must be one of"),
+        (["combine", "RUN", "RUN", "--method", "ties"], "share of numbers"),
+        (["combine", "RUN", "RUN", "--density", "0.5"], "keeps them all"),
+        (["combine", "RUN", "RUN", "--method", "dare", "--density", "0"], "above 0 for dare"),
+        (["combine", "RUN", "RUN", "--method", "svd"], "needs --rank or --energy"),
+        (["combine", "RUN", "RUN", "--weights", "1"], "one for each adapter"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_nothing_written(runs, tmp_path, capsys, arguments, message):
+    out = tmp_path / "out"
+    places = {"RUN": str(runs[0]), "NOTHING": str(tmp_path)}
+    assert main([places.get(word, word) for word in arguments] + ["--out", str(out)]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()

@@ -1,0 +1,144 @@
+"""Adapters as plain LoRA, and mixtures of them: against ΔW itself, dense decompositions and PEFT."""
+
+import warnings
+
+import numpy as np
+import peft
+import pytest
+import torch
+
+from lora_lab.adapters import METHODS, inject
+from lora_lab.adapters.methods.lora import LoRASpec
+from lora_lab.adapters.storage import load_adapter, save_adapter
+from lora_lab.artifacts.combining import _sparse_mixture, elected_mean, largest
+from lora_lab.artifacts.converting import as_lora, updates
+from lora_lab.errors import IncompatibleError
+from lora_lab.linalg.updates import Update
+from tests.adapters.test_storage import OPTIONS
+from tests.adapters.tiny import linear, logits, relative, shake, tiny_bert, tiny_llama
+
+LINEAR = [name for name in METHODS if name not in ("reft", "head")]
+
+
+def drawn(rows=13, columns=17, rank=5, seed=0, bias=False):
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (torch.randn(shape, generator=generator) for shape in ((rows, rank), (rank, columns)))
+    return Update(left, right, torch.randn(rows, generator=generator) if bias else None)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_every_method_becomes_a_lora_that_peft_opens(name, tmp_path):
+    spec = METHODS[name].Spec(**OPTIONS.get(name, {}))
+    if not isinstance(spec.targets, list):
+        spec.targets = "all-linear"
+    model = tiny_llama() if name == "clover" else tiny_bert()
+    adapters = inject(model, spec)
+    shake(adapters)
+    expected = logits(model)
+    found = updates(adapters)
+    cut = {path: update.truncated() for path, update in found.items()}
+    assert max(error for _, error in cut.values()) < 1e-5
+    lora = as_lora(adapters, {path: update for path, (update, _) in cut.items()})
+    assert relative(logits(model), expected) < 1e-5
+    task = "CAUSAL_LM" if name == "clover" else "SEQ_CLS"
+    save_adapter(lora, tmp_path / "lora", "base", task)
+
+    fresh = tiny_llama() if name == "clover" else tiny_bert()
+    load_adapter(fresh, tmp_path / "lora")
+    assert relative(logits(fresh), expected) < 1e-5
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base = tiny_llama() if name == "clover" else tiny_bert()
+        opened = peft.PeftModel.from_pretrained(base, tmp_path / "lora")
+    assert relative(logits(opened), expected) < 1e-5
+
+
+def test_what_edits_no_linear_map_is_refused_by_its_path():
+    for spec in (METHODS["reft"].Spec(rank=4), METHODS["full"].Spec()):
+        adapters = inject(tiny_bert(), spec)
+        with pytest.raises(IncompatibleError, match=r"bert\.\S+: .*no update of a matrix"):
+            updates(adapters)
+
+
+def test_factors_are_the_update_for_layers_of_every_kind():
+    model = torch.nn.Sequential(torch.nn.Embedding(11, 6), torch.nn.Conv1d(6, 4, 3), torch.nn.Linear(5, 7))
+    adapters = inject(model, LoRASpec(rank=3, targets="all", modules_to_save=[], lora_bias=False))
+    shake(adapters)
+    tokens = torch.arange(7)[None]
+
+    def output():
+        hidden = model[0](tokens).mT
+        return model[2](model[1](hidden))
+
+    expected = output()
+    as_lora(adapters, updates(adapters))
+    assert relative(output(), expected) < 1e-5
+
+
+@pytest.mark.parametrize(("rank", "energy"), [(3, 1.0), (None, 0.9), (2, 0.9), (40, 1.0)])
+def test_truncation_is_the_optimum_of_the_dense_decomposition(rank, energy):
+    update = Update.sum([drawn(seed=1), drawn(seed=2, rank=4, bias=True)], [0.7, -2.0])
+    dense = (0.7 * drawn(seed=1).matrix() - 2.0 * drawn(seed=2, rank=4).matrix()).double().numpy()
+    assert np.allclose(update.matrix().numpy(), dense, atol=1e-5)
+    S = np.linalg.svd(dense, compute_uv=False)
+    share = np.cumsum(S**2) / np.sum(S**2)
+    sufficient = 9 if energy == 1 else int(np.argmax(share >= energy)) + 1
+    expected = min(rank or 99, sufficient)
+    cut, error = update.truncated(rank, energy)
+    assert cut.rank == expected
+    assert error == pytest.approx(np.sqrt(np.sum(S[expected:] ** 2) / np.sum(S**2)), abs=1e-6)
+    residual = np.linalg.norm(cut.matrix().double().numpy() - dense) / np.linalg.norm(dense)
+    assert residual == pytest.approx(error, abs=2e-6)
+
+
+def test_a_rank_can_be_chosen_of_nested_ones():
+    model = linear()
+    adapters = inject(model, METHODS["dylora"].Spec(rank=4, targets=["0"], modules_to_save=[]))
+    shake(adapters)
+    adapter = next(iter(adapters))
+    adapter.active_rank = 2
+    expected = adapter.spec.alpha / 2 * (adapter.B[:, :2] @ adapter.A[:2])
+    found = updates(adapters)["0"]
+    assert found.rank == 2
+    assert relative(found.matrix(), expected) < 1e-6
+
+
+def test_three_adaptations_of_weight_a_third_add_up():
+    """The seed's mixture: W0 + 0.3 · (three updates)."""
+    three = [drawn(seed=seed, rank=rank) for seed, rank in ((1, 2), (2, 3), (3, 5))]
+    mixed, error = Update.sum(three, [0.3] * 3).truncated()
+    expected = 0.3 * sum(update.matrix() for update in three)
+    assert error < 1e-6
+    assert relative(mixed.matrix(), expected) < 1e-6
+
+
+def test_ties_dare_and_pruning_give_the_numbers_worked_out_by_hand():
+    # The 3 largest of 6 over both matrices: 5, −4, 3.
+    first = {"a": torch.tensor([[5.0, -1.0], [2.0, -4.0]]), "b": torch.tensor([3.0, 0.5])}
+    kept = largest(first, 0.5)
+    assert kept["a"].tolist() == [[5.0, 0.0], [0.0, -4.0]]
+    assert kept["b"].tolist() == [3.0, 0.0]
+    assert not any(tensor.any() for tensor in largest(first, 0.0).values())
+    # Signs by sum: + + − and a tie; the mean of those that agree.
+    stacked = torch.tensor([[3.0, 1.0, -1.0, 2.0], [1.0, -0.5, -3.0, -2.0], [-2.0, 0.0, 1.0, 0.0]])
+    assert elected_mean(stacked).tolist() == [2.0, 1.0, -2.0, 0.0]
+
+    one = Update.of_matrix(torch.tensor([[4.0, -1.0], [2.0, 8.0]]))
+    other = Update.of_matrix(torch.tensor([[-2.0, 6.0], [1.0, 2.0]]))
+    ties = _sparse_mixture([{"x": one}, {"x": other}], [1.0, 1.0], "ties", 0.5, 0)["x"].matrix()
+    # Kept: 4, 8 of the first; −2 (equal to 2, which stays too), 6, 2 of the other.
+    assert torch.allclose(ties, torch.tensor([[4.0, 6.0], [0.0, 5.0]]), atol=1e-5)
+    pruned = _sparse_mixture([{"x": one}, {"x": other}], [0.5, 0.5], "magnitude_prune", 0.25, 0)["x"].matrix()
+    assert torch.allclose(pruned, torch.tensor([[0.0, 3.0], [0.0, 4.0]]), atol=1e-5)
+
+
+def test_dare_keeps_the_expectation_and_a_share_of_density():
+    update = Update.of_matrix(torch.randn(60, 50, generator=torch.Generator().manual_seed(4)))
+    draws = torch.stack(
+        [_sparse_mixture([{"x": update}], [2.0], "dare", 0.4, seed)["x"].matrix() for seed in range(60)]
+    )
+    whole = 2 * update.matrix()
+    shares = (draws.abs() > 1e-4).float().mean()
+    assert shares == pytest.approx(0.4, abs=0.01)
+    kept = draws.abs() > 1e-4
+    assert torch.allclose(draws[kept], (whole / 0.4).expand_as(draws)[kept], atol=1e-4)
