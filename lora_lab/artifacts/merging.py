@@ -6,8 +6,8 @@ from pathlib import Path
 
 from lora_lab.adapters.injection import AdapterSet
 from lora_lab.artifacts.opening import Source, open_adapter, open_source
+from lora_lab.documents.writing import new_folder
 from lora_lab.errors import CheckpointError
-from lora_lab.files import new_folder
 from lora_lab.models.build import build_tokenizer
 from lora_lab.models.conversion import save_model
 

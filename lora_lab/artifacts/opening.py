@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from lora_lab.adapters.storage import CONFIG, load_adapter
 from lora_lab.config.compose import compose
-from lora_lab.documents import DocumentError, read_json
+from lora_lab.documents.reading import DocumentError, read_json
 from lora_lab.errors import CheckpointError, ConfigError
 from lora_lab.experiment import build_parts
 from lora_lab.experiment.folder import Record, RunFolder
