@@ -7,11 +7,13 @@ import resource
 import signal
 import time
 import warnings
+from contextlib import contextmanager
 
 import lightning as L
 import psutil
 import pytest
 import torch
+import wandb
 from safetensors.torch import load_file
 
 from lora_lab import experiment
@@ -25,6 +27,7 @@ from lora_lab.experiment.folder import RunFolder
 from lora_lab.tracking import MetricsFile, read_metrics
 from lora_lab.training.stopping import Interruption
 from tests.survival import rows
+from tests.wandb_file import offline_folders
 
 CONFIG = """
 name: life
@@ -363,3 +366,55 @@ def test_a_fault_of_wandb_is_warned_of_once_and_costs_nothing(config, monkeypatc
     assert json.loads(result.folder.record.read_text())["status"] == "finished"
     assert len([row for row in read_metrics(result.folder.path) if "train/loss" in row]) == STEPS
     assert weights(result.folder)
+
+
+def test_a_service_of_wandb_that_hangs_is_waited_for_no_longer_than_said(config, monkeypatch):
+    """It is stopped, not ended: without a limit the end of the run would wait for it for ever."""
+
+    def stop():
+        (service,) = [c for c in psutil.Process().children() if c.name() == "wandb-core"]
+        service.suspend()
+
+    act_at(monkeypatch, 3, stop)
+    monkeypatch.setattr("lora_lab.tracking.loggers.ANSWER_SECONDS", 1.5)
+    wandb.teardown()
+    begun = time.monotonic()
+    with pytest.warns(UserWarning, match=r"tracking: W&B failed") as caught:
+        result = run(compose(config, ["run=one", "tracking.wandb=offline"]))
+    assert time.monotonic() - begun < 30
+    assert len([warning for warning in caught if "tracking:" in str(warning.message)]) == 1
+    assert json.loads(result.folder.record.read_text())["status"] == "finished"
+    assert len([row for row in read_metrics(result.folder.path) if "train/loss" in row]) == STEPS
+    monkeypatch.undo()
+    other = run(compose(config, ["run=two", "tracking.wandb=offline"]))  # it has a service again
+    assert len(offline_folders(other.folder.path)) == 1
+
+
+@contextmanager
+def freed(limit_files):
+    """Lifts the limit when the block ends: pytest writes files too."""
+    try:
+        yield
+    finally:
+        limit_files(None)
+
+
+def test_a_run_whose_disk_takes_nothing_any_more_does_not_stay_running(config, monkeypatch, limit_files):
+    act_at(monkeypatch, 3, lambda: limit_files(0))
+    with (
+        pytest.warns(UserWarning, match="the record cannot say how the run has ended"),
+        pytest.raises(CheckpointError, match="adapter: could not be written"),
+        freed(limit_files),
+    ):
+        run(compose(config, ["run=one"]))
+    folder = RunFolder.of(compose(config, ["run=one"]))
+    record = folder.read()
+    assert (record["status"], record["error"]) == (
+        "failed",
+        "the folder could not be written to when the run ended",
+    )
+    monkeypatch.undo()
+    again, whole = run(compose(config, ["run=one"])), run(compose(config, ["run=whole"]))
+    assert again.record["status"] == "finished"
+    assert same(again.folder, whole.folder)
+    assert not folder.failure.exists()

@@ -7,6 +7,7 @@ runs/<experiment>/<run>/
     checkpoints/     last.ckpt, to continue from
     adapter/         PEFT's two files and lora_lab.yaml
     wandb/           W&B's files
+    .failed.json     the record of a run that could not even write how it ended
     .lock            held by the process that writes to the folder
     .owner.json      which process that is, or was
 """
@@ -46,10 +47,11 @@ FILES = (
     f"adapter/{TENSORS}",
     f"adapter/{OWN}",
     ".reserve",
+    ".failed.json",
 )
 """What a run writes beside its record and W&B's files."""
 
-WANDB_FILES = re.compile(r"(offline-)?run-\d{8}_\d{6}-\w+|latest-run|debug(-\w+)*\.log")
+WANDB_FILES = re.compile(r"(offline-)?run-\d{8}_\d{6}-[\w-]+|latest-run|debug(-\w+)*\.log")
 LOCK, OWNER = ".lock", ".owner.json"
 
 
@@ -94,6 +96,11 @@ class RunFolder:
         """Space on the disk that is kept free for the adapter."""
         return self.path / ".reserve"
 
+    @property
+    def failure(self) -> Path:
+        """The record of a failed run, which takes its place where nothing can be written any more."""
+        return self.path / ".failed.json"
+
     def read(self) -> Record | None:
         """Returns the record, or None where there is no run yet.
 
@@ -121,6 +128,21 @@ class RunFolder:
         """
         write_text(self.record, json.dumps(_finite(record), indent=2, allow_nan=False) + "\n")
 
+    def prepare_failure(self, record: Record) -> None:
+        """Writes the record that `write_failure` puts in place.
+
+        Raises:
+            CheckpointError: if the folder cannot be written to.
+        """
+        error = "the folder could not be written to when the run ended"
+        record = {**record, "status": "failed", "error": error}
+        write_text(self.failure, json.dumps(_finite(record), indent=2, allow_nan=False) + "\n")
+
+    def write_failure(self) -> None:
+        """Says in the record that the run has failed; a full disk, which takes no more writing, renames."""
+        with suppress(OSError):  # the folder has gone, or may be read only
+            os.replace(self.failure, self.record)
+
     def check_free(self) -> None:
         """Makes sure that a folder which holds no run has no files that a run would write over.
 
@@ -145,7 +167,9 @@ class RunFolder:
         wandb = self.path / "wandb"
         for path in wandb.iterdir() if wandb.is_dir() else ():
             if WANDB_FILES.fullmatch(path.name):
-                path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
+                path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(
+                    path, ignore_errors=True
+                )
         for folder in (wandb, self.path / "checkpoints", self.adapter):
             with suppress(OSError):  # it holds something else, or is not there
                 folder.rmdir()

@@ -119,6 +119,7 @@ class OpenRun:
             self.folder.checkpoint.parent.mkdir(exist_ok=True)
             tensors = adapters.state_dict().values()
             self.folder.reserve_space(SPARE_BYTES + sum(tensor.nbytes for tensor in tensors))
+            self.folder.prepare_failure(self.record)
             self.folder.write(self.record)
         self.loggers = build_loggers(
             self.config.tracking,
@@ -147,6 +148,7 @@ class OpenRun:
         self.record["status"] = "finished"
         if trainer.is_global_zero:
             self.folder.write(self.record)
+            self.folder.failure.unlink(missing_ok=True)
         return RunResult(self.folder, self.record, fresh=True)
 
     def fail(self, error: BaseException) -> None:
@@ -164,8 +166,10 @@ class OpenRun:
             self.release_space()
             try:
                 self.folder.write(self.record)
+                self.folder.failure.unlink(missing_ok=True)
             except CheckpointError as fault:  # it must not hide the error that ended the run
-                warnings.warn(f"the record still says that the run is running: {fault}", stacklevel=2)
+                self.folder.write_failure()
+                warnings.warn(f"the record cannot say how the run has ended: {fault}", stacklevel=2)
         close_loggers(self.loggers, failed=True)
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from lora_lab.tracking.loggers import delete_earlier
 from lora_lab.tracking.metrics_file import MetricsFile
 
 
@@ -36,12 +35,4 @@ def replay(rows: Sequence[dict[str, Any]], loggers: Iterable[Logger], until_step
             for row in kept:
                 metrics = {name: value for name, value in row.items() if name != "step"}
                 logger.log_metrics(metrics, row["step"])
-            _delete_earlier(logger.experiment)
-
-
-def _delete_earlier(run: wandb.Run) -> None:
-    """Deletes the offline folders that earlier processes left for the same run."""
-    current = Path(run.sync_dir)
-    for folder in current.parent.glob(f"offline-run-*-{run.id}"):
-        if folder != current:
-            shutil.rmtree(folder, ignore_errors=True)
+            delete_earlier(Path(logger.experiment.sync_dir), logger.experiment.id)

@@ -7,9 +7,12 @@ training goes on.
 from __future__ import annotations
 
 import hashlib
+import shutil
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,8 @@ STEP = "trainer/global_step"
 """W&B's horizontal axis, by the name that Lightning gives it."""
 FINISH_SECONDS = 60
 """How long the end of a run waits for W&B's server, and for its file to be whole."""
+ANSWER_SECONDS = 90
+"""How long a call waits for W&B's service. More than the end of a run, which has its own limit, may take."""
 
 
 class TolerantWandbLogger(WandbLogger):
@@ -38,7 +43,13 @@ class TolerantWandbLogger(WandbLogger):
         self._failed = False
 
     def attempt(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
-        """Calls; the first fault is warned of, and the others are not."""
+        """Calls; the first fault is warned of, and the others are not.
+
+        W&B waits without limit for a service that hangs; ended, it is a fault like others.
+        """
+        watch = threading.Timer(ANSWER_SECONDS, _end_service)
+        watch.daemon = True
+        watch.start()
         try:
             call(*arguments, **options)
         except Exception as error:  # W&B's service has exceptions of many kinds
@@ -48,6 +59,8 @@ class TolerantWandbLogger(WandbLogger):
                     stacklevel=2,
                 )
             self._failed = True
+        finally:
+            watch.cancel()
 
     @rank_zero_only
     def log_metrics(self, *arguments: Any, **options: Any) -> None:
@@ -182,10 +195,38 @@ def _start(
 def _finish(run: wandb.Run, failed: bool) -> None:
     """Ends W&B's run, and waits for its service: that writes the last rows after `finish` has returned."""
     path = Path(run.settings.sync_file).resolve()
-    run.finish(exit_code=int(failed))
     deadline = time.monotonic() + FINISH_SECONDS
+    run.finish(exit_code=int(failed))
     while _is_open(path) and time.monotonic() < deadline:
         time.sleep(0.01)
+    if run.offline:
+        # Once more: the service of a process that was killed writes on for a moment.
+        delete_earlier(path.parent, run.id)
+
+
+def delete_earlier(current: Path, own_id: str) -> None:
+    """Deletes the offline folders that earlier processes left for the same run.
+
+    Args:
+        current: this process's folder, which stays.
+        own_id: W&B's id of the run.
+    """
+    # W&B numbers the folders of processes that started in the same second.
+    for name in (own_id, f"{own_id}-[0-9]*"):
+        for folder in current.parent.glob(f"offline-run-*-{name}"):
+            if folder.resolve() != current.resolve():
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_service() -> None:
+    """Ends W&B's service: nothing waits for it any more, and the process's next run starts another."""
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):  # it has ended by itself
+            if child.name() == "wandb-core":
+                child.kill()
+                child.wait(5)
+    with suppress(Exception):  # that the connection is lost
+        wandb.teardown()
 
 
 def _is_open(path: Path) -> bool:

@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import wandb
@@ -198,16 +197,18 @@ def test_a_killed_run_goes_on_with_each_row_exactly_once(tmp_path):
     rows = read_metrics(tmp_path)
     assert rows == some_rows(40)
     (before,) = offline_folders(tmp_path)
-    while time.strftime("%Y%m%d_%H%M%S") in before.name:  # W&B names folders by the second
-        time.sleep(0.1)
+    # W&B numbers the folder of a process that starts in the same second.
+    numbered = before.rename(before.with_name(f"{before.name}-1"))
+    numbered.with_name("offline-run-20260101_000000-other-1").mkdir()  # another run's
     loggers = logs(tmp_path)
     replay(rows, loggers, until_step=30)
     assert read_metrics(tmp_path) == some_rows(40)[:30]
     write(loggers, some_rows(60)[30:])
     close_loggers(loggers)
     assert read_metrics(tmp_path) == some_rows(60)
-    (after,) = offline_folders(tmp_path)
-    assert after != before
+    other, after = offline_folders(tmp_path)
+    assert other.name.endswith("other-1")
+    assert after != numbered
     offline = read_offline_run(after)
     assert plain(offline.history) == some_rows(60)
     assert offline.id == run_id(OFFLINE, "trial", "one")
