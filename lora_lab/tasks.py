@@ -6,9 +6,9 @@ loss; the metrics, and the one by which runs are compared. To add a task, add an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -156,6 +156,18 @@ TASKS: dict[str, Task] = {
     )
 }
 """Every task by the name that `model.task` gives."""
+
+
+def name_classes(config: Any, names: Sequence[str]) -> None:
+    """Writes the names of a classifier's classes into its model's config, where it has room for as many.
+
+    Args:
+        config: of transformers, or None.
+        names: in the order of the outputs; none change nothing.
+    """
+    if names and getattr(config, "num_labels", None) == len(names):
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
 
 
 def task_faults(name: str) -> list[str]:

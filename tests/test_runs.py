@@ -33,6 +33,8 @@ RECORD = {
     "trainable_parameters",
     "total_parameters",
     "data_fingerprint",
+    "data",
+    "label_names",
     "packages",
     "python",
     "git_commit",

@@ -14,12 +14,13 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
@@ -37,8 +38,11 @@ from lora_lab.documents.structured import fill
 from lora_lab.documents.writing import new_folder
 from lora_lab.errors import CheckpointError
 from lora_lab.linalg.norms import nonfinite
+from lora_lab.tasks import name_classes
 
 CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", "lora_lab.yaml"
+CLASSES = "classes"
+"""Key of `lora_lab.yaml`: the names of a classifier's classes in the order of its outputs."""
 
 UNREADABLE = "cannot be read as the spec of a method"
 READ_INSTEAD = f"Delete the file to read {CONFIG} instead."
@@ -51,6 +55,7 @@ def save_adapter(
     folder: str | os.PathLike[str],
     base_model: str | None = None,
     task_type: str | None = None,
+    label_names: Sequence[str] = (),
 ) -> None:
     """Writes an adapter folder, whole or not at all.
 
@@ -59,6 +64,7 @@ def save_adapter(
         folder: where; an older folder of this name is replaced.
         base_model: hub name or path of the base, for PEFT's Auto classes.
         task_type: PEFT's `SEQ_CLS` or `CAUSAL_LM`, for the same.
+        label_names: names of a classifier's classes in the order of its outputs.
 
     Raises:
         CheckpointError: if the folder cannot be written to, or holds anything but an adapter.
@@ -92,7 +98,9 @@ def save_adapter(
             save_file(tensors, fresh / TENSORS, metadata={"format": "pt"})
             (fresh / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             own = {"adapter": asdict(spec)} | {name: told for name, told in structure.items() if told}
-            (fresh / OWN).write_text(OmegaConf.to_yaml(OmegaConf.create(own)))
+            # Apart: a name may look like a reference to another value.
+            names = yaml.safe_dump({CLASSES: list(label_names)}, allow_unicode=True) if label_names else ""
+            (fresh / OWN).write_text(OmegaConf.to_yaml(OmegaConf.create(own)) + names, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder}: could not be written ({error}); nothing was changed there."
@@ -101,6 +109,8 @@ def save_adapter(
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterSet:
     """Puts the adapters of a folder, ours or PEFT's, into a model.
+
+    The names of a classifier's classes, where the folder has them, go into the model's config.
 
     Args:
         model: the base model; it is left as it was if anything is wrong.
@@ -121,8 +131,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterSet
     if (folder / OWN).is_file():
         own = _read_own(folder / OWN)
         spec = _own_spec(own, folder / OWN)
+        names = _label_names(own, folder / OWN)
     else:
-        own = {}
+        own, names = {}, []
         foreign = _read_foreign(model, folder / CONFIG, shapes)
         spec = foreign.spec
     _check_size(model, spec, shapes, folder)
@@ -162,7 +173,30 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterSet
         adapters.remove()
         raise
     adapters.spec = spec
+    name_classes(getattr(model, "config", None), names)
     return adapters
+
+
+def read_label_names(folder: str | os.PathLike[str]) -> list[str]:
+    """Returns the names of the classes of a stored classifier in the order of its outputs.
+
+    They are empty for other tasks, for PEFT's folders, and for folders that were written before the names
+    were.
+
+    Raises:
+        CheckpointError: if `lora_lab.yaml` cannot be read, or holds something else there.
+    """
+    path = Path(folder) / OWN
+    return _label_names(_read_own(path), path) if path.is_file() else []
+
+
+def _label_names(own: Mapping[str, Any], path: Path) -> list[str]:
+    names = texts(own.get(CLASSES) or [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{path}: `{CLASSES}` must be a list of names; copy the folder again.")
+    if len(set(names)) < len(names):
+        raise CheckpointError(f"{path}: `{CLASSES}` holds a name twice; copy the folder again.")
+    return names
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -227,7 +261,7 @@ def _read_own(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {UNREADABLE} ({error}). {READ_INSTEAD}") from error
     if not isinstance(own, dict) or not isinstance(own.get("adapter"), dict):
         raise CheckpointError(f"{path}: {UNREADABLE} (it has no `adapter` with fields). {READ_INSTEAD}")
-    if references(own):
+    if references({name: value for name, value in own.items() if name != CLASSES}):
         raise CheckpointError(f"{path}: {UNREADABLE} ('{references(own)[0]}' is no value). {READ_INSTEAD}")
     return own
 

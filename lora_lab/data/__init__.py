@@ -4,6 +4,10 @@ To add a source: write a config class with `faults` and `load` (or, for text, `c
 add it to `DATA_SOURCES`.
 """
 
+import logging
+from collections.abc import Sequence
+
+from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedTokenizerBase
 
 from lora_lab.data.config import DataConfig
@@ -35,6 +39,8 @@ DATA_SOURCES: dict[str, type[DataConfig]] = {
 }
 """All data sources by the name that `data.source` takes."""
 
+log = logging.getLogger(__name__)
+
 
 def check_data(config: DataConfig, task: str) -> list[str]:
     """Returns all faults that are seen without loading data, each with its key; empty if there are none."""
@@ -42,15 +48,21 @@ def check_data(config: DataConfig, task: str) -> list[str]:
 
 
 def build_data(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase | None, task: str, seed: int
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    task: str,
+    seed: int,
+    label_names: Sequence[str] = (),
 ) -> TaskData:
-    """Reads, checks, splits and tokenises the data.
+    """Reads, checks, splits and tokenises the data; logs how many texts were cut, and rows that splits share.
 
     Args:
         config: Options of one source.
         tokenizer: Of the model; None for models without text.
         task: A key of TASKS.
         seed: Of the run, at least 0; decides the order of the training examples, not the split.
+        label_names: The classes of a stored model in the order of their ids; empty to find them in the
+            training rows.
 
     Raises:
         DataError: If options or data are at fault.
@@ -59,4 +71,12 @@ def build_data(
     faults = check_data(config, task)
     if faults:
         raise DataError("; ".join(faults))
-    return TaskData(config, config.load(tokenizer, task), task, seed)
+    data = TaskData(config, config.load(tokenizer, task, label_names), task, seed)
+    _log_remarks(data)
+    return data
+
+
+@rank_zero_only
+def _log_remarks(data: TaskData) -> None:
+    for remark in data.remarks():
+        log.warning("data: %s", remark)

@@ -1,11 +1,15 @@
 """What every data source is asked for, and what it answers with."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
+
+LONGEST = 2**24
+"""Tokens of an example at most: far above what any model reads, and below what a tokenizer can count."""
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,10 @@ class Split:
     """Map-style: index -> one example's tensors, without a batch axis."""
     lengths: Tensor
     """Tokens of each example, `(examples,)`; decides which examples share a batch."""
+    cut: int = 0
+    """Examples that lost tokens to `max_length`, at their end."""
+    also_in: dict[str, int] = field(default_factory=dict)
+    """Of each earlier split (`train`, for `test` also `validation`): examples whose texts are there too."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,11 @@ class DataConfig:
     test_limit: int | None = None
     """Examples kept of the test split after its seeded shuffle; all if empty."""
     validation_fraction: float = 0.1
-    """Share of the training rows set aside where the source has no validation split; above 0, below 1."""
+    """Share of the training rows set aside where the source has no validation split; above 0, below 1. For
+    classes each has its share."""
+    test_fraction: float = 0.0
+    """Share of the training rows set aside for testing where the source has no test split, likewise; 0 means
+    no test."""
     split_seed: int = 1234
     """Seed of splits and limits, at least 0; not the run's seed, so that all runs see the same rows."""
     bucket_by_length: bool = True
@@ -82,7 +94,25 @@ class DataConfig:
             faults.append(
                 f"data.validation_fraction: must be above 0 and below 1; got {self.validation_fraction}"
             )
+        elif not 0 <= self.test_fraction < 1 - self.validation_fraction:
+            faults.append(
+                "data.test_fraction: must be at least 0, and leave rows for training beside "
+                f"data.validation_fraction={self.validation_fraction}; got {self.test_fraction}"
+            )
+        if self.test_fraction and self.has_test_split:
+            faults.append(
+                f"data.test_fraction: '{self.source}' has a test split of its own; take out one of the two"
+            )
+        if self.split_seed >= 2**32:
+            faults.append(f"data.split_seed: must be below {2**32}; got {self.split_seed}")
+        if self.max_length > LONGEST:
+            faults.append(f"data.max_length: must be at most {LONGEST:,}; got {self.max_length}")
         return faults
+
+    @property
+    def has_test_split(self) -> bool:
+        """Whether the source gives test rows by itself."""
+        return True
 
     def limit(self, split: str) -> int | None:
         """Returns the limit of `train`, `validation` or `test`."""
@@ -90,8 +120,16 @@ class DataConfig:
             split
         ]
 
-    def load(self, tokenizer: PreTrainedTokenizerBase | None, task: str) -> Splits:
+    def load(
+        self, tokenizer: PreTrainedTokenizerBase | None, task: str, label_names: Sequence[str] = ()
+    ) -> Splits:
         """Reads, checks, splits and tokenises the examples; same result for the same options.
+
+        Args:
+            tokenizer: Of the model; None for models without text.
+            task: A key of TASKS.
+            label_names: The classes of a stored model in the order of their ids; empty to find them in the
+                training rows.
 
         Raises:
             DataError: If the examples are missing, broken or do not suit the task.

@@ -7,7 +7,7 @@ import pandas as pd
 
 from lora_lab.assets import fetch
 from lora_lab.data.examples import Columns
-from lora_lab.data.table import Table, read_table, read_tsv
+from lora_lab.data.table import Table, read_delimited, read_table
 from lora_lab.data.text import TextConfig, shuffled, without_duplicates
 from lora_lab.errors import suggest
 from lora_lab.tasks import TASKS
@@ -30,7 +30,7 @@ def read_ratings() -> Table:
     """Returns the VADER film sentences with their mean human rating, -4 to 4 (Hutto and Gilbert, 2014)."""
     path = fetch("vader") / "movieReviewSnippets_GroundTruth.txt"
     # The file has no header: its first line, read as one, is an example like all others.
-    frame = read_tsv(path)
+    frame = read_delimited(path, "\t", quotes=False)
     rows = [frame.columns.tolist(), *frame.to_numpy().tolist()]
     frame = pd.DataFrame(rows, columns=["id", "label", "text"], index=range(1, len(rows) + 1))
     return Table(frame, str(path))

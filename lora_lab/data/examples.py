@@ -16,7 +16,9 @@ from lora_lab.errors import DataError
 from lora_lab.tasks import TASKS
 
 NAMES_SHOWN = 10
-NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
+CHARACTERS_SHOWN = 80
+EXACT = 2**53
+"""Below it a float holds every whole number."""
 
 
 @dataclass(frozen=True)
@@ -31,39 +33,62 @@ class Columns:
     """Text before the one to learn; causal language modelling only."""
 
 
+def shown(value: Any) -> str:
+    """Returns how a message writes a value: long ones are cut."""
+    text = repr(value)
+    return text if len(text) <= CHARACTERS_SHOWN else f"{text[:CHARACTERS_SHOWN]}…"
+
+
+def _half_character(text: str) -> bool:
+    """Whether a text has a lone surrogate, half of a character, which no tokenizer or file takes."""
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def texts_of(table: Table, column: str, required: bool = True) -> list[str]:
     """Returns the column's texts.
 
     Raises:
-        DataError: If a value is not text, or is blank although `required`.
+        DataError: If a value is not text, has half of a character, or is blank although `required`.
     """
     values = table.column(column)
     for row, value in values.items():
-        if isinstance(value, str) and (value.strip() or not required):
+        if not isinstance(value, str):
+            what = f"holds {shown(value)}, which is not text"
+        elif required and not value.strip():
+            what = "is blank"
+        elif _half_character(value):
+            what = "has half of a character (a lone surrogate such as \\ud83d, often from a text cut short)"
+        else:
             continue
-        what = "is blank" if isinstance(value, str) else f"holds {value!r}, which is not text"
         raise DataError(f"{table.origin}: row {row}: text column '{column}' {what}; mend or remove the row")
     return values.tolist()
 
 
 def class_name(value: Any) -> str:
-    """Returns a label as the name of a class; a whole number in any notation (`1`, `1.0`) becomes `1`.
+    """Returns a label as the name of a class.
+
+    A text is its own name, without spaces around it: 007 is not 7. A number is written in full, and 1.0, also
+    as a text, is 1: programs write a column of whole numbers so where a value is missing.
 
     Raises:
         ValueError: If it stands for no class; says why.
     """
     if not pd.api.types.is_scalar(value):
-        raise ValueError(f"holds {value!r}; a class is a name or a whole number")
-    name = "" if pd.isna(value) else str(value).strip()
-    if not name:
+        raise ValueError(f"holds {shown(value)}; a class is a name or a whole number")
+    if pd.isna(value) or (isinstance(value, str) and not value.strip()):
         raise ValueError("is empty; mend or remove the row")
-    if not NUMBER.fullmatch(name):
-        return name
-    if not float(name).is_integer():
-        raise ValueError(f"holds {name}, which is not a class; for numbers set the task to regression")
-    if float(name) < 0:
+    if isinstance(value, float | np.floating) and abs(value) > EXACT:
+        raise ValueError(f"holds {value}, which is not exact at this size; write it as text or whole number")
+    name = str(value).strip()
+    if _half_character(name):
+        raise ValueError(f"holds {shown(name)}, which has half of a character; mend or remove the row")
+    if re.fullmatch(r"-[0-9]+(\.[0-9]*)?", name):
         raise ValueError(f"holds {name}; negative labels often stand for hidden ones. Remove such rows")
-    return str(int(float(name)))
+    if re.fullmatch(r"[0-9]+\.0*", name):
+        return name.partition(".")[0]
+    if re.fullmatch(r"[0-9]*\.[0-9]+", name):
+        raise ValueError(f"holds {name}, which is not a class; for numbers set the task to regression")
+    return name
 
 
 def numbers_of(table: Table, column: str) -> Tensor:
@@ -78,7 +103,7 @@ def numbers_of(table: Table, column: str) -> Tensor:
     for row, value, number in zip(labels.index, labels, numbers, strict=True):
         if not np.isfinite(number):
             raise DataError(
-                f"{table.origin}: row {row}: label column '{column}' holds {value!r}; "
+                f"{table.origin}: row {row}: label column '{column}' holds {shown(value)}; "
                 "regression needs a finite number in every row"
             )
     return torch.from_numpy(numbers)
@@ -88,16 +113,31 @@ def class_names_of(table: Table, column: str) -> pd.Series:
     """Returns each row's class as a name.
 
     Raises:
-        DataError: If a label is missing, negative or a fraction.
+        DataError: If a label is missing, negative or a fraction, or if two labels of different kinds (1 and
+            "1", true and "True") would have one name.
     """
     labels = table.column(column)
     names = []
+    first: dict[str, tuple[str, Any, Any]] = {}
     for row, value in labels.items():
         try:
-            names.append(class_name(value))
+            name = class_name(value)
         except ValueError as fault:
             raise DataError(f"{table.origin}: row {row}: label column '{column}' {fault}") from None
+        kind, earlier, other = first.setdefault(name, (_kind(value), row, value))
+        if kind != _kind(value):
+            raise DataError(
+                f"{table.origin}: row {row}: label column '{column}' holds {shown(value)}, a {_kind(value)}, "
+                f"and in row {earlier} {shown(other)}, a {kind}: are they one class? Write them alike"
+            )
+        names.append(name)
     return pd.Series(names, index=labels.index)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, bool | np.bool_):
+        return "truth value"
+    return "number" if isinstance(value, int | float | np.number) else "text"
 
 
 def find_classes(table: Table, column: str) -> list[str]:
@@ -116,10 +156,10 @@ def find_classes(table: Table, column: str) -> list[str]:
     if len(names) == len(found) > 2:
         raise DataError(
             f"{table.origin}: label column '{column}' has another value in each of its {len(found)} rows, "
-            f"e.g. '{names[0]}'; choose the column that holds the class"
+            f"e.g. {shown(names[0])}; choose the column that holds the class"
         )
-    numeric = all(name.isdecimal() for name in names)
-    return sorted(names, key=int if numeric else None)
+    numeric = all(re.fullmatch("[0-9]{1,4000}", name) for name in names)
+    return sorted(names, key=(lambda name: (int(name), name)) if numeric else None)
 
 
 def class_ids_of(table: Table, column: str, classes: list[str]) -> Tensor:
@@ -134,7 +174,7 @@ def class_ids_of(table: Table, column: str, classes: list[str]) -> Tensor:
         if name not in ids:
             known = ", ".join(classes[:NAMES_SHOWN]) + (", ..." if len(classes) > NAMES_SHOWN else "")
             raise DataError(
-                f"{table.origin}: row {row}: label '{name}' does not occur in the training data; "
+                f"{table.origin}: row {row}: label {shown(name)} does not occur in the training data; "
                 f"known: {known}"
             )
     return torch.tensor([ids[name] for name in names])
@@ -148,6 +188,11 @@ class Examples:
     pairs: list[str] | None
     prompts: list[str] | None
     labels: Tensor | None
+
+    def inputs(self) -> list[tuple[str, ...]]:
+        """Returns all texts of each example together; two examples with the same ones are one row."""
+        columns = [given for given in (self.texts, self.pairs, self.prompts) if given is not None]
+        return list(zip(*columns, strict=True))
 
     def hash(self) -> str:
         """Returns the sha256 of the contents, in their order."""

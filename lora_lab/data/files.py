@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from lora_lab.data.examples import Columns
-from lora_lab.data.table import READERS, Table, read_table
+from lora_lab.data.table import DELIMITERS, SUFFIXES, Table, read_table
 from lora_lab.data.text import TextConfig
 from lora_lab.errors import suggest
 from lora_lab.tasks import TASKS
@@ -27,9 +27,16 @@ class FilesConfig(TextConfig):
     text: list[str] = field(default_factory=lambda: ["text"])
     """Column of the text, or two columns for pairs of texts."""
     label: str | None = None
-    """Column of the class (number or name) or of the rating; needed unless the task is causal_lm."""
+    """Column of the class (number or name) or of the rating; needed unless the task is causal_lm. Names are
+    kept as they stand, without spaces around them: 007 is not 7, but 1.0 is 1. In JSON and Parquet true is
+    no 1, and a column with both 1 and "1" is refused."""
     prompt: str | None = None
     """causal_lm only: column of a text that goes before and is given, not learned."""
+    delimiter: str | None = None
+    """Character between the values of CSV and TSV files; a comma and a tab if empty."""
+    quotes: bool = True
+    """Whether quotation marks around a value of CSV and TSV files enclose it, so that it may hold delimiters
+    and line breaks; false for files in which they are characters like others."""
 
     def faults(self, task: str) -> list[str]:
         """Adds: missing files, files given twice, columns that do not suit the task."""
@@ -44,8 +51,8 @@ class FilesConfig(TextConfig):
                 faults.append("data.train: missing; give the path of the training rows")
             elif not path.is_file():
                 faults.append(f"data.{name}: no file '{value}' (looked in {path.absolute().parent})")
-            elif path.suffix not in READERS:
-                faults.append(f"data.{name}: cannot read '{value}'{suggest(path.suffix, READERS)}")
+            elif path.suffix.lower() not in SUFFIXES:
+                faults.append(f"data.{name}: cannot read '{value}'{suggest(path.suffix, SUFFIXES)}")
             elif path.resolve() in seen:
                 faults.append(
                     f"data.{name}: '{value}' is also data.{seen[path.resolve()]}; scores on the same rows "
@@ -53,6 +60,14 @@ class FilesConfig(TextConfig):
                 )
             else:
                 seen[path.resolve()] = name
+        if self.delimiter is not None:
+            if len(self.delimiter) != 1 or self.delimiter in '"\r\n\0':
+                faults.append(
+                    "data.delimiter: must be one character, and neither a quotation mark nor a line break; "
+                    f"got {self.delimiter!r}"
+                )
+            elif not {Path(value).suffix.lower() for value in given.values() if value} & {*DELIMITERS}:
+                faults.append("data.delimiter: only CSV and TSV files have one; leave it empty")
         return faults + self._column_faults(task)
 
     def columns(self, task: str) -> Columns:
@@ -63,8 +78,15 @@ class FilesConfig(TextConfig):
         """Reads the files."""
         paths = {"train": self.train, "validation": self.validation, "test": self.test}
         return {
-            split: read_table(Path(path).expanduser()) for split, path in paths.items() if path is not None
+            split: read_table(Path(path).expanduser(), self.delimiter, self.quotes)
+            for split, path in paths.items()
+            if path is not None
         }
+
+    @property
+    def has_test_split(self) -> bool:
+        """Whether a file of test rows is named."""
+        return self.test is not None
 
     def _column_faults(self, task: str) -> list[str]:
         faults = column_count_faults(self.text, task)

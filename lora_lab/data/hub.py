@@ -93,6 +93,11 @@ class HubConfig(TextConfig):
         names = {"train": self.train_split, "validation": self._validation_split(), "test": self.test_split}
         return {split: to_table(loaded, name, where) for split, name in names.items() if name is not None}
 
+    @property
+    def has_test_split(self) -> bool:
+        """Whether a test split is named."""
+        return self.test_split is not None
+
     def _validation_split(self) -> str | None:
         if self.validation_split is None and self.path in GLUE:
             return "validation_matched" if self.name == "mnli" else "validation"

@@ -5,12 +5,15 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import pyarrow as pa
 
 from lora_lab.errors import DataError, suggest
+
+LONGEST_VALUE = 2**31 - 1
+"""Characters of one value; the standard library's own limit is 131,072."""
 
 
 @dataclass(frozen=True)
@@ -29,47 +32,59 @@ class Table:
             DataError: If there is none of that name.
         """
         if name not in self.frame.columns:
-            raise DataError(f"{self.origin}: no column '{name}'{suggest(name, map(str, self.frame.columns))}")
+            known = [str(column) for column in self.frame.columns]
+            raise DataError(
+                f"{self.origin}: no column '{name}'{suggest(name, known)}{other_delimiter(known)}"
+            )
         return self.frame[name]
 
 
-def read_delimited(path: Path, delimiter: str, quoting: Literal[0, 3]) -> pd.DataFrame:
+def other_delimiter(header: list[str]) -> str:
+    """Returns a hint, as the end of a message, where a header was read as a single name and looks like more."""
+    found = [mark for mark in ";\t|," if len(header) == 1 and mark in header[0]]
+    return f". If {found[0]!r} stands between values, set data.delimiter to it" if found else ""
+
+
+def read_delimited(path: Path, delimiter: str, quotes: bool = True) -> pd.DataFrame:
     """Reads a file with a header line; every value is text.
 
     The standard library's reader is used since it can name the line of any fault, also of rows that are too
     short, which pandas fills up silently.
+
+    Args:
+        path: UTF-8, with or without a byte order mark.
+        delimiter: One character between the values of a row.
+        quotes: Whether `"` around a value encloses it; then it may hold the delimiter, line breaks and `""`
+            for `"`. False takes the mark as any other character.
     """
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream, delimiter=delimiter, quoting=quoting, strict=True)
-        try:
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+    usual = csv.field_size_limit(LONGEST_VALUE)
+    start = 1
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream, delimiter=delimiter, quoting=quoting, strict=True)
             header = next(reader, [])
             rows = []
+            start = reader.line_num + 1
             for row in reader:
                 if row and len(row) != len(header):
                     raise DataError(
                         f"{path}: line {reader.line_num} has {len(row)} values, but the header {len(header)} "
                         f"columns ({', '.join(header)}); quote values that contain the delimiter"
+                        f"{other_delimiter(header)}"
                     )
                 if row:
                     rows.append(row)
-        except csv.Error as fault:
-            raise DataError(
-                f"{path}: line {reader.line_num}: {fault}; "
-                "look for a quotation mark that is not closed or not doubled"
-            ) from None
-    if len(set(header)) < len(header):
-        raise DataError(f"{path}: a column name occurs twice in the header ({', '.join(header)}); rename one")
+                start = reader.line_num + 1
+    except csv.Error as fault:
+        raise DataError(
+            f"{path}: line {reader.line_num}: {fault}; look for a quotation mark from line {start} on that is "
+            "not closed or not doubled. If quotation marks enclose nothing in this file, set data.quotes to "
+            "false"
+        ) from None
+    finally:
+        csv.field_size_limit(usual)  # it holds for the whole process
     return pd.DataFrame(rows, columns=header, dtype=object)
-
-
-def read_csv(path: Path) -> pd.DataFrame:
-    """Reads comma-separated values with optional double quotes."""
-    return read_delimited(path, ",", csv.QUOTE_MINIMAL)
-
-
-def read_tsv(path: Path) -> pd.DataFrame:
-    """Reads tab-separated values; a quotation mark is an ordinary character."""
-    return read_delimited(path, "\t", csv.QUOTE_NONE)
 
 
 def read_json_lines(path: Path) -> pd.DataFrame:
@@ -80,8 +95,8 @@ def read_json_lines(path: Path) -> pd.DataFrame:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as fault:
+                record = json.loads(line, object_pairs_hook=_unique_keys)
+            except (ValueError, RecursionError) as fault:  # ValueError: also a number of too many digits
                 raise DataError(
                     f"{path}: line {number} is not valid JSON ({fault}); mend or remove it"
                 ) from None
@@ -94,27 +109,40 @@ def read_json_lines(path: Path) -> pd.DataFrame:
     return pd.DataFrame({key: pd.Series([r.get(key) for r in records], dtype=object) for key in columns})
 
 
-READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
-    ".csv": read_csv,
-    ".tsv": read_tsv,
-    ".jsonl": read_json_lines,
-    ".parquet": pd.read_parquet,
-}
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)}' stands twice")
+    return found
 
 
-def read_table(path: Path) -> Table:
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+"""Suffix of a file of delimited values → what stands between them."""
+READERS: dict[str, Callable[[Path], pd.DataFrame]] = {".jsonl": read_json_lines, ".parquet": pd.read_parquet}
+"""Suffix of every other file → its reader."""
+SUFFIXES = (*DELIMITERS, *READERS)
+
+
+def read_table(path: Path, delimiter: str | None = None, quotes: bool = True) -> Table:
     """Reads a file by its suffix.
 
     Args:
-        path: A file ending in one of `READERS`.
+        path: A file ending in one of `SUFFIXES`, in small or capital letters.
+        delimiter: Of `.csv` and `.tsv` files, where it is not the usual one.
+        quotes: As `read_delimited` takes it.
 
     Raises:
-        DataError: If the file is missing, unreadable, broken or has no rows.
+        DataError: If the file is missing, unreadable, broken or has no rows, or two columns share a name.
     """
-    if path.suffix not in READERS:
-        raise DataError(f"{path}: cannot read '{path.suffix}' files{suggest(path.suffix, READERS)}")
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise DataError(f"{path}: cannot read '{path.suffix}' files{suggest(path.suffix, SUFFIXES)}")
     try:
-        frame = READERS[path.suffix](path)
+        if suffix in DELIMITERS:
+            frame = read_delimited(path, delimiter or DELIMITERS[suffix], quotes)
+        else:
+            frame = READERS[suffix](path)
     except UnicodeDecodeError as fault:
         raise DataError(
             f"{path}: is not UTF-8 text ({fault.reason} at byte {fault.start}); convert it"
@@ -123,6 +151,9 @@ def read_table(path: Path) -> Table:
         raise DataError(f"{path}: is not a readable Parquet file ({fault}); write it anew") from None
     except OSError as fault:
         raise DataError(f"{path}: cannot be read ({fault.strerror or fault}); check the path") from None
+    if not frame.columns.is_unique:
+        names = ", ".join(map(str, frame.columns))
+        raise DataError(f"{path}: a column name occurs twice in the header ({names}); rename one")
     if frame.empty:
         raise DataError(f"{path}: has no rows; a data file needs a header and at least one row")
     frame.index = pd.RangeIndex(1, len(frame) + 1)

@@ -206,6 +206,38 @@ class TaskData(L.LightningDataModule):
                 "it stopped; use the same values, or start a new run"
             )
 
+    def facts(self) -> dict[str, dict[str, int]]:
+        """Returns for each split its rows, those that were cut, and those whose texts an earlier split has."""
+        return {
+            name: {"rows": self.sizes[name], "cut": split.cut}
+            | {f"also_in_{earlier}": count for earlier, count in split.also_in.items()}
+            for name, split in self.splits.items()
+        }
+
+    def remarks(self) -> list[str]:
+        """Returns what a user should know of the data before trusting a score, a sentence each."""
+        found = []
+        what = "answers" if any("prompt_lengths" in self._first(name) for name in self.splits) else "texts"
+        if cut := [f"{n:,} of {self.sizes[name]:,} in {name}" for name, n in self._counts("cut")]:
+            found.append(
+                f"{what} cut at the end to data.max_length={self.config.max_length} tokens: {', '.join(cut)}."
+            )
+        for earlier in ("train", "validation"):
+            shared = self._counts(f"also_in_{earlier}")
+            if shared:
+                told = ", ".join(f"{n:,} of {self.sizes[name]:,} in {name}" for name, n in shared)
+                found.append(
+                    f"rows whose texts are also in {earlier}: {told}. A score on them says little about new "
+                    "texts."
+                )
+        return found
+
+    def _counts(self, fact: str) -> list[tuple[str, int]]:
+        return [(name, facts[fact]) for name, facts in self.facts().items() if facts.get(fact)]
+
+    def _first(self, name: str) -> dict[str, Tensor]:
+        return self.splits[name].examples[0]
+
     def _check_size(self, name: str, processes: int) -> None:
         if self.sizes[name] < processes:
             raise DataError(

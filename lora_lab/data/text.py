@@ -1,14 +1,16 @@
 """What all sources of text share: from their tables to tokenised splits."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pandas as pd
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lora_lab.data.config import DataConfig, Split, Splits
-from lora_lab.data.examples import Columns, find_classes, read_examples
+from lora_lab.data.examples import Columns, class_names_of, find_classes, read_examples
 from lora_lab.data.table import Table
 from lora_lab.data.tokens import Tokens, check_causal, tokenise
 from lora_lab.errors import DataError
@@ -30,6 +32,8 @@ class TokenisedTexts(Dataset[dict[str, Tensor]]):
         return len(self.tokens.prompts)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)  # which also ends an iteration
         start, end = self.tokens.offsets[index : index + 2].tolist()
         example = {"input_ids": self.tokens.ids[start:end].long()}  # (length,)
         if self.tokens.types is not None:
@@ -49,19 +53,48 @@ def shuffled(table: Table, seed: int) -> Table:
     return Table(table.frame.sample(frac=1, random_state=seed), table.origin)
 
 
-def set_aside(table: Table, fraction: float) -> tuple[Table, Table]:
-    """Splits off a share of the rows, at least one, and returns rest and share.
+def set_aside(
+    table: Table, count: int, classes: pd.Series | None = None, purpose: str = "validation"
+) -> tuple[Table, Table]:
+    """Splits off the first rows, and returns rest and share.
+
+    Args:
+        table: Its rows in a random order.
+        count: Rows to set aside.
+        classes: Class of each row; each then has its part of the share, to the nearest whole row, and a class
+            keeps a row in the rest where that is possible.
+        purpose: What the share is for, for messages.
 
     Raises:
         DataError: If nothing would be left.
     """
-    count = max(1, round(len(table.frame) * fraction))
     if count >= len(table.frame):
         raise DataError(
-            f"{table.origin}: {len(table.frame)} rows are too few to set aside {fraction:.0%} for "
-            "validation; add rows or name a validation split"
+            f"{table.origin}: {len(table.frame)} rows are too few to set aside {count} for {purpose}; add "
+            f"rows or name a {purpose} split"
         )
-    return Table(table.frame.iloc[count:], table.origin), Table(table.frame.iloc[:count], table.origin)
+    chosen = pd.Series(range(len(table.frame)), index=table.frame.index) < count
+    if classes is not None:
+        classes = classes[table.frame.index]
+        parts = classes_share(classes.value_counts().to_dict(), count)
+        chosen = classes.groupby(classes).cumcount() < classes.map(parts)
+    return Table(table.frame[~chosen], table.origin), Table(table.frame[chosen], table.origin)
+
+
+def classes_share(sizes: dict[str, int], count: int) -> dict[str, int]:
+    """Returns how many rows of each class are among `count`: its share rounded, so that all add up.
+
+    Args:
+        sizes: Rows of each class; all together more than `count`.
+        count: Rows to take.
+    """
+    total = sum(sizes.values())
+    parts = {name: size * count // total for name, size in sizes.items()}
+    # Those come first that keep a row, then those whose share lost most by being rounded down.
+    order = sorted(sizes, key=lambda name: (sizes[name] - parts[name] < 2, -(sizes[name] * count % total)))
+    for name in order[: count - sum(parts.values())]:
+        parts[name] += 1
+    return parts
 
 
 def without_duplicates(table: Table, column: str) -> Table:
@@ -82,7 +115,9 @@ class TextConfig(DataConfig):
         """Returns the rows of `train`, and of `validation` and `test` where the source has them."""
         raise NotImplementedError
 
-    def load(self, tokenizer: PreTrainedTokenizerBase | None, task: str) -> Splits:
+    def load(
+        self, tokenizer: PreTrainedTokenizerBase | None, task: str, label_names: Sequence[str] = ()
+    ) -> Splits:
         """Reads, checks, splits and tokenises the texts; see `DataConfig.load`."""
         if tokenizer is None:
             raise DataError(
@@ -91,12 +126,19 @@ class TextConfig(DataConfig):
         columns = self.columns(task)
         tables = {split: shuffled(table, self.split_seed) for split, table in self.tables().items()}
         # Before any limit, so that a class which is rare does not vanish from a short run.
-        classes = find_classes(tables["train"], str(columns.label)) if TASKS[task].labels == "classes" else []
-        if "validation" not in tables:
-            tables["train"], tables["validation"] = set_aside(tables["train"], self.validation_fraction)
+        classes, of_rows = list(label_names), None
+        if TASKS[task].labels == "classes":
+            of_rows = class_names_of(tables["train"], str(columns.label))
+            classes = classes or find_classes(tables["train"], str(columns.label))
+        count = len(tables["train"].frame)
+        for name, fraction in (("test", self.test_fraction), ("validation", self.validation_fraction)):
+            if name not in tables and fraction:
+                part = max(1, round(count * fraction))
+                tables["train"], tables[name] = set_aside(tables["train"], part, of_rows, name)
         splits = {}
         hashes = []
-        for name in sorted(tables):
+        inputs: dict[str, set[tuple[str, ...]]] = {}
+        for name in sorted(tables, key=["train", "validation", "test"].index):
             table = Table(
                 tables[name].frame.head(self.limit(name) or len(tables[name].frame)), tables[name].origin
             )
@@ -104,9 +146,15 @@ class TextConfig(DataConfig):
             tokens = tokenise(examples, tokenizer, TASKS[task].causal, self.max_length)
             if TASKS[task].causal:
                 check_causal(tokens, table.origin, table.frame.index.tolist(), self.max_length)
-            splits[name] = Split(TokenisedTexts(tokens, examples.labels), tokens.lengths)
-            hashes += [name, examples.hash()]
+            rows = examples.inputs()
+            also_in = {earlier: sum(row in known for row in rows) for earlier, known in inputs.items()}
+            inputs[name] = set(rows)
+            splits[name] = Split(
+                TokenisedTexts(tokens, examples.labels), tokens.lengths, int(tokens.cut.sum()), also_in
+            )
+            hashes.append(f"{name} {examples.hash()}")
         # Masked everywhere, so any id will do; but a model may refuse one that is not in its vocabulary.
         pad_token = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-        fingerprint = hashlib.sha256(" ".join([task, *classes, *hashes]).encode()).hexdigest()
+        # In the order of names, as ever.
+        fingerprint = hashlib.sha256(" ".join([task, *classes, *sorted(hashes)]).encode()).hexdigest()
         return Splits(splits, classes, fingerprint, pad_token, tokenizer.padding_side)

@@ -24,7 +24,7 @@ from lora_lab.errors import DataError
 
 TEXTS_AT_ONCE = 1000
 SHOW_PROGRESS_FROM = 5000
-LAYOUT = 1
+LAYOUT = 2
 """Goes up when the stored tensors change their meaning."""
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,8 @@ class Tokens:
     """`(tokens,)` int32: first or second text of a pair, where the tokenizer tells."""
     prompts: Tensor
     """`(examples,)` int64: tokens at the front that are given and not to be learned."""
+    cut: Tensor
+    """`(examples,)` bool: whether tokens at the end were left out, as the example is too long."""
 
     @property
     def lengths(self) -> Tensor:
@@ -68,32 +70,88 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def encode_chunk(
-    examples: Examples, chunk: slice, tokenizer: PreTrainedTokenizerBase, causal: bool, max_length: int
-) -> tuple[list[list[int]], list[list[int]] | None, list[int]]:
-    """Tokenises some examples.
+def frame_of(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Returns the special tokens that the tokenizer puts before and behind a text."""
+    bare, framed = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True))
+    for start in range(len(framed) - len(bare) + 1):
+        if framed[start : start + len(bare)] == bare:
+            return framed[:start], framed[start + len(bare) :]
+    return [], []
 
-    A causal text ends with the end-of-text token where it fits and the tokenizer has one, so that a model
-    learns to stop. Prompt and text are tokenised apart, which makes the border between them one of tokens.
+
+def without_end(ids: list[int], *ends: list[int]) -> list[int]:
+    """Returns the tokens without the first of these ends that they have."""
+    found = next((end for end in ends if end and ids[-len(end) :] == end), [])
+    return ids[: len(ids) - len(found)]
+
+
+def without_start(ids: list[int], *starts: list[int]) -> list[int]:
+    """Returns the tokens without the first of these starts that they have."""
+    return ids[len(next((start for start in starts if start and ids[: len(start)] == start), [])) :]
+
+
+def encode_causal(
+    examples: Examples, chunk: slice, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[list[int]], list[int], list[bool]]:
+    """Tokenises some prompts and texts for causal language modelling.
+
+    What the tokenizer puts before a text stands once at the front, also where the prompt or text has it
+    written out, as chat templates do. What it puts behind, and the end-of-text token, stand once at the end,
+    where they fit, so that a model learns to stop there and nowhere else: neither at the end of the prompt
+    nor where a text is cut. Prompt and text are tokenised apart, which makes the border between them one of
+    tokens.
 
     Returns:
-        Ids and token types (or None) of each example, and the number of prompt tokens of each.
+        Ids of each example, its number of prompt tokens, and whether it was cut.
     """
-    texts = examples.texts[chunk]
-    if not causal:
-        pairs = None if examples.pairs is None else examples.pairs[chunk]
-        encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length)
-        return encoded["input_ids"], encoded.get("token_type_ids"), [0] * len(texts)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def read(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+    front, back = frame_of(tokenizer)
+    start, stop = (
+        [] if token is None else [token] for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    )
+    end = without_end(back, stop) + stop
+    texts = read(examples.texts[chunk])
     given: list[list[int]] = [[]] * len(texts)
     if examples.prompts is not None:
-        given = tokenizer(examples.prompts[chunk], truncation=True, max_length=max_length)["input_ids"]
-    learned = tokenizer(
-        texts, truncation=True, max_length=max_length, add_special_tokens=examples.prompts is None
-    )["input_ids"]
-    learned = [ids if ids[-1:] == end else ids + end for ids in learned]
-    joined = [(prompt + ids)[:max_length] for prompt, ids in zip(given, learned, strict=True)]
-    return joined, None, [len(prompt) for prompt in given]
+        prompts = [without_start(prompt, front) for prompt in read(examples.prompts[chunk])]
+        given = [front + without_end(prompt, end, back, stop) for prompt in prompts]
+        texts = [without_start(text, front, start) for text in texts]
+    else:
+        texts = [front + without_start(text, front) for text in texts]
+    whole = [
+        prompt + without_end(text, end, back, stop) + end for prompt, text in zip(given, texts, strict=True)
+    ]
+    return (
+        [ids[:max_length] for ids in whole],
+        [min(len(prompt), max_length) for prompt in given],
+        [len(ids) > max_length for ids in whole],
+    )
+
+
+def encode_chunk(
+    examples: Examples, chunk: slice, tokenizer: PreTrainedTokenizerBase, causal: bool, max_length: int
+) -> tuple[list[list[int]], list[list[int]] | None, list[int], list[bool]]:
+    """Tokenises some examples.
+
+    Returns:
+        Ids and token types (or None) of each example, the number of prompt tokens of each, and whether it was
+        cut to `max_length`.
+    """
+    if causal:
+        ids, prompts, cut = encode_causal(examples, chunk, tokenizer, max_length)
+        return ids, None, prompts, cut
+    texts = examples.texts[chunk]
+    pairs = None if examples.pairs is None else examples.pairs[chunk]
+    encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length)
+    if encoded.encodings is not None:
+        cut = [bool(encoding.overflowing) for encoding in encoded.encodings]
+    else:  # a tokenizer written in Python
+        whole = tokenizer(texts, pairs, verbose=False)["input_ids"]
+        cut = [len(ids) < len(all_ids) for ids, all_ids in zip(encoded["input_ids"], whole, strict=True)]
+    return encoded["input_ids"], encoded.get("token_type_ids"), [0] * len(texts), cut
 
 
 def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, causal: bool, max_length: int) -> Tokens:
@@ -104,17 +162,22 @@ def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, causal: bool,
     ids: list[list[int]] = []
     types: list[list[int]] = []
     prompts: list[int] = []
+    cut: list[bool] = []
     for chunk in track(chunks, description="Tokenising", transient=True, disable=hidden):
-        some_ids, some_types, some_prompts = encode_chunk(examples, chunk, tokenizer, causal, max_length)
+        some_ids, some_types, some_prompts, some_cut = encode_chunk(
+            examples, chunk, tokenizer, causal, max_length
+        )
         ids += some_ids
         types += some_types or []
         prompts += some_prompts
+        cut += some_cut
     lengths = np.array([len(example) for example in ids])
     return Tokens(
         ids=torch.from_numpy(np.concatenate(ids).astype(np.int32)),
         offsets=torch.from_numpy(np.concatenate([[0], lengths.cumsum()])),
         types=torch.from_numpy(np.concatenate(types).astype(np.int32)) if types else None,
         prompts=torch.tensor(prompts),
+        cut=torch.tensor(cut),
     )
 
 
@@ -160,14 +223,12 @@ def read_cache(path: Path) -> Tokens | None:
     if not intact:
         log.warning("%s is damaged; tokenising anew", path)
         return None
-    return Tokens(tensors["ids"], tensors["offsets"], tensors.get("types"), tensors["prompts"])
+    return Tokens(**{"types": None} | tensors)
 
 
 def write_cache(path: Path, tokens: Tokens) -> None:
     """Stores the tokens in one step: other processes see the old file, none or the whole new one."""
-    tensors = {"ids": tokens.ids, "offsets": tokens.offsets, "prompts": tokens.prompts}
-    if tokens.types is not None:
-        tensors["types"] = tokens.types
+    tensors = {name: tensor for name, tensor in vars(tokens).items() if tensor is not None}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:

@@ -1,6 +1,7 @@
 """Two functions of random numbers: one to pre-train a small network on, one to adapt it to."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,7 +60,9 @@ class ToyConfig(DataConfig):
             faults.append(f"data.features: must be at least 2; got {self.features}")
         return faults
 
-    def load(self, tokenizer: PreTrainedTokenizerBase | None, task: str) -> Splits:
+    def load(
+        self, tokenizer: PreTrainedTokenizerBase | None, task: str, label_names: Sequence[str] = ()
+    ) -> Splits:
         """Draws the three splits, each from a generator of its own; the tokenizer is not used."""
         splits = {}
         digest = hashlib.sha256(self.target.encode())

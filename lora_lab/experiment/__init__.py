@@ -5,6 +5,7 @@ Beside it in this package: who owns a run's folder, what it records, which callb
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import lightning as L
 from torch import Tensor, nn
 
 from lora_lab.adapters import inject
-from lora_lab.adapters.storage import load_adapter, save_adapter
+from lora_lab.adapters.storage import load_adapter, read_label_names, save_adapter
 from lora_lab.config.compose import compose
 from lora_lab.config.schema import ExperimentConfig
 from lora_lab.data import TaskData, build_data
@@ -30,6 +31,8 @@ from lora_lab.training.module import FineTuner
 from lora_lab.training.trainer import trainer_arguments
 
 __all__ = ["RunResult", "build_parts", "evaluate", "quiet_libraries", "run"]
+
+log = logging.getLogger(__name__)
 
 
 def run(config: ExperimentConfig, resume: bool = True, overwrite: bool = False) -> RunResult:
@@ -55,7 +58,8 @@ def run(config: ExperimentConfig, resume: bool = True, overwrite: bool = False) 
         this.check_data(data)
         if this.finished:
             return this.finished
-        model = build_model(config.model, data.num_labels, keep_weights=config.adapter.reads_full_weights)
+        keeps_weights = config.adapter.reads_full_weights
+        model = build_model(config.model, data.num_labels, keeps_weights, data.label_names)
         adapters = inject(model, config.adapter, config.seed)
         forget_weights(model)
         module = FineTuner(
@@ -81,8 +85,8 @@ def run(config: ExperimentConfig, resume: bool = True, overwrite: bool = False) 
         metrics = _final_metrics(trainer, module, data, callbacks)
         if trainer.is_global_zero:
             this.release_space()
-            base = config.model.source().public_name
-            save_adapter(adapters, this.folder.adapter, base, TASKS[config.model.task].peft_type)
+            base, task = config.model.source().public_name, TASKS[config.model.task]
+            save_adapter(adapters, this.folder.adapter, base, task.peft_type, data.label_names)
         return this.finish(trainer, callbacks, metrics)
 
 
@@ -114,7 +118,12 @@ def evaluate(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
                 f"nothing, so that no setting of {part} can act; take it out, or train another run with it."
             )
     L.seed_everything(config.seed, workers=True, verbose=False)
-    model, data = build_parts(config)
+    model, data = build_parts(config, label_names=read_label_names(folder.adapter))
+    if config.data == own.data and data.fingerprint != record.get("data_fingerprint"):
+        log.warning(
+            "%s: its data have changed since it was trained, or how they are split: scores on rows that it was "
+            "trained on say little.", path,
+        )  # fmt: skip
     adapters = load_adapter(model, folder.adapter)
     module = FineTuner(model.eval(), adapters, config.model.task, data.num_labels, config.optimization)
     arguments = trainer_arguments(config.trainer, None)
@@ -126,14 +135,23 @@ def evaluate(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def build_parts(config: ExperimentConfig, keep_weights: bool = False) -> tuple[nn.Module, TaskData]:
-    """Builds the model, not yet adapted, and its data; `keep_weights` as in `build_model`."""
-    data = _build_data(config)
-    return build_model(config.model, data.num_labels, keep_weights), data
+def build_parts(
+    config: ExperimentConfig, keep_weights: bool = False, label_names: Sequence[str] = ()
+) -> tuple[nn.Module, TaskData]:
+    """Builds the model, not yet adapted, and its data.
+
+    Args:
+        config: what to build.
+        keep_weights: as in `build_model`.
+        label_names: as in `build_data`.
+    """
+    data = _build_data(config, label_names)
+    return build_model(config.model, data.num_labels, keep_weights, data.label_names), data
 
 
-def _build_data(config: ExperimentConfig) -> TaskData:
-    return build_data(config.data, build_tokenizer(config.model), config.model.task, config.seed)
+def _build_data(config: ExperimentConfig, label_names: Sequence[str] = ()) -> TaskData:
+    tokenizer = build_tokenizer(config.model)
+    return build_data(config.data, tokenizer, config.model.task, config.seed, label_names)
 
 
 def _prepare_model(model: Any, config: ExperimentConfig) -> None:

@@ -40,6 +40,8 @@ def start_record(
         "trainable_parameters": adapters.trainable_count(),
         "total_parameters": adapters.base_count(),
         "data_fingerprint": data.fingerprint,
+        "data": data.facts(),
+        "label_names": data.label_names,
         **environment(),
     }
 

@@ -4,6 +4,7 @@ Every model returns `.logits`, holds `nn.Linear` where GPT-2 has `Conv1D`, and i
 `requires_grad`. Weights come from safetensors only.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from lora_lab.models.pooled_encoder import PooledEncoder, restore_classifier, wa
 from lora_lab.models.quantization import Quantization, QuantizationOptions, quantization_faults, quantize
 from lora_lab.models.sources import AutoClass, Source, parse_source
 from lora_lab.models.tiny import TINY
-from lora_lab.tasks import TASKS, task_faults
+from lora_lab.tasks import TASKS, name_classes, task_faults
 
 
 @dataclass
@@ -103,7 +104,9 @@ def build_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
     return None if seen else source.tokenizer(config.config)
 
 
-def build_model(config: ModelConfig, num_labels: int = 1, keep_weights: bool = False) -> PreTrainedModel:
+def build_model(
+    config: ModelConfig, num_labels: int = 1, keep_weights: bool = False, label_names: Sequence[str] = ()
+) -> PreTrainedModel:
     """Builds the model, on the CPU, as its class leaves it (random weights follow torch's global seed).
 
     Args:
@@ -111,6 +114,7 @@ def build_model(config: ModelConfig, num_labels: int = 1, keep_weights: bool = F
         num_labels: Number of classes; regression always has one output, language modelling none.
         keep_weights: Whether quantised maps keep their full-precision weight beside the codes, for starts
             that read it; see `quantization.forget_weights`.
+        label_names: Names of the classes in the order of their ids, for the model's `id2label` and `label2id`.
 
     Returns:
         A model with `config`, whose output has `logits`: (batch, num_labels), or (batch, time, vocabulary)
@@ -129,6 +133,7 @@ def build_model(config: ModelConfig, num_labels: int = 1, keep_weights: bool = F
     task = TASKS[config.task]
     if not task.causal:
         hub_config.num_labels = task.outputs(num_labels)
+    name_classes(hub_config, label_names)
     if getattr(hub_config, "pad_token_id", None) is None:
         # Decoders classify by the last token which is not padding, so they have to know it.
         hub_config.pad_token_id = _first(getattr(hub_config, "eos_token_id", None))
