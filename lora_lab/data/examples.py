@@ -77,7 +77,7 @@ def class_name(value: Any) -> str:
         raise ValueError(f"holds {shown(value)}; a class is a name or a whole number")
     if pd.isna(value) or (isinstance(value, str) and not value.strip()):
         raise ValueError("is empty; mend or remove the row")
-    if isinstance(value, float | np.floating) and abs(value) > EXACT:
+    if isinstance(value, float | np.floating) and abs(float(value)) > EXACT:
         raise ValueError(f"holds {value}, which is not exact at this size; write it as text or whole number")
     name = str(value).strip()
     if _half_character(name):
@@ -158,8 +158,9 @@ def find_classes(table: Table, column: str) -> list[str]:
             f"{table.origin}: label column '{column}' has another value in each of its {len(found)} rows, "
             f"e.g. {shown(names[0])}; choose the column that holds the class"
         )
-    numeric = all(re.fullmatch("[0-9]{1,4000}", name) for name in names)
-    return sorted(names, key=(lambda name: (int(name), name)) if numeric else None)
+    if all(re.fullmatch("[0-9]{1,4000}", name) for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
 
 
 def class_ids_of(table: Table, column: str, classes: list[str]) -> Tensor:

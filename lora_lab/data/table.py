@@ -33,14 +33,13 @@ class Table:
         """
         if name not in self.frame.columns:
             known = [str(column) for column in self.frame.columns]
-            raise DataError(
-                f"{self.origin}: no column '{name}'{suggest(name, known)}{other_delimiter(known)}"
-            )
+            hint = other_delimiter(known)
+            raise DataError(f"{self.origin}: no column '{name}'{suggest(name, known)}{hint}")
         return self.frame[name]
 
 
 def other_delimiter(header: list[str]) -> str:
-    """Returns a hint, as the end of a message, where a header was read as a single name and looks like more."""
+    """Returns a hint, as the end of a message, where a header of one name looks like more."""
     found = [mark for mark in ";\t|," if len(header) == 1 and mark in header[0]]
     return f". If {found[0]!r} stands between values, set data.delimiter to it" if found else ""
 
@@ -78,9 +77,9 @@ def read_delimited(path: Path, delimiter: str, quotes: bool = True) -> pd.DataFr
                 start = reader.line_num + 1
     except csv.Error as fault:
         raise DataError(
-            f"{path}: line {reader.line_num}: {fault}; look for a quotation mark from line {start} on that is "
-            "not closed or not doubled. If quotation marks enclose nothing in this file, set data.quotes to "
-            "false"
+            f"{path}: line {reader.line_num}: {fault}; look for a quotation mark from line {start} on that "
+            "is not closed or not doubled. If quotation marks enclose nothing in this file, set data.quotes "
+            "to false"
         ) from None
     finally:
         csv.field_size_limit(usual)  # it holds for the whole process

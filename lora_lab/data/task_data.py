@@ -207,7 +207,7 @@ class TaskData(L.LightningDataModule):
             )
 
     def facts(self) -> dict[str, dict[str, int]]:
-        """Returns for each split its rows, those that were cut, and those whose texts an earlier split has."""
+        """Returns each split's rows, those that were cut, and those whose texts an earlier split has."""
         return {
             name: {"rows": self.sizes[name], "cut": split.cut}
             | {f"also_in_{earlier}": count for earlier, count in split.also_in.items()}

@@ -1,8 +1,9 @@
 """What all sources of text share: from their tables to tokenised splits."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 from torch import Tensor
@@ -81,7 +82,7 @@ def set_aside(
     return Table(table.frame[~chosen], table.origin), Table(table.frame[chosen], table.origin)
 
 
-def classes_share(sizes: dict[str, int], count: int) -> dict[str, int]:
+def classes_share(sizes: Mapping[Any, int], count: int) -> dict[Any, int]:
     """Returns how many rows of each class are among `count`: its share rounded, so that all add up.
 
     Args:

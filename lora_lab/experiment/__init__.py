@@ -121,9 +121,10 @@ def evaluate(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
     model, data = build_parts(config, label_names=read_label_names(folder.adapter))
     if config.data == own.data and data.fingerprint != record.get("data_fingerprint"):
         log.warning(
-            "%s: its data have changed since it was trained, or how they are split: scores on rows that it was "
-            "trained on say little.", path,
-        )  # fmt: skip
+            "%s: its data have changed since it was trained, or how they are split. Scores on rows that it "
+            "was trained on say little.",
+            path,
+        )
     adapters = load_adapter(model, folder.adapter)
     module = FineTuner(model.eval(), adapters, config.model.task, data.num_labels, config.optimization)
     arguments = trainer_arguments(config.trainer, None)

@@ -114,7 +114,7 @@ def build_model(
         num_labels: Number of classes; regression always has one output, language modelling none.
         keep_weights: Whether quantised maps keep their full-precision weight beside the codes, for starts
             that read it; see `quantization.forget_weights`.
-        label_names: Names of the classes in the order of their ids, for the model's `id2label` and `label2id`.
+        label_names: Names of the classes in the order of their ids, for `id2label` and `label2id`.
 
     Returns:
         A model with `config`, whose output has `logits`: (batch, num_labels), or (batch, time, vocabulary)

@@ -123,7 +123,7 @@ def test_a_delimiter_is_asked_for_where_the_header_is_one_name_and_checked(tmp_p
         build(encoder_tokenizer, path)
     whole = tmp_path / "b.csv"
     whole.write_text(path.read_text().replace(",", ""))
-    with pytest.raises(DataError, match=f"no column 'text'.*{message}"):
+    with pytest.raises(DataError, match=f"no column 'label'.*{message}"):
         build(encoder_tokenizer, whole)
     assert build(encoder_tokenizer, path, delimiter=";").label_names == ["bad", "good"]
     for delimiter in ("", ";;", '"', "\n"):
@@ -353,7 +353,5 @@ def test_stored_names_decide_the_ids_of_other_rows(tmp_path):
     data = build_data(config, tokenizer, "sequence_classification", 0, ["a", "b", "c"])
     assert (data.num_labels, data.label_names) == (3, ["a", "b", "c"])
     assert {int(example["labels"]) for example in data.splits["train"].examples} == {1}
-    with pytest.raises(
-        DataError, match=r"row [1-4]: label 'b' does not occur in the training data; known: x, y"
-    ):
+    with pytest.raises(DataError, match=r"row [1-4]: label 'b' does not occur .*; known: x, y"):
         build_data(config, tokenizer, "sequence_classification", 0, ["x", "y"])
