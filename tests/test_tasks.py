@@ -7,11 +7,14 @@ import torch.nn.functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.regression import MeanAbsoluteError
 
+from lora_lab.adapters import LoRASpec, inject
 from lora_lab.config import compose
 from lora_lab.data import ToyConfig, build_data
 from lora_lab.errors import ConfigError, DataError
 from lora_lab.experiment import evaluate, run
 from lora_lab.tasks import IGNORED, TASKS
+from lora_lab.testing import tiny_model
+from lora_lab.training.module import FineTuner
 
 
 def test_causal_loss_compares_each_position_with_the_next_token_and_skips_ignored_ones():
@@ -62,6 +65,21 @@ def test_a_label_that_does_not_count_adds_nothing_and_has_no_gradient(name):
     assert logits.grad[2].abs().max() == 0 < logits.grad[:2].abs().max()
     nothing = task.align(logits[2:], labels[2:])
     assert task.loss(*nothing) == 0 == task.count(nothing[1])
+
+
+def test_evaluation_weighs_each_batch_by_its_labels_that_count():
+    model = tiny_model("gpt2")
+    module = FineTuner(model, inject(model, LoRASpec()), "causal_lm")
+    ids = torch.randint(5, 100, (2, 6))
+    labels = ids.clone()
+    labels[0, 2:] = IGNORED  # one token to predict in the first batch, five in the second
+    metrics = module.new_metrics()
+    for row in (0, 1):
+        module.evaluate({"input_ids": ids[[row]], "labels": labels[[row]]}, metrics)
+    chances = F.log_softmax(model(input_ids=ids).logits, dim=-1)
+    pairs = [(0, 0), *((1, at) for at in range(5))]
+    by_hand = -sum(chances[row, at, ids[row, at + 1]] for row, at in pairs) / len(pairs)
+    assert module.results(metrics)["loss"].item() == pytest.approx(by_hand.item(), rel=1e-6)
 
 
 CONFIG = """
