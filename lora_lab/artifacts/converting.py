@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import torch
 
+from lora_lab.adapters import LoRASpec
 from lora_lab.adapters.injection import AdapterSet, place
-from lora_lab.adapters.methods.lora import LoRASpec
 from lora_lab.adapters.protocols import NestedRank
 from lora_lab.adapters.sites import exact_targets
 from lora_lab.adapters.storage import save_adapter
