@@ -270,6 +270,10 @@ class Adapter(nn.Module):
         """The spec of what `peft_tensors` returns: its rank counts what the file holds."""
         return self.spec
 
+    def stored_specs(self, path: str) -> dict[str, Any]:
+        """Returns `stored_spec` by the name that PEFT's patterns are matched with: this adapter's path."""
+        return {path: self.stored_spec}
+
     def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns a file's tensors for this adapter in the form of `peft_tensors`.
 

@@ -7,6 +7,7 @@ convolution with the rows of R followed by a 1 × 1 convolution with L, without 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import cast
 
@@ -64,6 +65,27 @@ def _computes(module: nn.Module, weight: Tensor) -> bool:
     expected = F.linear(x, weight, bias if isinstance(bias, Tensor) else None)
     same = isinstance(y, Tensor) and y.shape == expected.shape
     return same and torch.allclose(y.to(expected), expected, rtol=0.05, atol=0.05, equal_nan=True)
+
+
+def stacked(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the matrices that a module of experts holds as parameters of its own, by name.
+
+    Those are (experts, …, …) in a module of experts, and the (experts, in) weight of a router, whose
+    module is no linear map. Any other module has none.
+    """
+    own = dict(module.named_parameters(recurse=False))
+    if is_router(module):
+        return {"weight": own["weight"]}
+    if not (hasattr(module, "num_experts") or re.search("Expert", type(module).__name__)):
+        return {}
+    return {name: p for name, p in own.items() if p.ndim == 3 and len(p) > 1 and p.is_floating_point()}
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether a module chooses the experts of each token by a matrix of its own."""
+    weight = getattr(module, "weight", None)
+    matrix = isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.is_floating_point()
+    return matrix and re.search("Top[Kk]Router", type(module).__name__) is not None
 
 
 def is_convolution(module: nn.Module) -> bool:

@@ -9,6 +9,9 @@ and shapes in the safetensors header, before anything of their size is made:
     base_model.model.<path>.<name>                    a module trained whole, or a trained bias
     base_model.<name>                                 what all adapters share
 
+Of the parameters that `target_parameters` names in one module, each is wrapped around the one before: the
+last stands at the module's path, the others at <path>.base_layer, <path>.base_layer.base_layer …
+
 PEFT's patterns for rank and alpha are matched by PEFT's rule, never as roles. A field of PEFT's config that
 changes what is computed and has no counterpart here is refused by its name.
 """
@@ -27,6 +30,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter
 from lora_lab.adapters.injection import AdapterSet
+from lora_lab.adapters.maps import stacked
 from lora_lab.adapters.methods import METHODS
 from lora_lab.adapters.sites import ends_with, exact_targets, match_regex
 from lora_lab.adapters.spec import AdapterSpec
@@ -151,28 +155,84 @@ def understand(model: nn.Module, config: Mapping[str, Any], shapes: Shapes, sour
     names = method.file_names()
     sites: dict[str, dict[str, tuple[int, ...]]] = {}
     others: list[str] = []
+    modules = dict(model.named_modules())
+    parameters = _parameters(modules, config)
     for name in sorted(shapes):
         path, _, kind = _split(name.removeprefix(PREFIX), names)
+        while path.endswith(BASE_COPY[:-1]) and path not in modules:  # PEFT wraps once for each parameter
+            path, kind = path.removesuffix(BASE_COPY[:-1]), f"{BASE_COPY[1:]}{kind}"
         if name.startswith(PREFIX) and path:
             sites.setdefault(path, {})[kind] = shapes[name]
         elif name.startswith(PREFIX):
             others.append(name)
-    modules = dict(model.named_modules())
     unknown = sorted(sites.keys() - modules.keys())
     if unknown or not sites:
         what = f"belong to '{unknown[0]}', which this model does not have" if unknown else "hold no adapter"
         raise CheckpointError(f"{source}: the tensors {what}. Load it onto the model that it was made on.")
     saved, copies, biases, beside = _sort(model, modules, config, others, sites, source)
-    if biases and method.Spec().method != "lora":
+    experts = [path for path in sites if stacked(modules[path])]
+    if biases and (method.Spec().method != "lora" or experts):
         raise IncompatibleError(
-            f"bias: {config.get('bias')!r} trains biases beside {method.Spec().method}, which has no "
-            "counterpart in lora_lab; only LoRA's files are opened with it."
+            f"bias: {config.get('bias')!r} trains biases beside {method.Spec().method}"
+            f"{f' on the experts of {experts[0]}' if experts else ''}, which has no counterpart in lora_lab; "
+            "only files of LoRA on linear maps are opened with it."
         )
-    own |= method.peft.from_shapes(sites) | _numbers(config, own, method, list(sites))
+    places, excluded = _places(modules, parameters, sites, source)
+    own |= method.peft.from_shapes(sites) | _numbers(config, method, places)
+    if excluded:
+        own["exclude"] = excluded
     own |= {"targets": exact_targets(list(sites), modules), "modules_to_save": saved}
     if biases:
         own["lora_bias"] = True
     return PeftFolder(_spec(method, own, source), method.peft.ranks(dict(config)), copies, biases, beside)
+
+
+def _parameters(modules: Mapping[str, nn.Module], config: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Returns the parameters that `target_parameters` names, by module, by PEFT's rule and in its order."""
+    wanted = [str(name) for name in config.get("target_parameters") or []]
+    found: dict[str, list[str]] = {}
+    for path, module in modules.items() if wanted else ():
+        for name, _ in module.named_parameters(recurse=False):
+            if any(ends_with(f"{path}.{name}", target) for target in wanted):
+                found.setdefault(path, []).append(name)
+    return found
+
+
+def _places(
+    modules: Mapping[str, nn.Module],
+    parameters: Mapping[str, list[str]],
+    sites: Mapping[str, Mapping[str, Any]],
+    source: str,
+) -> tuple[dict[str, str], list[str]]:
+    """Returns every place by the name that PEFT matches patterns with, and the parameters to leave out.
+
+    Raises:
+        IncompatibleError: if `target_parameters` names one that lora_lab does not adapt.
+        CheckpointError: if the tensors are of other parameters than the config says.
+    """
+    places: dict[str, str] = {}
+    excluded: list[str] = []
+    for path, tensors in sites.items():
+        names, held = parameters.get(path, []), stacked(modules[path])
+        others = [name for name in names if name not in held]
+        if names == ["weight"] and type(modules[path]) is nn.Linear:
+            places[path] = f"{path}.weight"
+        elif others:
+            raise IncompatibleError(
+                f"target_parameters: {path}.{others[0]} has no counterpart in lora_lab, which adapts linear "
+                "maps, experts stacked in one parameter (experts, …, …), and their routers."
+            )
+        elif held and len(tensors) != 2 * len(names):
+            raise CheckpointError(
+                f"{source}: the tensors at {path} adapt {len(tensors) // 2} parameters, and "
+                f"target_parameters names {len(names)} there. Copy both files again from one save."
+            )
+        elif names:
+            places |= {f"{path}.{name}": f"{path}.{name}" for name in names}
+            excluded += [f"{path}.{name}" for name in held if name not in names]
+        else:
+            places[path] = path
+    return places, excluded
 
 
 class _Read(dict[str, Any]):
@@ -294,10 +354,8 @@ def _tensor(model: nn.Module, path: str) -> Tensor | None:
         return None
 
 
-def _numbers(
-    config: Mapping[str, Any], own: Mapping[str, Any], method: type[Adapter], sites: list[str]
-) -> dict[str, Any]:
-    """Returns the patterns of a spec with one key a site, by PEFT's rule: the first key that matches."""
+def _numbers(config: Mapping[str, Any], method: type[Adapter], places: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the patterns of a spec with one key a place, by PEFT's rule: the first key that matches."""
     found: dict[str, Any] = {}
     if method.peft.ranks(dict(config)):
         return {name: {} for name in ("rank_pattern", "alpha_pattern") if name in _fields(method)}
@@ -308,8 +366,8 @@ def _numbers(
         if not isinstance(pattern, Mapping):
             raise ValueError(f"{name}: must hold names and numbers; got {pattern!r}")
         keys = {
-            path: next((k for k in pattern if match_regex(rf"(.*\.)?({k})$", path, name)), None)
-            for path in sites
+            path: next((k for k in pattern if match_regex(rf"(.*\.)?({k})$", theirs, name)), None)
+            for path, theirs in places.items()
         }
         found[name] = {f"^{re.escape(path)}": kind(pattern[k]) for path, k in keys.items() if k is not None}
     return found

@@ -6,13 +6,14 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, TypeVar
 
 import regex
 import torch
 from torch import nn
 
+from lora_lab.adapters.maps import is_router, stacked
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import TargetError, suggest
 from lora_lab.models.architectures import FUSED, find_roles, head_paths, layer_of, reads_text, roles_of
@@ -91,10 +92,15 @@ def find_sites(
         matched.update(dict.fromkeys(paths, target))
     for name in spec.exclude:
         left_out = [path for path in matched if _names_or_holds(name, path, roles)]
-        if not left_out:
+        parts = [p for path in matched for p in parts_of(spec, Site(path, modules[path])).values()]
+        if not left_out and not any(_names_or_holds(name, part.path, {}) for part in parts):
             endings = {path.rpartition(".")[2] for path in matched}
             raise TargetError(f"adapter.exclude: '{name}' is in none of the targets{suggest(name, endings)}")
         for path in left_out:
+            del matched[path]
+    for path in list(matched):
+        site = Site(path, modules[path])
+        if parts_of(spec, site) and not part_specs(spec, site):
             del matched[path]
     if not matched:
         raise TargetError("adapter.exclude: leaves out everything that targets name; shorten one of the two.")
@@ -207,6 +213,22 @@ def site_spec(spec: SpecType, site: Site) -> SpecType:
     return spec.for_site(found) if found else spec
 
 
+def parts_of(spec: AdapterSpec, site: Site) -> dict[str, Site]:
+    """Returns the parameters inside a site's module that count as places of their own, by name."""
+    if not spec.names_parts:
+        return {}
+    return {name: replace(site, path=f"{site.path}.{name}", role=None) for name in stacked(site.module)}
+
+
+def part_specs(spec: SpecType, site: Site) -> dict[str, SpecType]:
+    """Returns the spec of each of `parts_of` that `exclude` leaves; patterns are resolved."""
+    return {
+        name: site_spec(spec, part)
+        for name, part in parts_of(spec, site).items()
+        if not any(_names_or_holds(word, part.path, {}) for word in spec.exclude)
+    }
+
+
 def _matching(
     target: str,
     model: nn.Module,
@@ -225,6 +247,7 @@ def _matching(
             if accepts(module)
             and (not linear or hasattr(module, "in_features"))
             and id(module) not in head
+            and not is_router(module)
             and not _inside(path, saved)
         ]
     if target.startswith("regex:"):
@@ -316,10 +339,11 @@ def _no_match(target: str, model: nn.Module, modules: Mapping[str, nn.Module]) -
 
 def _check_patterns(spec: AdapterSpec, sites: list[Site]) -> None:
     """Raises for a pattern that matches no site: it would be silently ignored."""
+    places = [*sites, *(part for site in sites for part in parts_of(spec, site).values())]
     for name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(spec, name, {}):
-            if not any(match_pattern({key: True}, site) for site in sites):
-                known = {site.role or site.path.rpartition(".")[2] for site in sites}
+            if not any(match_pattern({key: True}, site) for site in places):
+                known = {site.role or site.path.rpartition(".")[2] for site in places}
                 raise TargetError(f"adapter.{name}: '{key}' matches no adapted module{suggest(key, known)}")
 
 

@@ -52,6 +52,9 @@ class AdapterSpec:
     meaningless: ClassVar[frozenset[str]] = frozenset()
     """Fields of this class that a method cannot use; they are not kept from another method's settings."""
 
+    names_parts: ClassVar[bool] = False
+    """Whether `exclude` and the patterns also name parameters inside a module, `experts.down_proj`."""
+
     removed_fields: ClassVar[Mapping[str, Any]] = {}
     """Fields that a stored spec may still hold, each with the one value that means today's method."""
 

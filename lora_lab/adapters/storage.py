@@ -376,8 +376,9 @@ def _patterns(adapters: AdapterSet) -> dict[str, Any]:
     names = {"rank_pattern": "r", "alpha_pattern": alpha}
     found: dict[str, dict[str, Any]] = {pattern: {} for pattern, name in names.items() if name in general}
     for path, adapter in adapters.items():
-        own = layout.write(adapter.stored_spec)
-        for pattern, values in found.items():
-            if own[names[pattern]] != general[names[pattern]]:
-                values[f"^{re.escape(path)}"] = own[names[pattern]]
+        for name, spec in adapter.stored_specs(path).items():
+            own = layout.write(spec)
+            for pattern, values in found.items():
+                if own[names[pattern]] != general[names[pattern]]:
+                    values[f"^{re.escape(name)}"] = own[names[pattern]]
     return found

@@ -6,21 +6,22 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    GptOssConfig,
-    GptOssForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-    WhisperConfig,
-    WhisperModel,
-)
+from transformers import WhisperConfig, WhisperModel
 
 from lora_lab import METHODS, inject, load_adapter, save_adapter
 from lora_lab.adapters import parameter_count
-from lora_lab.errors import IncompatibleError
-from tests.adapters.tiny import logits, relative, shake, tiny_bert, tiny_llama, tokens
+from lora_lab.errors import IncompatibleError, TargetError
+from tests.adapters.tiny import (
+    gpt_oss,
+    logits,
+    mixtral,
+    qwen3_moe,
+    relative,
+    shake,
+    tiny_bert,
+    tiny_llama,
+    tokens,
+)
 
 LoRA = METHODS["lora"].Spec
 
@@ -131,41 +132,6 @@ def test_a_head_that_stays_frozen_is_told(name):
     assert name in adapters.saved
 
 
-SIZES = {
-    "vocab_size": 43,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "num_experts_per_tok": 2,
-}
-
-
-def mixtral():
-    """Experts as (experts, out, in)."""
-    return shaken(MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)))
-
-
-def gpt_oss():
-    """Experts as (experts, in, out), with biases."""
-    config = GptOssConfig(**SIZES, num_local_experts=3, head_dim=8, layer_types=["full_attention"] * 2)
-    return shaken(GptOssForCausalLM(config))
-
-
-def qwen3_moe():
-    config = Qwen3MoeConfig(**SIZES, moe_intermediate_size=16, num_experts=4, head_dim=8)
-    return shaken(Qwen3MoeForCausalLM(config))
-
-
-@torch.no_grad()
-def shaken(model):
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
-
-
 @pytest.mark.parametrize("method", ["lora", "oft"])
 def test_experts_that_all_linear_leaves_out_are_told_with_their_share(method):
     model = mixtral()
@@ -205,6 +171,46 @@ def test_lora_on_stacked_experts_learns_merges_and_opens_in_peft(make, tmp_path)
     assert torch.equal(logits(again), expected)
     model.bfloat16()
     assert relative(logits(model).float(), expected) < 0.1
+
+
+def test_single_parameters_of_experts_are_left_out_or_have_their_own_rank_and_a_router_is_adapted(tmp_path):
+    model = mixtral()
+    start = logits(model)
+    spec = LoRA(
+        rank=2, targets=["experts", "mlp.gate"], exclude=["layers.0.mlp.experts.gate_up_proj"],
+        rank_pattern={"experts": 4, r"layers\.1\.mlp\.experts\.gate_up_proj": 3},
+        alpha_pattern={"experts.down_proj": 5.0},
+    )  # fmt: skip
+    adapters = inject(model, spec)
+    shapes = {name: tuple(p.shape) for name, p in adapters.named_parameters().items() if ".A." in name}
+    assert shapes == {
+        "model.layers.0.mlp.gate.A.weight": (1, 2, 16),
+        "model.layers.0.mlp.experts.A.down_proj": (4, 4, 24),
+        "model.layers.1.mlp.gate.A.weight": (1, 2, 16),
+        "model.layers.1.mlp.experts.A.gate_up_proj": (4, 3, 16),
+        "model.layers.1.mlp.experts.A.down_proj": (4, 4, 24),
+    }
+    assert adapters.trainable_count() == parameter_count(mixtral(), spec)
+    shake(adapters)
+    expected = logits(model)
+    assert relative(expected, start) > 1e-2
+    save_adapter(adapters, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(mixtral(), tmp_path / "adapter")
+    assert relative(logits(theirs), expected) < 1e-5
+    again = mixtral()
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(logits(again), expected)
+
+
+@pytest.mark.parametrize("name", ["experts.nothing", "down_proj.weight"])
+def test_what_no_parameter_of_the_experts_is_called_is_refused(name):
+    with pytest.raises(TargetError, match=f"exclude: '{name}'"):
+        inject(mixtral(), LoRA(rank=2, targets=["experts"], exclude=[name]))
+    with pytest.raises(TargetError, match=f"rank_pattern: '{name}'"):
+        inject(mixtral(), LoRA(rank=2, targets=["experts"], rank_pattern={name: 3}))
+    everything = ["experts.gate_up_proj", "experts.down_proj"]
+    with pytest.raises(TargetError, match="leaves out everything"):
+        inject(mixtral(), LoRA(rank=2, targets=["experts"], exclude=everything))
 
 
 def test_options_without_meaning_for_stacked_experts_are_refused():

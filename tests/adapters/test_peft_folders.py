@@ -12,7 +12,17 @@ from transformers import BertConfig, BertLMHeadModel, RobertaConfig, RobertaForS
 from lora_lab import load_adapter, save_adapter
 from lora_lab.adapters.storage import CONFIG, TENSORS
 from lora_lab.errors import CheckpointError, IncompatibleError, LabError
-from tests.adapters.tiny import VOCABULARY, _shaken, relative, tiny_bert, tiny_llama, tokens
+from tests.adapters.tiny import (
+    VOCABULARY,
+    _shaken,
+    gpt_oss,
+    mixtral,
+    qwen3_moe,
+    relative,
+    tiny_bert,
+    tiny_llama,
+    tokens,
+)
 
 TOLERANCE = 2e-6
 
@@ -96,6 +106,26 @@ OPENS = {
     "adalora": (tiny_llama, peft.AdaLoraConfig(init_r=4, total_step=10, target_modules=["q_proj"])),
     "vera": (tiny_llama, peft.VeraConfig(r=4, target_modules=["q_proj"])),
     "randlora": (tiny_llama, peft.RandLoraConfig(r=4, target_modules=["q_proj"])),
+    "experts stacked in parameters": (
+        mixtral,
+        lora("q_proj", target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
+    ),
+    "experts with two ranks and scales, as PEFT names those of before": (mixtral, lora("w1", "w2", "w3")),
+    "one parameter of the experts, and the router": (
+        gpt_oss,
+        lora(
+            target_modules=[],
+            target_parameters=["experts.down_proj", "router.weight"],
+            rank_pattern={"experts.down_proj": 2},
+            alpha_pattern={"router.weight": 3, "experts": 7},
+            use_rslora=True,
+        ),
+    ),
+    "every linear map and expert": (qwen3_moe, lora(target_modules="all-linear")),
+    "a linear map by its parameter": (
+        tiny_llama,
+        lora(target_modules=[], target_parameters=["q_proj.weight"], rank_pattern={"q_proj": 9}),
+    ),
     "loha with patterns": (
         tiny_llama,
         peft.LoHaConfig(r=3, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2}),
@@ -107,6 +137,7 @@ REFUSED = {
     "layer_replication": lora(layer_replication=[[0, 1], [0, 2]]),
     "alora_invocation_tokens": lora(alora_invocation_tokens=[3, 4], task_type="CAUSAL_LM"),
     "peft_type": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "target_parameters": lora(target_modules=[], target_parameters=["embed_tokens.weight"]),
     "bias": peft.OFTConfig(target_modules=["q_proj"], oft_block_size=5, r=0, bias="oft_only"),
 }
 
@@ -143,6 +174,9 @@ def test_folders_of_peft_open_with_equal_logits_and_again_after_saving(case, tmp
     again = make()
     load_adapter(again, tmp_path / "ours")
     assert relative(outputs(again), expected) < TOLERANCE
+    theirs = peft.PeftModel.from_pretrained(make(), tmp_path / "ours")
+    assert relative(outputs(theirs), expected) < 1e-5
+    assert relative(outputs(make()), expected) > 1e-3
 
 
 @pytest.mark.parametrize("field", REFUSED)

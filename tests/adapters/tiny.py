@@ -2,7 +2,18 @@
 
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 VOCABULARY = 41
 
@@ -37,6 +48,41 @@ def tiny_llama(seed=0):
         pad_token_id=0,
     )
     return _shaken(LlamaForCausalLM, config, seed)
+
+
+EXPERTS = {
+    "vocab_size": 43,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_experts_per_tok": 2,
+}
+
+
+def mixtral():
+    """Experts as (experts, out, in)."""
+    return shaken(MixtralForCausalLM(MixtralConfig(**EXPERTS, num_local_experts=4)))
+
+
+def gpt_oss():
+    """Experts as (experts, in, out), with biases."""
+    config = GptOssConfig(**EXPERTS, num_local_experts=3, head_dim=8, layer_types=["full_attention"] * 2)
+    return shaken(GptOssForCausalLM(config))
+
+
+def qwen3_moe():
+    config = Qwen3MoeConfig(**EXPERTS, moe_intermediate_size=16, num_experts=4, head_dim=8)
+    return shaken(Qwen3MoeForCausalLM(config))
+
+
+@torch.no_grad()
+def shaken(model):
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
 
 
 MODELS = {"bert": tiny_bert, "llama": tiny_llama}

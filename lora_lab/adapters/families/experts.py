@@ -5,14 +5,15 @@
     A.<name>   (experts, rank, in)    learned; U(±1/√in) at the start
     B.<name>   (experts, out, rank)   learned; zeros at the start, hence W' = W
 
-Modules with `is_transposed` hold W as (experts, in, out); the update is transposed like it. PEFT calls these
+Modules with `is_transposed` hold W as (experts, in, out); the update is transposed like it. The matrix of a
+router (experts, in), which no linear map holds, is adapted as a stack of one. `exclude` leaves out single
+parameters and patterns give them a rank of their own, by names like `experts.down_proj`. PEFT calls these
 `target_parameters` and wraps the module once for each, the first parameter innermost.
 """
 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,17 +24,11 @@ from torch.func import functional_call
 
 from lora_lab.adapters.base import Adapter, PeftLayout
 from lora_lab.adapters.families.low_rank import ScaledSpec
+from lora_lab.adapters.maps import stacked
+from lora_lab.adapters.sites import Site, part_specs
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.kaiming import kaiming_uniform
 from lora_lab.linalg.rank import widened
-
-
-def stacked(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the parameters (experts, …, …) of a module of experts, by name; none of any other module."""
-    if not (hasattr(module, "num_experts") or re.search("Expert", type(module).__name__)):
-        return {}
-    own = module.named_parameters(recurse=False)
-    return {name: p for name, p in own if p.ndim == 3 and len(p) > 1 and p.is_floating_point()}
 
 
 class LowRankExperts(Adapter):
@@ -44,26 +39,27 @@ class LowRankExperts(Adapter):
     B: Any
     peft = PeftLayout("LORA", {})
 
-    def __init__(self, base: nn.Module, spec: ScaledSpec):
+    def __init__(self, base: nn.Module, spec: ScaledSpec, parts: Mapping[str, ScaledSpec]):
         super().__init__(base)
-        self.spec, self.scale = spec, spec.scale
+        self.spec, self.parts = spec, dict(parts)
         self.transposed = bool(getattr(base, "is_transposed", False))
         # Filled one by one, in the module's own order: the constructor would sort them.
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
-        for name, weight in stacked(base).items():
+        for name, own in parts.items():
+            weight = base.get_parameter(name)
             experts, rows, columns = self._sizes(weight)
             dtype = torch.promote_types(weight.dtype, torch.float32)
-            drawn = kaiming_uniform(experts * spec.rank, columns, dtype=dtype)
-            self.A[name] = nn.Parameter(drawn.reshape(experts, spec.rank, columns))
-            self.B[name] = nn.Parameter(torch.zeros(experts, rows, spec.rank, dtype=dtype))
+            drawn = kaiming_uniform(experts * own.rank, columns, dtype=dtype)
+            self.A[name] = nn.Parameter(drawn.reshape(experts, own.rank, columns))
+            self.B[name] = nn.Parameter(torch.zeros(experts, rows, own.rank, dtype=dtype))
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        """Modules that hold all experts in one parameter each."""
+        """Modules that hold all experts in one parameter each, and routers."""
         return bool(stacked(module))
 
     @classmethod
-    def at(cls, site: Any, spec: Any, *shared: Any) -> Adapter:
+    def at(cls, site: Site, spec: Any, *shared: Any) -> Adapter:
         """Makes the adapter.
 
         Raises:
@@ -74,16 +70,23 @@ class LowRankExperts(Adapter):
                 f"adapter.targets: {site.path} holds experts in one parameter each; LoRA on them has no "
                 "dropout, no lora_bias and one start (init: default). Change these, or exclude the experts."
             )
-        return super().at(site, spec)
+        return super().at(site, spec, part_specs(spec, site))
 
     def _sizes(self, weight: Tensor) -> tuple[int, int, int]:
-        experts, rows, columns = weight.shape
+        experts, rows, columns = weight.shape if weight.ndim == 3 else (1, *weight.shape)
         return (experts, columns, rows) if self.transposed else (experts, rows, columns)
 
     @classmethod
-    def site_parameter_count(cls, module: Any, spec: Any) -> int:
-        """Counts rank · (out + in) numbers for every expert."""
-        return sum(spec.rank * len(p) * sum(p.shape[1:]) for p in stacked(module).values())
+    def count(cls, site: Site, spec: Any) -> int:
+        """Counts rank · (out + in) numbers for every expert of every parameter."""
+        shapes = {name: p.shape if p.ndim == 3 else (1, *p.shape) for name, p in stacked(site.module).items()}
+        own = part_specs(spec, site)
+        return sum(part.rank * shapes[name][0] * sum(shapes[name][1:]) for name, part in own.items())
+
+    @property
+    def rank(self) -> int:
+        """The greatest of the parameters' ranks."""
+        return max(part.rank for part in self.parts.values())
 
     def without_gradient_at_start(self) -> tuple[str, ...]:
         """Returns A, as B is zero."""
@@ -92,13 +95,15 @@ class LowRankExperts(Adapter):
     def loraplus_parameters(self) -> list[nn.Parameter]:
         return list(self.B.values())
 
-    def adapted(self, name: str) -> Float[Tensor, "experts _ _"]:
+    def adapted(self, name: str) -> Float[Tensor, "*experts _ _"]:
         """Returns W' of one parameter, computed in float32 or wider and rounded once."""
         weight = self.base.get_parameter(name)
         left, right = widened(self.B[name]), widened(self.A[name])
         if self.transposed:
             left, right = right.mT, left.mT
-        return torch.baddbmm(widened(weight), left, right, alpha=self.scale).to(weight.dtype)
+        stack = widened(weight if weight.ndim == 3 else weight[None])
+        adapted = torch.baddbmm(stack, left, right, alpha=self.parts[name].scale)
+        return adapted.reshape(weight.shape).to(weight.dtype)
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
         """Runs the experts with W' in W's place; autocast must not narrow the sum."""
@@ -117,6 +122,10 @@ class LowRankExperts(Adapter):
         """Returns what stands before the tensors of each parameter in PEFT's files, by its name."""
         names = list(self.A)
         return {name: "base_layer." * (len(names) - 1 - i) for i, name in enumerate(names)}
+
+    def stored_specs(self, path: str) -> dict[str, Any]:
+        """Returns the spec of each parameter: PEFT's patterns are matched with the names of those."""
+        return {f"{path}.{name}": part for name, part in self.parts.items()}
 
     def peft_tensors(self) -> dict[str, Tensor]:
         """Returns (experts · rank, in) and (out, rank · experts), experts innermost."""

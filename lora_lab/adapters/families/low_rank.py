@@ -286,7 +286,6 @@ VARIANTS = (
     "monteclora_config",
     "kasa_config",
     "layer_replication",
-    "target_parameters",
     "trainable_token_indices",
 )
 """PEFT's options under which a file's A and B mean another function than LoRA's."""
@@ -333,7 +332,8 @@ def read_lora_config(config: dict[str, Any], kind: str) -> dict[str, Any] | None
             f"init_lora_weights: {init!r} {why}. Convert it in PEFT: "
             "save_pretrained(path_initial_model_for_weight_conversion=…)."
         )
-    for name in VARIANTS:
+    config.get("target_parameters")  # where adapters stand, which is read with the tensors
+    for name in VARIANTS if kind == "lora" else ("target_parameters", *VARIANTS):
         if config.get(name):
             raise IncompatibleError(
                 f"{name}: {config[name]!r} of PEFT's config has no counterpart in lora_lab."

@@ -26,13 +26,15 @@ from lora_lab.adapters.families.low_rank import LowRankAdapter, read_lora_config
 from lora_lab.adapters.families.starts import FROM_ZERO, SUBTRACTED, StartedSpec, start
 from lora_lab.adapters.maps import pointwise, sizes
 from lora_lab.adapters.protocols import Growable, RankAllocatable, Shareable
-from lora_lab.adapters.sites import Site
+from lora_lab.adapters.sites import Site, site_spec
 from lora_lab.errors import IncompatibleError
 
 
 @dataclass
 class LoRASpec(StartedSpec):
     """LoRA's options; the paper uses rank 4 to 8 on query and value."""
+
+    names_parts = True
 
     method: str = "lora"
 
@@ -68,9 +70,14 @@ class LoRA(LowRankAdapter, RankAllocatable, Growable, Shareable):
         self.c = nn.Parameter(torch.zeros(self.out_features, dtype=self.dtype)) if spec.lora_bias else None
 
     @classmethod
+    def parameter_count(cls, model: nn.Module, sites: list[Site], spec: Any) -> int:
+        experts = [site for site in sites if LowRankExperts.accepts(site.module)]
+        others = [site for site in sites if site not in experts]
+        counts = (LowRankExperts.count(site, site_spec(spec, site)) for site in experts)
+        return super().parameter_count(model, others, spec) + sum(counts)
+
+    @classmethod
     def site_parameter_count(cls, module: Any, spec: Any) -> int:
-        if LowRankExperts.accepts(module):
-            return LowRankExperts.site_parameter_count(module, spec)
         return super().site_parameter_count(module, spec) + (sizes(module)[0] if spec.lora_bias else 0)
 
     @classmethod
@@ -79,7 +86,7 @@ class LoRA(LowRankAdapter, RankAllocatable, Growable, Shareable):
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        """Linear maps, convolutions, plain embeddings, and experts stacked in parameters."""
+        """Linear maps, convolutions, plain embeddings, experts stacked in parameters and their routers."""
         special = LowRankEmbedding.accepts(module) or LowRankExperts.accepts(module)
         return super().accepts(module) or special
 
