@@ -45,6 +45,11 @@ class LowRankEmbedding(Adapter, RankAllocatable, Growable):
         """Plain embeddings: those of a subclass scale or renormalise what they look up."""
         return type(module) is nn.Embedding and module.max_norm is None
 
+    @classmethod
+    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+        """Counts A and B, rank · (vocabulary + width) numbers."""
+        return int(spec.rank * sum(module.weight.shape))
+
     @property
     def rank(self) -> int:
         """The number of components in use."""

@@ -78,6 +78,8 @@ class LoRA(LowRankAdapter, RankAllocatable, Growable, Shareable):
 
     @classmethod
     def site_parameter_count(cls, module: Any, spec: Any) -> int:
+        if LowRankEmbedding.accepts(module):
+            return LowRankEmbedding.site_parameter_count(module, spec)
         return super().site_parameter_count(module, spec) + (sizes(module)[0] if spec.lora_bias else 0)
 
     @classmethod
