@@ -33,7 +33,10 @@ def no_network():
 
 @pytest.fixture(autouse=True)
 def seeded():
-    torch.manual_seed(0)
+    # `torch.manual_seed` formats the whole stack for each kind of device that is not in use.
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
 
 
 @pytest.fixture

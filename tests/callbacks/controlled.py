@@ -101,7 +101,7 @@ def train(
         enable_model_summary=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
-        val_check_interval=0.25,
+        val_check_interval=0.25 if keep == "best" else 0.5,
     )
     batch = 8 // devices // accumulate
     toy = ToyConfig(

@@ -121,9 +121,14 @@ def fit(
     stop_at=None,
     extra=lambda adapters, controller: [],
     optimization=None,
+    statistics=False,
     **options,
 ) -> Fitted:
-    """Trains on the toy data; `options` are the controller's."""
+    """Trains on the toy data; `options` are the controller's.
+
+    Args:
+        statistics: logs those of adapters and controller, which takes most of such a run's time.
+    """
     L.seed_everything(0, verbose=False)
     model = model_of_four_layers()
     size = ToyConfig(size=10 * 16, batch_size=batch, bucket_by_length=False)
@@ -158,7 +163,7 @@ def fit(
             controller,
             recorder,
             *extra(adapters, controller),
-            AdapterStatistics(adapters, [controller]),
+            *([AdapterStatistics(adapters, [controller])] if statistics else []),
             ResumeCheckpoint(folder / "never.ckpt", 10**9),
         ],
         logger=MetricsFile(folder),
@@ -428,12 +433,16 @@ def test_settled_means_that_the_last_decision_is_made(tmp_path):
 # What fails in PEFT ---------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Fitted:
+    """A run without interruption."""
+    return fit(tmp_path_factory.mktemp("whole"), adapter={"dropout": 0.2}, statistics=True)
+
+
 @pytest.mark.parametrize("saved", [3, 15, LAST, LAST + 1, 35])
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, saved):
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, saved, whole):
     """In the warm-up, while the budget falls, on either side of the last decision, and after it."""
-    options = {"adapter": {"dropout": 0.2}}
-    (tmp_path / "whole").mkdir()
-    whole = fit(tmp_path / "whole", **options)
+    options = {"adapter": {"dropout": 0.2}, "statistics": saved == 15}
     fit(tmp_path, save_at=saved, stop_at=saved + 3, **options)
     resumed = fit(tmp_path, resume=True, **options)
     assert min(resumed.recorder.flags) == saved
@@ -543,7 +552,7 @@ def test_logged_losses_are_the_tasks_alone(tmp_path):
 
 
 def test_statistics_stand_in_the_rows_of_the_loss(tmp_path):
-    fitted = fit(tmp_path)
+    fitted = fit(tmp_path, statistics=True)
     rows = {row["step"]: row for row in read_metrics(tmp_path) if row.get("train/loss") is not None}
     assert rows[1]["budget/total"] == rows[1]["budget/kept"] == 18
     assert "importance/mean" not in rows[1] or rows[1]["importance/mean"] is None
