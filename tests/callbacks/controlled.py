@@ -1,7 +1,6 @@
 """Short real runs with controllers, in one process or in two, with stops and resumptions."""
 
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from lora_lab.data.toy import ToyConfig
 from lora_lab.models.perceptron import MultiLayerPerceptron, MultiLayerPerceptronConfig
 from lora_lab.training.module import FineTuner
 from lora_lab.training.optimization import OptimizationConfig
+from tests.two_processes import run_in_two_processes
 
 LAYERS = ["layer1", "layer2", "layer3"]
 
@@ -112,31 +112,16 @@ def train(
     return ControlledRun(adapters, {own.name: own for own in built}, trainer, best)
 
 
-def from_two_processes(file: str, folder: Path, *arguments: str) -> dict[str, torch.Tensor]:
+def from_two_processes(file: str, folder: Path) -> dict[str, torch.Tensor]:
     """Runs a test file as a script, which trains with `devices=2` and calls `hand_back`."""
     path = folder / "two.pt"
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    done = subprocess.run(
-        [sys.executable, file, str(path), *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_in_two_processes(file, folder, str(path))
     return torch.load(path, weights_only=True)
 
 
 def hand_back(state: dict) -> None:
     """Leaves a state for the process that called `from_two_processes`."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # Lightning starts the other process
+    if os.environ["LOCAL_RANK"] == "0":
         torch.save(state, sys.argv[1])
 
 

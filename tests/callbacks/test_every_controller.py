@@ -6,11 +6,8 @@ for a protocol meets every method that has it; others, and those with compaction
 """
 
 import os
-import socket
-import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +17,7 @@ from lora_lab.adapters.protocols import Prunable
 from lora_lab.callbacks import CONTROLLERS, check_controllers
 from lora_lab.errors import IncompatibleError
 from tests.callbacks.controlled import LAYERS, fresh_model, train
+from tests.two_processes import run_in_two_processes
 
 pytestmark = pytest.mark.slow
 
@@ -107,32 +105,7 @@ def alone(case: str, method: str, accumulate: int = 1):
 def of_two_processes(tmp_path_factory):
     """States after training in two processes, which share one process group over all pairs."""
     path = tmp_path_factory.mktemp("two") / "states.pt"
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "WORLD_SIZE": "2",
-        "NODE_RANK": "0",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(path)],
-            env={**environment, "LOCAL_RANK": str(rank)},
-            cwd=path.parent,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    told = [worker.communicate(timeout=500)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(told)
+    run_in_two_processes(__file__, path.parent, str(path))
     return torch.load(path, weights_only=True)
 
 

@@ -123,6 +123,6 @@ def test_two_processes_go_on_averaging_their_gradients(tmp_path):
             assert difference <= TOLERANCE, (kind, name, difference)
 
 
-if __name__ == "__main__":  # one of two processes; Lightning starts the other
+if __name__ == "__main__":  # one of two processes
     adapters, changes = train(devices=2)
     hand_back({"weights": adapters.state_dict(), "gradients": changes.gradients})

@@ -1,18 +1,14 @@
 """The loss of a step is one number: whatever the batches, windows, processes and paddings, by brute force."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from lora_lab.data.batches import training_order
+from tests.training import step_cases
 from tests.training.step_cases import CASES, GLOBAL_BATCH, ROWS, expected, measure, write_rows
-
-ROOT = Path(__file__).parents[2]
+from tests.two_processes import run_in_two_processes
 
 
 @pytest.fixture(scope="module")
@@ -25,37 +21,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def of_two_processes(folder) -> list[dict[str, dict]]:
     """Returns what each of two processes has measured of all cases for two, by their names."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": 2,
-        "LOCAL_WORLD_SIZE": 2,
-        "GROUP_RANK": 0,
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": 1,
-    }
-    started = []
-    for rank in (0, 1):
-        own = {**shared, "RANK": rank, "LOCAL_RANK": rank}
-        environment = {
-            **os.environ,
-            "MASTER_ADDR": "127.0.0.1",
-            "GLOO_SOCKET_IFNAME": "lo",
-            "PYTHONPATH": str(ROOT),
-        }
-        environment |= {name: str(value) for name, value in own.items()}
-        command = [sys.executable, "-m", "tests.training.step_cases", str(folder)]
-        with (folder / f"output_{rank}").open("w") as output:
-            started.append(
-                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
-            )
-    try:
-        codes = [process.wait(400) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert codes == [0, 0], "".join((folder / f"output_{rank}").read_text() for rank in (0, 1))
+    run_in_two_processes(step_cases.__file__, folder, str(folder))
     return [torch.load(folder / f"measured_{rank}.pt") for rank in (0, 1)]
 
 
