@@ -9,6 +9,11 @@ from pathlib import Path
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
+import lora_lab
+
+COMMAND = str(Path(lora_lab.__file__).with_name("__main__.py"))
+"""The script that `lora-lab` is."""
+
 
 def run_in_two_processes(file: str, folder: Path, *arguments: str) -> None:
     """Runs a test's file as a script in two processes, which find each other as Lightning's do.

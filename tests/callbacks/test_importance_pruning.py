@@ -3,12 +3,8 @@
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import lightning as L
 import peft
@@ -35,6 +31,7 @@ from lora_lab.training.optimization import OptimizationConfig
 from lora_lab.training.trainer import TrainerConfig, trainer_arguments
 from tests.adapters.tiny import tiny_bert
 from tests.tracked_run import train as train_on_text
+from tests.two_processes import COMMAND, run_in_two_processes
 
 STEPS = 40
 ADAPTED = ["layer1", "layer2", "layer3"]
@@ -743,18 +740,8 @@ def test_two_processes_make_the_decisions_of_one_with_the_doubled_batch(tmp_path
     path = tmp_path / "experiment.yaml"
     path.write_text(DISTRIBUTED)
     one = run(compose(path, ["data.batch_size=16", f"output={tmp_path}", "run=one"])).folder.path
-    command = [sys.executable, "-m", "lora_lab", "train", str(path), f"output={tmp_path}", "run=two"]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(
-        [*command, "data.batch_size=8", "trainer.devices=2"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    settings = [f"output={tmp_path}", "run=two", "data.batch_size=8", "trainer.devices=2"]
+    run_in_two_processes(COMMAND, tmp_path, "train", str(path), *settings)
     two = tmp_path / "distributed" / "two"
     patterns = [
         json.loads((f / "adapter" / "adapter_config.json").read_text())["rank_pattern"] for f in (one, two)

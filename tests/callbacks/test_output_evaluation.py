@@ -1,9 +1,6 @@
 """Output evaluation: adapters kept, shared and dropped by what they add to outputs."""
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -37,6 +34,7 @@ from lora_lab.training.module import FineTuner
 from lora_lab.training.trainer import trainer_arguments
 from tests.adapters.tiny import linear, relative, shake
 from tests.callbacks.controlled import train
+from tests.two_processes import COMMAND, run_in_two_processes
 
 TOLERANCE = 1e-6  # float32, relative to the greatest number
 ROWS, BATCH = 64, 6
@@ -532,12 +530,7 @@ def test_two_processes_equal_one_with_the_doubled_batch_before_and_after_the_dec
         if len(found) == 0:
             experiment.run(compose(path, options))
         else:
-            command = [sys.executable, "-m", "lora_lab", "train", str(path), *options]
-            one = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-            done = subprocess.run(
-                command, env={**os.environ, **one}, capture_output=True, text=True, timeout=300
-            )
-            assert done.returncode == 0, done.stdout + done.stderr
+            run_in_two_processes(COMMAND, tmp_path, "train", str(path), *options)
         folder = tmp_path / "drop" / options[-2].removeprefix("run=")
         found.append((load_file(folder / "adapter" / TENSORS), read_metrics(folder), folder))
     (one, rows_of_one, _), (two, rows_of_two, folder) = found

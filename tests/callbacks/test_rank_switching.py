@@ -1,9 +1,6 @@
 """Rank switching: what is drawn, what a step leaves alone, adaptive policies, evaluations, resuming."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 
 import lightning as L
@@ -27,6 +24,7 @@ from lora_lab.training.module import FineTuner
 from lora_lab.training.optimization import OptimizationConfig
 from tests.adapters.tiny import linear, relative, tiny_bert
 from tests.tracked_run import text_batches
+from tests.two_processes import run_in_two_processes
 
 RANKS = range(1, 9)
 
@@ -563,16 +561,8 @@ def test_two_processes_have_the_ranks_and_numbers_of_one(tmp_path, policy):
     one_config = config_of(tmp_path, "one", 0.0, *SWITCHED[policy])
     (tmp_path / "process.py").write_text(PROCESS)
     settings = [f"output={tmp_path}", "run=two", "data.batch_size=8", "trainer.devices=2", *SWITCHED[policy]]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    command = [sys.executable, "process.py", str(tmp_path / "experiment.yaml"), *settings]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    script = str(tmp_path / "process.py")
+    run_in_two_processes(script, tmp_path, str(tmp_path / "experiment.yaml"), *settings)
     one = run(one_config)
     expected = [int(row["rank/active"]) for row in rows_of(one.folder.path) if "rank/active" in row]
     assert len(set(expected)) > 1
