@@ -62,22 +62,64 @@ class Task:
 
     def loss(self, predictions: Tensor, labels: Tensor) -> Tensor:
         """Returns an aligned pair's mean loss over the labels that count, a scalar; 0 where none does."""
-        return self.total(predictions, labels) / self.count(labels).clamp(min=1)
+        return self.total(predictions, labels) / divisor(self.count(labels))
+
+    def sums(
+        self, predictions: Tensor, labels: Tensor, class_weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the sum of an aligned pair's losses and the number of its labels that count, both scalars.
+
+        Args:
+            predictions: aligned, as `labels`.
+            labels: of classes, where they are weighted.
+            class_weights: weight of each class, shape (classes). Each loss is then multiplied by the weight
+                of its label, and the weights are summed instead of counted: the mean is that of torch's
+                `cross_entropy(weight=…)`.
+        """
+        if class_weights is None:
+            return self.total(predictions, labels), self.count(labels)
+        total = F.cross_entropy(predictions, labels, class_weights, ignore_index=IGNORED, reduction="sum")
+        return total, class_weights[labels[labels != IGNORED]].sum()
+
+    def better(self, metric: str) -> Literal["min", "max"]:
+        """Returns whether less or more of a validation metric is better, as torchmetrics has it.
+
+        It leaves that open for correlations: between predictions and labels, more is better.
+        """
+        if metric == self.monitor:
+            return self.mode
+        higher = metric != "loss" and self.metrics(2)[metric].higher_is_better is not False
+        return "max" if higher else "min"
+
+    def monitor_faults(self, metric: str | None) -> list[str]:
+        """Returns that there is no such metric to choose the best by, if so; None stands for `monitor`."""
+        known = ["loss", *map(str, self.metrics(2))]
+        if metric is None or metric in known:
+            return []
+        return [f"monitor: {self.name} has no metric '{metric}'{suggest(metric, known)}"]
+
+
+def divisor(count: Tensor) -> Tensor:
+    """Returns a count, or sum of weights, to divide by: 1 where nothing was counted."""
+    return torch.where(count > 0, count, torch.ones_like(count))
 
 
 class MeanLoss(Metric):
     """The mean loss over the labels of all batches; not finite as soon as one batch's is not.
 
     (`torchmetrics.MeanMetric` leaves out what is not a number.)
+
+    Args:
+        weighted: whether labels have weights, so that their count is no whole number.
     """
 
     total: Tensor
     count: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, weighted: bool = False) -> None:
         super().__init__()
         self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0.0 if weighted else 0), dist_reduce_fx="sum")
 
     def update(self, total: Tensor, count: Tensor) -> None:
         """Adds a batch's sum of losses and its number of labels, both scalars."""
@@ -86,7 +128,7 @@ class MeanLoss(Metric):
 
     def compute(self) -> Tensor:
         """Returns the mean."""
-        return self.total / self.count.clamp(min=1)
+        return self.total / divisor(self.count)
 
 
 def _classes(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,7 @@ class AdapterCheckpoint(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Checks that the module says which of its metrics decides."""
         if stage == "fit":
-            require(pl_module, "AdapterCheckpoint", ("monitor", "task"), "use Lightning's ModelCheckpoint")
+            require(pl_module, "AdapterCheckpoint", ("monitor", "mode"), "use Lightning's ModelCheckpoint")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compares the validation just finished with the best so far."""
@@ -61,7 +61,7 @@ class AdapterCheckpoint(L.Callback):
         if self.keep == "best" and not all(controller.settled for controller in self.controllers):
             return
         best = self.best_value
-        if best is None or (value > best if pl_module.task.mode == "max" else value < best):
+        if best is None or (value > best if pl_module.mode == "max" else value < best):
             self.best_value, self.best_step = value, trainer.global_step
             if self.keep == "best":
                 self._best = {

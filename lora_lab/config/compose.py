@@ -137,6 +137,9 @@ def _cross_checks(config: ExperimentConfig) -> list[str]:
     found += [f"model.{fault}" for fault in check_model(config.model)]
     if config.model.task in TASKS:  # else the model's faults say so
         found += check_data(config.data, config.model.task)
+        found += [
+            f"trainer.{fault}" for fault in TASKS[config.model.task].monitor_faults(config.trainer.monitor)
+        ]
     if config.adapter.reads_full_weights and config.model.quantization == "none":
         found.append(
             "model.quantization: is none, and this adapter's start makes up for what quantisation takes; set "

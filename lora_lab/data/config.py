@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isfinite
+from typing import Union  # omegaconf reads it
 
 from omegaconf import MISSING
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
+
+from lora_lab.tasks import TASKS
 
 LONGEST = 2**24
 """Tokens of an example at most: far above what any model reads, and below what a tokenizer can count."""
@@ -68,6 +72,9 @@ class DataConfig:
     test_fraction: float = 0.0
     """Share of the training rows set aside for testing where the source has no test split, likewise; 0 means
     no test."""
+    class_weights: Union[str, dict[str, float]] = field(default_factory=dict)  # noqa: UP007
+    """Weights in every loss of a classification: name of a class → weight above 0, and 1 for those left out;
+    `balanced` weighs each by rows / (classes · rows of the class) in the training split."""
     split_seed: int = 1234
     """Seed of splits and limits, at least 0; not the run's seed, so that all runs see the same rows."""
     bucket_by_length: bool = True
@@ -99,6 +106,17 @@ class DataConfig:
                 "data.test_fraction: must be at least 0, and leave rows for training beside "
                 f"data.validation_fraction={self.validation_fraction}; got {self.test_fraction}"
             )
+        weights = self.class_weights
+        if weights and TASKS[task].labels != "classes":
+            faults.append(f"data.class_weights: {task} has no classes; take them out")
+        elif isinstance(weights, str) and weights != "balanced":
+            faults.append(f"data.class_weights: must be balanced, or hold class: weight; got '{weights}'")
+        elif isinstance(weights, dict):
+            faults += [
+                f"data.class_weights.{name}: must be above 0; got {weight}"
+                for name, weight in weights.items()
+                if not (weight > 0 and isfinite(weight))
+            ]
         if self.test_fraction and self.has_test_split:
             faults.append(
                 f"data.test_fraction: '{self.source}' has a test split of its own; take out one of the two"

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lora_lab.data.batches import BucketedBatches, EvaluationBatches, seeded_generator, stratified_sample
 from lora_lab.data.config import DataConfig, Splits
-from lora_lab.errors import CheckpointError, DataError
+from lora_lab.errors import CheckpointError, DataError, suggest
 from lora_lab.tasks import IGNORED, TASKS
 
 
@@ -167,7 +167,7 @@ class TaskData(L.LightningDataModule):
         count = len(split.lengths)
         classes = torch.zeros(count)
         if TASKS[self.task].labels == "classes":
-            classes = torch.stack([split.examples[index]["labels"] for index in range(count)])
+            classes = self._training_classes()
         size = max(math.ceil(ratio * count), min(count, self.config.batch_size * processes))
         chosen = stratified_sample(size, classes, self.seed)
         batches = EvaluationBatches(split.lengths[chosen], self.config.evaluation_batch_size, rank, processes)
@@ -205,6 +205,28 @@ class TaskData(L.LightningDataModule):
                 f"data: {', '.join(differing)} differ from the checkpoint's, so training cannot go on where "
                 "it stopped; use the same values, or start a new run"
             )
+
+    def class_weights(self) -> list[float] | None:
+        """Returns the weight of each class in the loss, by their ids; None where all count alike.
+
+        Raises:
+            DataError: If `data.class_weights` names a class that there is none of.
+        """
+        given = self.config.class_weights
+        if not given:
+            return None
+        if isinstance(given, dict):
+            if unknown := [name for name in given if name not in self.label_names]:
+                known = suggest(unknown[0], self.label_names)
+                raise DataError(f"data.class_weights: no class '{unknown[0]}'{known}")
+            return [float(given.get(name, 1.0)) for name in self.label_names]
+        counts = self._training_classes().bincount(minlength=len(self.label_names))
+        # A class without a row in training has no weight to find; it may be met in validation.
+        return (len(self._training_classes()) / (len(counts) * counts)).nan_to_num(posinf=1.0).tolist()
+
+    def _training_classes(self) -> Tensor:
+        examples = self.splits["train"].examples
+        return torch.stack([examples[index]["labels"] for index in range(self.sizes["train"])])
 
     def facts(self) -> dict[str, dict[str, int]]:
         """Returns each split's rows, those that were cut, and those whose texts an earlier split has."""

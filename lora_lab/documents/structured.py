@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
@@ -12,6 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_lab.documents.reading import Scalar, plain, texts
 from lora_lab.errors import suggest
+
+LARGEST = int(sys.float_info.max)
 
 
 def fill(
@@ -55,13 +59,19 @@ def fill(
         try:
             OmegaConf.update(schema, name, value, merge=True)
         except OmegaConfBaseException as error:
-            faults.append(f"{source}: {key}: {str(error).partition(chr(10))[0].rstrip('.')}")
+            what = str(error).partition(chr(10))[0].rstrip(".")
+            if isinstance(value, list | dict) and "incompatible container" in what:
+                what = f"cannot be a {'list' if isinstance(value, list) else 'set of keys and values'}"
+            faults.append(f"{source}: {key}: {what}")
 
 
 def _as_written(value: Any, hint: Any) -> Any:
     """Returns a value for a field of this type: the text as it was written where the field takes text."""
     kinds = [kind for kind in _members(hint) if kind is not NoneType]
     if isinstance(value, Scalar):
+        if type(value.value) is int and float in kinds and not {int, str} & {*kinds}:
+            # omegaconf does it for a field, but not inside of containers.
+            return float(value.value) if abs(value.value) < LARGEST else math.inf
         return value.text if str in kinds else value.value
     for kind in kinds:
         arguments = get_args(kind)

@@ -69,6 +69,8 @@ def run(config: ExperimentConfig, resume: bool = True, overwrite: bool = False) 
             data.num_labels,
             config.optimization,
             config.trainer.on_nonfinite,
+            config.trainer.monitor,
+            data.class_weights(),
         )
         _prepare_model(model, config)
         batches = data.batches_per_epoch(config.trainer.devices)
@@ -126,7 +128,14 @@ def evaluate(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
             path,
         )
     adapters = load_adapter(model, folder.adapter)
-    module = FineTuner(model.eval(), adapters, config.model.task, data.num_labels, config.optimization)
+    module = FineTuner(
+        model.eval(),
+        adapters,
+        config.model.task,
+        data.num_labels,
+        config.optimization,
+        class_weights=data.class_weights(),
+    )
     arguments = trainer_arguments(config.trainer, None)
     trainer = L.Trainer(**arguments, logger=False, callbacks=progress_bars(config))
     metrics: dict[str, float] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning as L
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters import AdapterSet
 from lora_lab.errors import DivergenceError
-from lora_lab.tasks import TASKS, MeanLoss
+from lora_lab.tasks import TASKS, MeanLoss, divisor
 from lora_lab.training.optimization import (
     OptimizationConfig,
     build_optimizer,
@@ -42,10 +42,16 @@ class FineTuner(L.LightningModule):
         num_labels: classes of a classification task.
         optimization: optimizer and schedule.
         on_nonfinite: whether a step whose loss or gradient norm is not finite ends training or is left out.
+        monitor: the validation metric by which runs and checkpoints are compared; None is the task's.
+        class_weights: weight in every loss, of training and evaluation, of each class.
 
     The loss of an optimizer step is one number: the sum of the losses of all labels in its batches, on all
-    processes, divided by the number of these labels, plus the adapters' penalty. It does not depend on how
-    the examples are spread over batches, accumulated batches and processes, nor on padding.
+    processes, divided by the number of these labels (with class weights, by the sum of their weights), plus
+    the adapters' penalty. It does not depend on how the examples are spread over batches, accumulated batches
+    and processes, nor on padding.
+
+    Attributes:
+        mode: whether less ("min") or more ("max") of the monitored metric is better.
 
     Logs `train/loss` (the task's part of that number), `train/penalty` (the adapters' part),
     `train/learning_rate`, with `on_nonfinite="skip"` `train/skipped_steps` (so far), and under `validation/`
@@ -60,6 +66,8 @@ class FineTuner(L.LightningModule):
         num_labels: int = 1,
         optimization: OptimizationConfig | None = None,
         on_nonfinite: Literal["stop", "skip"] = "stop",
+        monitor: str | None = None,
+        class_weights: Sequence[float] | None = None,
     ):
         super().__init__()
         self.model = model
@@ -70,6 +78,10 @@ class FineTuner(L.LightningModule):
         self.skipped_steps = 0
         """Optimizer steps so far that were left out because they were not finite."""
         self.num_labels = num_labels
+        self._monitor = monitor or self.task.monitor
+        self.mode = self.task.better(self._monitor)
+        self.class_weights: Tensor | None
+        self.register_buffer("class_weights", None if class_weights is None else torch.tensor(class_weights))
         self.evaluation = nn.ModuleDict({stage: self.new_metrics() for stage in ("validation", "test")})
         prompts = any(adapter.reads_prompt_lengths for adapter in adapters)
         self._hidden = {"labels"} if prompts else {"labels", "prompt_lengths"}
@@ -83,7 +95,7 @@ class FineTuner(L.LightningModule):
     @property
     def monitor(self) -> str:
         """Name of the validation metric by which runs and checkpoints are compared."""
-        return f"validation/{self.task.monitor}"
+        return f"validation/{self._monitor}"
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Returns the batch with every text's padding behind it, whichever side it came on.
@@ -110,10 +122,10 @@ class FineTuner(L.LightningModule):
         corrected.
         """
         predictions, labels = self.task.align(self(batch), batch["labels"])
-        total = self.task.total(predictions, labels)
+        total, count = self.task.sums(predictions, labels, self.class_weights)
         self._losses.append(total.detach())
-        self._counts.append(self.task.count(labels))
-        first_count = self._counts[0].clamp(min=1)
+        self._counts.append(count)
+        first_count = divisor(self._counts[0])
         trainer: Any = self.trainer
         if trainer.fit_loop.epoch_loop._should_accumulate():
             part = total / first_count
@@ -121,9 +133,9 @@ class FineTuner(L.LightningModule):
             sums = torch.stack([torch.stack(self._losses).sum(), torch.stack(self._counts).sum()])
             losses, count = trainer.strategy.reduce(sums, reduce_op="sum")
             penalty = self.adapters.penalty()
-            self._step_loss = losses / count.clamp(min=1)
+            self._step_loss = losses / divisor(count)
             self._step_penalty = torch.as_tensor(penalty, device=total.device).detach()
-            share = trainer.world_size / count.clamp(min=1)  # DDP takes the mean over processes
+            share = trainer.world_size / divisor(count)  # DDP takes the mean over processes
             if len(self._losses) > 1:
                 for parameter in self.adapters.trainable_parameters():
                     if parameter.grad is not None:
@@ -205,12 +217,13 @@ class FineTuner(L.LightningModule):
 
     def new_metrics(self) -> nn.ModuleDict:
         """Returns the task's loss and metrics, for `evaluate` to fill."""
-        return nn.ModuleDict({"loss": MeanLoss(), "metrics": self.task.metrics(self.num_labels)})
+        loss = MeanLoss(weighted=self.class_weights is not None)
+        return nn.ModuleDict({"loss": loss, "metrics": self.task.metrics(self.num_labels)})
 
     def evaluate(self, batch: Mapping[str, Tensor], metrics: Any) -> None:
         """Adds a batch to metrics that `new_metrics` returned."""
         predictions, labels = self.task.align(self(batch), batch["labels"])
-        metrics["loss"].update(self.task.total(predictions, labels), self.task.count(labels))
+        metrics["loss"].update(*self.task.sums(predictions, labels, self.class_weights))
         metrics["metrics"].update(predictions, labels)
 
     def results(self, metrics: Any) -> dict[str, Tensor]:

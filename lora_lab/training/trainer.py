@@ -43,6 +43,10 @@ class TrainerConfig:
     keep: Literal["last", "best"] = "last"
     """Which adapters the run ends with: those of the last step, or of the best validation."""
 
+    monitor: str | None = None
+    """Validation metric that decides which validation is the best: `loss` or one of the task's metrics, such
+    as `f1`, less or more of it as it is meant. Null means the one by which the task's runs are compared."""
+
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What happens to an optimizer step whose loss or gradient norm is not finite: it ends the run as
     diverged, or it changes neither weights nor moments and is counted in `train/skipped_steps`. Once trained

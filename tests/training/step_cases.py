@@ -40,10 +40,11 @@ class Case:
     model: str = "gpt2"
     prompts: bool = False
     penalty: bool = False
+    weights: bool = False
 
     def __str__(self) -> str:
         """Returns a name for the test."""
-        extra = "-prompts" * self.prompts + "-penalty" * self.penalty
+        extra = "-prompts" * self.prompts + "-penalty" * self.penalty + "-weights" * self.weights
         spread = f"{self.processes}_processes-accumulate_{self.accumulate}"
         return f"{self.task}-{self.model}-{spread}-{self.padding}-{self.precision}{extra}"
 
@@ -64,7 +65,10 @@ CASES = [
     ),
     *(Case("causal_lm", 4, n, padding, prompts=True) for n in (1, 2) for padding in ("right", "left")),
     *(Case("regression", accumulate, n, model="mlp", penalty=True) for n in (1, 2) for accumulate in (1, 3)),
+    *(Case("sequence_classification", a, n, weights=True) for n in (1, 2) for a in (1, 3, 4)),
 ]
+WEIGHTS = [0.05, 3.0, 0.25]
+"""Of classes; a batch may weigh less than one label without weights."""
 
 
 def write_rows(folder: Path) -> None:
@@ -118,7 +122,9 @@ def build(case: Case, folder: Path):
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
     # Steps so small that every step has the gradients of the same weights.
     still = OptimizationConfig(learning_rate=1e-30, gradient_clip=None, warmup=0.0, schedule="constant")
-    return FineTuner(model.train(), adapters, case.task, data.num_labels, still), data
+    weights = WEIGHTS if case.weights else None
+    module = FineTuner(model.train(), adapters, case.task, data.num_labels, still, class_weights=weights)
+    return module, data
 
 
 class Catch(L.Callback):
@@ -162,14 +168,17 @@ def measure(case: Case, folder: Path) -> dict:
     }
 
 
-def by_hand(module: FineTuner, task: str, example: dict) -> tuple[torch.Tensor, int, torch.Tensor]:
-    """Returns an example's sum of losses, its number of labels, and what it predicts of them."""
+def by_hand(
+    module: FineTuner, task: str, example: dict, weights: bool
+) -> tuple[torch.Tensor, float, torch.Tensor]:
+    """Returns an example's sum of losses, its number of labels or weight, and what it predicts of them."""
     given = {
         name: x[None] for name, x in example.items() if name in ("input_ids", "token_type_ids", "features")
     }
     logits, labels = module.model(**given).logits[0], example["labels"]
     if task == "sequence_classification":
-        return -F.log_softmax(logits, -1)[labels], 1, logits.argmax()
+        weight = WEIGHTS[labels] if weights else 1
+        return -weight * F.log_softmax(logits, -1)[labels], weight, logits.argmax()
     if task == "regression":
         return (logits.squeeze() - labels.squeeze()) ** 2, 1, logits.squeeze()
     learned = [at for at in range(1, len(labels)) if labels[at] != -100]
@@ -178,14 +187,16 @@ def by_hand(module: FineTuner, task: str, example: dict) -> tuple[torch.Tensor, 
 
 
 @cache
-def expected(task: str, model: str, prompts: bool, penalty: bool, folder: Path) -> dict:
+def expected(
+    task: str, model: str, prompts: bool, penalty: bool, folder: Path, weights: bool = False
+) -> dict:
     """Returns the gradient, loss and count of each training example, and the metrics of validation."""
     module, data = build(Case(task, 1, 1, model=model, prompts=prompts, penalty=penalty), folder)
     parameters = list(module.adapters.trainable_parameters())
     train, validation = data.splits["train"].examples, data.splits["validation"].examples
     found = {"gradients": [], "losses": [], "counts": [], "lengths": data.splits["train"].lengths}
     for index in range(ROWS):
-        loss, count, _ = by_hand(module, task, train[index])
+        loss, count, _ = by_hand(module, task, train[index], weights)
         gradient = torch.autograd.grad(loss, parameters)
         found["gradients"].append(torch.cat([g.flatten() for g in gradient]))
         found["losses"].append(loss.item())
@@ -197,7 +208,7 @@ def expected(task: str, model: str, prompts: bool, penalty: bool, folder: Path) 
         found["penalty"] = value.item()
         found["penalty_gradient"] = torch.cat([g.flatten() for g in gradient])
     with torch.no_grad():
-        rows = [by_hand(module, task, validation[index]) for index in range(VALIDATED)]
+        rows = [by_hand(module, task, validation[index], weights) for index in range(VALIDATED)]
     loss = sum(float(loss) for loss, _, _ in rows) / sum(count for _, count, _ in rows)
     found["metrics"] = {"validation/loss": loss}
     labels = [validation[index]["labels"] for index in range(VALIDATED)]

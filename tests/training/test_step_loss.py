@@ -33,7 +33,7 @@ def test_a_steps_gradients_and_loss_and_the_evaluation_are_those_of_single_examp
         measured = [measure(case, folder)]
     else:
         measured = [of_one[str(case)] for of_one in request.getfixturevalue("of_two_processes")]
-    right = expected(case.task, case.model, case.prompts, case.penalty, folder)
+    right = expected(case.task, case.model, case.prompts, case.penalty, folder, case.weights)
     batches = training_order(right["lengths"], GLOBAL_BATCH, True, seed=0, epoch=0)
     assert sorted(torch.cat(batches).tolist()) == list(range(ROWS))
     starts = range(0, len(batches), case.accumulate)
