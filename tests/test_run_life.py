@@ -27,7 +27,7 @@ from lora_lab.experiment.folder import RunFolder
 from lora_lab.tracking import MetricsFile, read_metrics
 from lora_lab.training.stopping import Interruption
 from tests.survival import rows
-from tests.wandb_file import offline_folders
+from tests.wandb_file import offline_folders, read_offline_run
 
 CONFIG = """
 name: life
@@ -418,3 +418,24 @@ def test_a_run_whose_disk_takes_nothing_any_more_does_not_stay_running(config, m
     assert again.record["status"] == "finished"
     assert same(again.folder, whole.folder)
     assert not folder.failure.exists()
+
+
+@pytest.mark.parametrize("settings", [["trainer.monitor=mae"], ["adapter.rank=3", "seed=2"]])
+def test_wandbs_summary_has_parameter_counts_best_value_and_step(config, settings):
+    result = run(compose(config, ["tracking.wandb=offline", "trainer.validate_every=0.5", *settings]))
+    (offline,) = offline_folders(result.folder.path)
+    summary = read_offline_run(offline).summary
+    names = (
+        "method_parameters",
+        "trainable_parameters",
+        "total_parameters",
+        "best_value",
+        "best_step",
+        "steps",
+    )
+    assert {name: summary[name] for name in names} == {name: result.record[name] for name in names}
+    rank = 3 if "adapter.rank=3" in settings else 2
+    assert summary["method_parameters"] == rank * ((10 + 64) + (64 + 64))
+    column = "validation/mae" if "trainer.monitor=mae" in settings else "validation/mse"
+    validated = [row for row in read_metrics(result.folder.path) if column in row]
+    assert summary["best_value"] == min(row[column] for row in validated)

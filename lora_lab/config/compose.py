@@ -111,7 +111,7 @@ def compose_layers(layers: Sequence[Layer]) -> ExperimentConfig:
     where = _file_of(settings)
     for key in sorted(OmegaConf.missing_keys(schema)):
         node = key.partition(".")[0]
-        source = _source_of(node, settings) or where
+        source = _blamed(node, settings) or where
         if not any(f": {key}: " in fault for fault in faults):
             faults.append(
                 f"{source}: {key}: is required and has no default; set it in the file or as {key}=…"
@@ -213,9 +213,17 @@ def _file_of(layers: Sequence[Layer]) -> str:
     return next((layer.source for layer in reversed(layers) if layer.source != COMMAND_LINE), COMMAND_LINE)
 
 
-def _source_of(node: str, layers: Sequence[Layer]) -> str | None:
-    """Returns the source of the last layer that sets something in a node."""
-    return next((layer.source for layer in reversed(layers) if layer.settings.get(node)), None)
+def _blamed(node: str, layers: Sequence[Layer]) -> str | None:
+    """Returns where a node's missing key should be set: the last file that sets something in the node.
+
+    It is the command line only if that names the kind which needs the key.
+    """
+    tag = UNIONS[node][0] if node in UNIONS else ""
+    for layer in reversed(layers):
+        own = layer.settings.get(node)
+        if own and (layer.source != COMMAND_LINE or tag in own):
+            return layer.source
+    return None
 
 
 def _choose(

@@ -28,11 +28,14 @@ from lora_lab.experiment.continuation import differences, source_of
 from lora_lab.experiment.environment import process_rank
 from lora_lab.experiment.folder import Record, RunFolder
 from lora_lab.experiment.record import end_record, start_record
-from lora_lab.tracking import build_loggers, close_loggers, read_metrics, replay, wandb_mode
+from lora_lab.tracking import build_loggers, close_loggers, read_metrics, replay, summarise, wandb_mode
 from lora_lab.training.stopping import Interruption, StopRequest
 
 SPARE_BYTES = 1 << 20
 """Space for the record and the last rows, beside the adapter's."""
+SUMMARY_AT_START = ("method_parameters", "trainable_parameters", "total_parameters")
+SUMMARY_AT_END = ("final_method_parameters", "best_value", "best_step", "steps", "adapter_file_bytes")
+"""Fields of the record that W&B's summary has too."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ class OpenRun:
         )
         if self.before or self.source:
             replay(rows, self.loggers, done_steps)
+        summarise(self.loggers, {name: self.record[name] for name in SUMMARY_AT_START})
         return self.loggers
 
     def release_space(self) -> None:
@@ -144,6 +148,7 @@ class OpenRun:
         self.record |= end_record(trainer, callbacks, metrics)
         if trainer.is_global_zero:
             self.record["adapter_file_bytes"] = (self.folder.adapter / TENSORS).stat().st_size
+        summarise(self.loggers, {name: self.record[name] for name in SUMMARY_AT_END})
         close_loggers(self.loggers)
         self.record["status"] = "finished"
         if trainer.is_global_zero:

@@ -2,7 +2,7 @@
 
 from lora_lab.tracking.config import TrackingConfig, wandb_mode
 from lora_lab.tracking.history import replay
-from lora_lab.tracking.loggers import build_loggers, close_loggers
+from lora_lab.tracking.loggers import build_loggers, close_loggers, summarise
 from lora_lab.tracking.metrics_file import MetricsFile, read_metrics
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "close_loggers",
     "read_metrics",
     "replay",
+    "summarise",
     "wandb_mode",
 ]

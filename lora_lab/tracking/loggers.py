@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,11 @@ class TolerantWandbLogger(WandbLogger):
     def log_metrics(self, *arguments: Any, **options: Any) -> None:
         """Logs a row."""
         self.attempt(super().log_metrics, *arguments, **options)
+
+    @rank_zero_only
+    def summarise(self, values: Mapping[str, Any]) -> None:
+        """Writes numbers into the run's summary."""
+        self.attempt(lambda: self.experiment.summary.update(values))
 
     @rank_zero_only
     def log_hyperparams(self, *arguments: Any, **options: Any) -> None:
@@ -136,6 +141,20 @@ def build_loggers(
             own = TolerantWandbLogger(run, save_dir=folder, project=config.project, experiment=started)
             return [*loggers, own]
     return loggers
+
+
+@rank_zero_only
+def summarise(loggers: Iterable[Logger], values: Mapping[str, Any]) -> None:
+    """Writes single numbers of a run into W&B's summary, where runs are compared in a table.
+
+    Args:
+        loggers: what `build_loggers` made.
+        values: name → number; None is left out.
+    """
+    known = {name: value for name, value in values.items() if value is not None}
+    for logger in loggers:
+        if isinstance(logger, TolerantWandbLogger):
+            logger.summarise(known)
 
 
 @rank_zero_only

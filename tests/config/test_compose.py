@@ -132,6 +132,23 @@ def test_a_missing_key_is_blamed_on_the_file_that_names_its_source(tmp_path):
         compose(path)
 
 
+@pytest.mark.parametrize(
+    ("own", "settings", "blamed"),
+    [
+        ("data: {batch_size: 4}", ["data.batch_size=8"], "x.yaml"),
+        ("seed: 1", ["data.batch_size=8"], "part.yaml"),
+        ("seed: 1", ["data.source=hub"], "command line"),
+    ],
+)
+def test_a_missing_key_is_blamed_on_the_file_where_it_should_stand(tmp_path, own, settings, blamed):
+    write(tmp_path / "part.yaml", "data: {source: files, label: label}")
+    text = "extends: [part.yaml]\nmodel: {name: random:bert}\nadapter: {method: lora}\n"
+    with pytest.raises(ConfigError, match=r"data\.(train|path): is required") as caught:
+        compose(write(tmp_path / "x.yaml", text + own), settings)
+    (message,) = str(caught.value).splitlines()
+    assert message.removeprefix(f"{tmp_path}/").startswith(f"{blamed}: data.")
+
+
 def test_text_for_a_list_is_answered_with_the_list_to_write(tmp_path):
     text = "model: {name: random:bert}\nadapter: {method: lora}\n"
     text += "data: {source: files, train: a.csv, text: review}"
