@@ -10,7 +10,7 @@ import yaml
 
 from lora_lab.adapters.storage import load_adapter, read_label_names
 from lora_lab.config import compose
-from lora_lab.errors import DataError
+from lora_lab.errors import ConfigError, DataError
 from lora_lab.experiment import build_parts, evaluate, run
 from lora_lab.models.build import build_tokenizer
 
@@ -95,3 +95,28 @@ def test_an_unknown_class_is_refused_by_name_and_row(folder, tmp_path):
         settings = [f"data.{split}={own}"] + ["data.test_fraction=0"] * (split == "test")
         with pytest.raises(DataError, match=r"b\.csv: row 2: label '012' does not occur"):
             evaluate(folder / "runs/own/one", settings)
+
+
+@pytest.mark.parametrize(("model", "limit"), [("gpt2", 128), ("roberta", 128), ("opt", 128)])
+def test_longer_texts_than_a_model_has_positions_for_are_refused_before_any_work(folder, model, limit):
+    settings = [f"model.name=random:{model}", "adapter.targets=all-linear", "run=long"]
+    with pytest.raises(
+        ConfigError, match=f"data.max_length: random:{model} has positions for {limit} tokens"
+    ):
+        run(compose(folder / "own.yaml", [*settings, f"data.max_length={limit + 1}"]))
+    assert not (folder / "runs/own/long").exists()
+
+
+def test_seeds_of_all_processes_have_to_exist(folder):
+    assert compose(folder / "own.yaml", [f"seed={2**32 - 1}"]).seed == 2**32 - 1
+    for settings in ([f"seed={2**32 - 1}", "trainer.devices=2"], ["seed=-1"], [f"seed={2**32}"]):
+        with pytest.raises(ConfigError, match="seed: must lie from 0 to 42949672"):
+            compose(folder / "own.yaml", settings)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_fewer_rows_than_processes_are_refused_before_any_work(folder, split):
+    settings = ["trainer.devices=3", f"data.{split}_limit=2", "run=wide"]
+    with pytest.raises(DataError, match=f"trainer.devices: 3 processes .* the {split} split has 2"):
+        run(compose(folder / "own.yaml", settings))
+    assert not (folder / "runs/own/wide").exists()

@@ -149,8 +149,9 @@ def _cross_checks(config: ExperimentConfig) -> list[str]:
         value = getattr(config, name)
         if value is not None and (not value or value in (".", "..") or set(value) & set("/\0\n")):
             found.append(f"{name}: must be a plain folder name; got {value!r}")
-    if not 0 <= config.seed < 2**32:
-        found.append(f"seed: must lie from 0 to {2**32 - 1}; got {config.seed}")
+    highest = 2**32 - max(1, config.trainer.devices)  # each process has a seed of its own, counted from it
+    if not 0 <= config.seed <= highest:
+        found.append(f"seed: must lie from 0 to {highest}; got {config.seed}")
     return found
 
 

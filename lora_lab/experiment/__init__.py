@@ -24,6 +24,7 @@ from lora_lab.experiment.environment import process_rank
 from lora_lab.experiment.folder import RunFolder
 from lora_lab.experiment.libraries import quiet_libraries
 from lora_lab.experiment.life import RunResult, open_run
+from lora_lab.models.architectures import position_limit
 from lora_lab.models.build import build_model, build_tokenizer
 from lora_lab.models.quantization import forget_weights
 from lora_lab.tasks import TASKS
@@ -58,8 +59,7 @@ def run(config: ExperimentConfig, resume: bool = True, overwrite: bool = False) 
         this.check_data(data)
         if this.finished:
             return this.finished
-        keeps_weights = config.adapter.reads_full_weights
-        model = build_model(config.model, data.num_labels, keeps_weights, data.label_names)
+        model = _build_model(config, data, keep_weights=config.adapter.reads_full_weights)
         adapters = inject(model, config.adapter, config.seed)
         forget_weights(model)
         module = FineTuner(
@@ -156,7 +156,21 @@ def build_parts(
         label_names: as in `build_data`.
     """
     data = _build_data(config, label_names)
-    return build_model(config.model, data.num_labels, keep_weights, data.label_names), data
+    return _build_model(config, data, keep_weights), data
+
+
+def _build_model(config: ExperimentConfig, data: TaskData, keep_weights: bool) -> nn.Module:
+    model = build_model(config.model, data.num_labels, keep_weights, data.label_names)
+    length, name = config.data.max_length, config.model.name
+    limit, meant = position_limit(model), getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ConfigError(
+            f"data.max_length: {name} has positions for {limit} tokens, and {length} were asked for; set it "
+            f"to {limit} or less."
+        )
+    if limit is None and isinstance(meant, int) and length > meant:
+        log.warning("data.max_length: %s was made for %d tokens, not for %d.", name, meant, length)
+    return model
 
 
 def _build_data(config: ExperimentConfig, label_names: Sequence[str] = ()) -> TaskData:

@@ -63,6 +63,9 @@ _TASK_MODEL = re.compile(r"Classification|QuestionAnswering|MultipleChoice")
 _SENSES = re.compile(r"vision|visual|image|img|audio|speech|qformer")
 """How transformers names what reads other things than text."""
 
+_POSITIONS = re.compile(r"(?<!rel_)(?<!relative_)position|^wpe$")
+"""Names of tables of absolute positions."""
+
 Kind = Literal["encoder", "decoder", "encoder_decoder", "vision"]
 
 
@@ -469,3 +472,17 @@ def _scopes(path: str) -> Iterator[str]:
     while path:
         path = _parent(path)
         yield path
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """Returns how many tokens of text a model has learned positions for; None where it counts in another way.
+
+    Some tables begin behind the padding token's number (RoBERTa), or at an offset of their own (OPT).
+    """
+    limits = []
+    for path, module in model.named_modules():
+        name = path.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and _POSITIONS.search(name) and not _SENSES.search(path):
+            skipped = 0 if module.padding_idx is None else module.padding_idx + 1
+            limits.append(module.num_embeddings - getattr(module, "offset", skipped))
+    return min(limits, default=None)

@@ -14,6 +14,7 @@ from lora_lab.models.architectures import (
     head_paths,
     kind_of,
     layer_of,
+    position_limit,
     roles_of,
 )
 from lora_lab.models.build import ModelConfig, build_model
@@ -310,3 +311,29 @@ def test_roles_are_listed_in_the_order_of_the_vocabulary():
 )
 def test_layer_of_unknown_models_is_the_first_number_in_the_path(path, layer):
     assert layer_of(path) == layer
+
+
+TEXT_MODELS = sorted({*TINY} - {"vit", "mlp"})
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_position_embeddings": 40}])
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_a_models_positions_are_as_many_tokens_as_it_reads(name, changes):
+    if name == "t5" and changes:
+        return  # it counts distances, and has no such setting
+    model = build_model(ModelConfig(name=f"random:{name}", config=changes), 2).eval()
+    limit = position_limit(model)
+
+    def read(tokens: int) -> None:
+        ids = torch.full((1, tokens), 7)
+        ids[0, -1] = model.config.eos_token_id or 3
+        model(input_ids=ids)
+
+    with torch.no_grad():
+        if limit is None:
+            read(300)
+            return
+        assert 38 <= limit <= 128
+        read(limit)
+        with pytest.raises((IndexError, RuntimeError)):
+            read(limit + 1)
