@@ -215,6 +215,49 @@ def test_converted_asset_keeps_only_what_was_made(index, cache, monkeypatch):
     assert len(index.requests) == 1
 
 
+@pytest.fixture
+def converted(index, cache, monkeypatch):
+    """A converted asset of two files, with the hash of one of them pinned."""
+
+    def convert(source: Path, target: Path) -> Path:
+        target.mkdir()
+        (target / "weights").write_bytes(source.read_bytes())
+        (target / "config").write_bytes(b"made by this version")
+        return target
+
+    pinned = {"weights": sha256(CONTENT["config.json"])}
+    asset = asset_with(converted=("weights", "config"), converted_hashes=pinned)
+    monkeypatch.setitem(fetching.ASSETS, "toy", asset)
+    monkeypatch.setattr(fetching.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(fetching, "_convert_gguf", convert)
+    return fetch("toy")
+
+
+@pytest.mark.parametrize("name", ["weights", "config"])
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"else"), Path.unlink])
+def test_a_converted_asset_that_is_damaged_is_made_again(converted, index, cache, name, damage):
+    whole = {path.name: path.read_bytes() for path in converted.iterdir()}
+    noted = (cache / "toy.sha256").read_text()
+    assert noted == "".join(f"{sha256(whole[n])}  {n}\n" for n in ("config", "weights"))
+    damage(converted / name)
+    assert fetch("toy") == converted
+    assert len(index.requests) == 2
+    assert {path.name: path.read_bytes() for path in converted.iterdir()} == whole
+    assert {path.name for path in cache.iterdir()} == {"toy", "toy.sha256"}
+
+
+def test_a_converted_asset_without_noted_hashes_is_known_by_those_that_are_pinned(converted, index, cache):
+    for note in (None, "torn", f"{'0' * 64}  config\n"):
+        (cache / "toy.sha256").unlink(missing_ok=True)
+        if note:
+            (cache / "toy.sha256").write_text(note)
+        fetch("toy")
+        assert len(index.requests) == 1
+    (converted / "weights").write_bytes(b"else")
+    fetch("toy")
+    assert len(index.requests) == 2
+
+
 def test_unknown_asset_suggests_the_nearest():
     with pytest.raises(AssetError, match="asset 'minlm' does not exist; did you mean 'minilm'"):
         fetch("minlm")

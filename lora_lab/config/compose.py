@@ -9,6 +9,7 @@ Their paths count from the file, and later ones win. `adapter` and `data` are ta
 and `data.source` choose the dataclass that the rest of the node must fit. A layer that names another method
 keeps what earlier layers set of the fields that both methods have (`rank`, `targets`), so that a comparison
 changes the method alone; the fields that only the former method has are reset, and a message names them.
+(Own code because no library for configs does this, or names the file of each fault.)
 `controllers` holds any number: each key names one, and null takes one out again that an earlier layer put in.
 Fields for text get a value as it was written: `run=0123` names the folder 0123.
 """
