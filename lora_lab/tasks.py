@@ -40,6 +40,8 @@ class Task:
     """(logits, labels) → the pair that loss and metrics compare."""
     total: Callable[[Tensor, Tensor], Tensor]
     """Aligned pair → sum of the losses of all labels that count, a scalar."""
+    examples: Callable[[Tensor, Tensor], dict[str, Tensor]]
+    """Aligned pair → what is stored of each example, tensors `(batch,)` by name; `loss` is among them."""
     metrics: Callable[[int], MetricCollection]
     """Number of classes → metrics of the aligned pair."""
     monitor: str
@@ -149,6 +151,29 @@ def _class_total(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " b
     return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
 
 
+def _class_examples(
+    logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]
+) -> dict[str, Tensor]:
+    """Returns label, predicted class, its probability (`score`) and loss."""
+    score, prediction = logits.softmax(-1).max(-1)
+    loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+    return {"label": labels, "prediction": prediction, "score": score, "loss": loss}
+
+
+def _value_examples(values: Float[Tensor, " batch"], labels: Float[Tensor, " batch"]) -> dict[str, Tensor]:
+    """Returns label, predicted number (`score`) and squared error."""
+    return {"label": labels, "score": values, "loss": (values - labels).square()}
+
+
+def _token_examples(
+    logits: Float[Tensor, "batch time vocabulary"], labels: Int[Tensor, "batch time"]
+) -> dict[str, Tensor]:
+    """Returns the mean loss of the tokens that count, and their number."""
+    losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    tokens = (labels != IGNORED).sum(1)
+    return {"loss": losses.sum(1) / tokens.clamp(min=1), "tokens": tokens}
+
+
 def _squared_total(values: Float[Tensor, " batch"], labels: Float[Tensor, " batch"]) -> Tensor:
     counted = ~labels.isnan()
     return F.mse_loss(values[counted], labels[counted], reduction="sum")
@@ -167,6 +192,7 @@ TASKS: dict[str, Task] = {
             peft_type="SEQ_CLS",
             align=_classes,
             total=_class_total,
+            examples=_class_examples,
             metrics=lambda classes: MetricCollection(
                 {"accuracy": MulticlassAccuracy(classes, average="micro"), "f1": MulticlassF1Score(classes)}
             ),
@@ -179,6 +205,7 @@ TASKS: dict[str, Task] = {
             peft_type="SEQ_CLS",
             align=_values,
             total=_squared_total,
+            examples=_value_examples,
             metrics=lambda classes: MetricCollection(
                 {"mse": MeanSquaredError(), "mae": MeanAbsoluteError(), "pearson": PearsonCorrCoef()}
             ),
@@ -191,6 +218,7 @@ TASKS: dict[str, Task] = {
             peft_type="CAUSAL_LM",
             align=_next_tokens,
             total=_token_total,
+            examples=_token_examples,
             metrics=lambda classes: MetricCollection({"perplexity": Perplexity(ignore_index=IGNORED)}),
             monitor="perplexity",
             mode="min",

@@ -29,6 +29,7 @@ ORDER = [
     "statistics",
     "artifacts",
     "report",
+    "studies",
     "bench",
     "testing",
     "cli",

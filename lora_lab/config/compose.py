@@ -71,7 +71,7 @@ def compose(path: str | Path, overrides: Sequence[str] = (), stored: bool = Fals
     Raises:
         ConfigError: with one line per fault: file, key, what is wrong, what is allowed.
     """
-    layers = _read(Path(path), ())
+    layers = read_layers(Path(path))
     if stored:
         # It may be somebody else's, and `${oc.env:…}` would read the environment.
         if len(layers) > 1 or references(layers[0].settings):
@@ -89,11 +89,21 @@ def compose(path: str | Path, overrides: Sequence[str] = (), stored: bool = Fals
             except IncompatibleError as error:
                 raise ConfigError(f"{path}: {error}") from error
             layers[0].settings["adapter"] = {name: adapter[name] for name in kept}
-    return compose_layers([*layers, *_parse_overrides(overrides)])
+    return compose_layers([*layers, *parse_overrides(overrides)])
 
 
-def compose_layers(layers: Sequence[Layer]) -> ExperimentConfig:
-    """Merges layers, later ones winning, into a checked config; see `compose`."""
+def compose_layers(
+    layers: Sequence[Layer], tell: Callable[[str], None] = logger.warning
+) -> ExperimentConfig:
+    """Merges layers, later ones winning, into a checked config; see `compose`.
+
+    Args:
+        layers: the sources of settings; they are not changed.
+        tell: is given a sentence for each kind of a node whose settings do not fit the kind that was chosen.
+
+    Raises:
+        ConfigError: with one line per fault.
+    """
     faults: list[str] = []
     schema = OmegaConf.structured(ExperimentConfig)
     settings = [Layer(layer.source, dict(layer.settings)) for layer in layers]
@@ -105,7 +115,7 @@ def compose_layers(layers: Sequence[Layer]) -> ExperimentConfig:
                 layer.settings.pop(node, None)
         else:
             schema[node] = OmegaConf.structured(kinds[kind])
-            _keep_shared_fields(node, tag, kinds, settings)
+            _keep_shared_fields(node, tag, kinds, settings, tell)
     for layer in settings:
         _merge_controllers(schema.controllers, layer, faults)
         fill(schema, layer.settings, layer.source, faults, names=FOREIGN_NAMES)
@@ -156,8 +166,16 @@ def _cross_checks(config: ExperimentConfig) -> list[str]:
     return found
 
 
-def _read(path: Path, trail: tuple[Path, ...]) -> list[Layer]:
-    """Reads a file and all that it extends, farthest first; `trail` holds the files that led here."""
+def read_layers(path: Path, trail: tuple[Path, ...] = ()) -> list[Layer]:
+    """Reads a file and all that it extends, farthest first.
+
+    Args:
+        path: the file.
+        trail: the files that led to it, by extending each other.
+
+    Raises:
+        ConfigError: if a file is missing or no mapping, or files extend each other in a circle.
+    """
     if any(path.resolve() == earlier.resolve() for earlier in trail):
         raise ConfigError(f"{trail[-1]}: extends: {path} is extended in a circle; take one of them out.")
     if len(trail) > DEEPEST_EXTENDS:
@@ -177,12 +195,16 @@ def _read(path: Path, trail: tuple[Path, ...]) -> list[Layer]:
     extended = texts(settings.pop("extends", []))
     if not isinstance(extended, list) or not all(isinstance(name, str) for name in extended):
         raise ConfigError(f"{path}: extends: must be a list of paths; got {extended!r}.")
-    layers = [layer for name in extended for layer in _read(path.parent / name, (*trail, path))]
+    layers = [layer for name in extended for layer in read_layers(path.parent / name, (*trail, path))]
     return [*layers, Layer(str(path), settings)]
 
 
-def _parse_overrides(overrides: Sequence[str]) -> list[Layer]:
-    """Reads `key=value` settings; each is a layer of its own, so that order decides."""
+def parse_overrides(overrides: Sequence[str]) -> list[Layer]:
+    """Reads `key=value` settings; each is a layer of its own, so that order decides.
+
+    Raises:
+        ConfigError: if one is no setting.
+    """
     wrong = [
         f"{COMMAND_LINE}: '{text}' is no setting; write key=value, as in adapter.rank=4"
         for text in overrides
@@ -246,10 +268,12 @@ def _choose(
     return chosen
 
 
-def _keep_shared_fields(node: str, tag: str, kinds: Mapping[str, type], layers: Sequence[Layer]) -> None:
+def _keep_shared_fields(
+    node: str, tag: str, kinds: Mapping[str, type], layers: Sequence[Layer], tell: Callable[[str], None]
+) -> None:
     """Takes out of each layer the fields of its kind that the chosen kind does not have alike.
 
-    A layer's kind is the last that it or an earlier layer names. What goes is logged: the user set it.
+    A layer's kind is the last that it or an earlier layer names. What goes is told: the user set it.
     """
     names: list[str | None] = []
     for layer in layers:
@@ -274,10 +298,10 @@ def _keep_shared_fields(node: str, tag: str, kinds: Mapping[str, type], layers: 
         layer.settings[node] = kept
     for kind, lost in reset.items():
         if lost:
-            logger.warning(
-                "%s: what was set for %s is reset, as %s does not have the same: %s.",
-                node, kind, chosen, ", ".join(lost),
-            )  # fmt: skip
+            tell(
+                f"{node}: what was set for {kind} is reset, as {chosen} does not have the same: "
+                f"{', '.join(lost)}."
+            )
 
 
 def _means_the_same(name: str, before: type, after: type, node: str) -> bool:

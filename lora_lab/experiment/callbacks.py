@@ -14,6 +14,7 @@ from lora_lab.callbacks.memory_statistics import MemoryStatistics
 from lora_lab.callbacks.progress import ProgressBar
 from lora_lab.callbacks.resume_checkpoint import ResumeCheckpoint
 from lora_lab.callbacks.speed_statistics import SpeedStatistics
+from lora_lab.callbacks.test_examples import TestExamples
 from lora_lab.config.schema import ExperimentConfig
 from lora_lab.experiment.folder import RunFolder
 from lora_lab.training.stopping import StopRequest
@@ -30,6 +31,7 @@ class RunCallbacks:
     speed: SpeedStatistics
     best: AdapterCheckpoint
     resume: ResumeCheckpoint
+    examples: TestExamples
 
     @classmethod
     def build(
@@ -63,6 +65,7 @@ class RunCallbacks:
             SpeedStatistics(),
             AdapterCheckpoint(adapters, config.trainer.keep, controllers),
             ResumeCheckpoint(folder.checkpoint, config.trainer.checkpoint_every, stop),
+            TestExamples(folder.path if config.tracking.test_examples else None),
         )
 
     def everything(self, bars: list[L.Callback]) -> list[L.Callback]:
@@ -71,7 +74,8 @@ class RunCallbacks:
         The statistics stand behind all that changes adapters, at a step's end or at the run's, and the clock
         stands last.
         """
-        return [*self.controllers, self.best, self.adapters, self.memory, *bars, self.resume, self.speed]
+        statistics = [self.adapters, self.memory]
+        return [*self.controllers, self.best, *statistics, *bars, self.examples, self.resume, self.speed]
 
 
 def progress_bars(config: ExperimentConfig) -> list[L.Callback]:

@@ -4,6 +4,7 @@ runs/<experiment>/<run>/
     run.json         the record; it marks the folder as a run's
     config.yaml      the composed config
     metrics.csv      every logged row
+    test_examples.parquet   a row for each test example
     checkpoints/     last.ckpt, to continue from
     adapter/         PEFT's two files and lora_lab.yaml
     wandb/           W&B's files
@@ -31,6 +32,7 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 
 from lora_lab.adapters.storage import CONFIG, OWN, TENSORS
+from lora_lab.callbacks.test_examples import NAME as EXAMPLES
 from lora_lab.config.schema import ExperimentConfig
 from lora_lab.documents.writing import clean_unfinished, writable, write_text
 from lora_lab.errors import CheckpointError
@@ -41,6 +43,7 @@ Record = dict[str, Any]
 FILES = (
     "config.yaml",
     "metrics.csv",
+    EXAMPLES,
     "checkpoints/last.ckpt",
     "checkpoints/last.unfinished",
     f"adapter/{CONFIG}",
@@ -80,6 +83,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """Every logged row."""
         return self.path / "metrics.csv"
+
+    @property
+    def examples(self) -> Path:
+        """A row for each test example."""
+        return self.path / EXAMPLES
 
     @property
     def checkpoint(self) -> Path:
@@ -195,11 +203,14 @@ class RunFolder:
             ) from error
 
     @contextmanager
-    def owned(self) -> Iterator[None]:
+    def owned(self, beside: str = "choose another name with run=…") -> Iterator[None]:
         """Makes this process the folder's only writer within the block.
 
         The operating system frees the lock of a process that has ended, however it ended. A folder in which
         no run was started is not left behind.
+
+        Args:
+            beside: what to do in order to work beside another process, for the message.
 
         Raises:
             CheckpointError: if another process owns the folder, or it cannot be written to.
@@ -207,7 +218,7 @@ class RunFolder:
         self._check_writable()
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         with writable(self.path):
-            lock = self._lock()
+            lock = self._lock(beside)
         try:
             owner = {"pid": os.getpid(), "host": socket.gethostname()}
             owner["started"] = datetime.now(UTC).isoformat(timespec="seconds")
@@ -223,14 +234,23 @@ class RunFolder:
                     folder.rmdir()
             lock.release()
 
-    def _lock(self) -> BaseFileLock:
+    def wait_until_free(self, seconds: float) -> None:
+        """Waits until no other process owns the folder, at most so long.
+
+        A process that is asked to end writes a checkpoint first; meanwhile the folder is its own.
+        """
+        if (self.path / LOCK).is_file():
+            with suppress(Timeout), FileLock(self.path / LOCK, timeout=seconds):
+                pass
+
+    def _lock(self, beside: str) -> BaseFileLock:
         try:
             lock = FileLock(self.path / LOCK, timeout=0)
             lock.acquire()
         except Timeout as error:
             raise CheckpointError(
                 f"{self.path}: {self._owner()} is writing to it. Wait until that has ended, or stop it; to "
-                "run beside it, choose another name with run=…"
+                f"run beside it, {beside}"
             ) from error
         return lock
 

@@ -42,8 +42,18 @@ class TrackingConfig:
     group: str | None = None
     """W&B group; null means the experiment's name."""
 
+    job_type: str | None = None
+    """W&B job type; a study says `tune` or `compare`."""
+
+    cell: str | None = None
+    """Name of the cell of a study that the run belongs to."""
+
     tags: list[str] = field(default_factory=list)
     """W&B tags."""
+
+    test_examples: bool = True
+    """Whether `test_examples.parquet` is written: a row of label, prediction and loss for each test example,
+    which paired statistics need."""
 
 
 def wandb_mode(config: TrackingConfig) -> Mode:

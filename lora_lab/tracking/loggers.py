@@ -195,6 +195,7 @@ def _start(
         project=config.project,
         entity=config.entity,
         group=config.group or experiment,
+        job_type=config.job_type,
         name=run,
         id=name,
         tags=config.tags,

@@ -220,11 +220,16 @@ class FineTuner(L.LightningModule):
         loss = MeanLoss(weighted=self.class_weights is not None)
         return nn.ModuleDict({"loss": loss, "metrics": self.task.metrics(self.num_labels)})
 
-    def evaluate(self, batch: Mapping[str, Tensor], metrics: Any) -> None:
-        """Adds a batch to metrics that `new_metrics` returned."""
+    def evaluate(self, batch: Mapping[str, Tensor], metrics: Any) -> tuple[Tensor, Tensor]:
+        """Adds a batch to metrics that `new_metrics` returned.
+
+        Returns:
+            Predictions and labels, as the task aligns them.
+        """
         predictions, labels = self.task.align(self(batch), batch["labels"])
         metrics["loss"].update(*self.task.sums(predictions, labels, self.class_weights))
         metrics["metrics"].update(predictions, labels)
+        return predictions, labels
 
     def results(self, metrics: Any) -> dict[str, Tensor]:
         """Returns what filled metrics have come to by name, over the batches of all processes."""
@@ -260,9 +265,9 @@ class FineTuner(L.LightningModule):
         """Logs the validation metrics."""
         self._log_evaluation("validation")
 
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Adds a batch to the test metrics."""
-        self.evaluate(batch, self.evaluation["test"])
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Adds a batch to the test metrics; returns a row of each example, see `Task.examples`."""
+        return self.task.examples(*self.evaluate(batch, self.evaluation["test"]))
 
     def on_test_epoch_end(self) -> None:
         """Logs the test metrics."""
