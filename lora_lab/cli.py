@@ -1,4 +1,4 @@
-"""The command line: `lora-lab train | evaluate | merge | export | combine | methods | describe | fetch`."""
+"""The command line: `lora-lab train | evaluate | ablate | merge | export | combine | methods | describe | fetch`."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, Interruption) as error:
         if follows:
             return 0
-        again = "; the same command continues" if options.command is _train else ""
+        again = "; the same command continues" if options.command in (_train, _ablate) else ""
         Console(stderr=True).print(f"interrupted{again}")
         return error.code if isinstance(error, Interruption) else 128 + signal.SIGINT
     return 0
@@ -129,6 +129,18 @@ def _parser() -> argparse.ArgumentParser:
     combine.add_argument("--heads", type=_heads, help="whose task head: 1, 2, … or average")
     combine.add_argument("--base", metavar="MODEL", help="the base model, as model.name")
     combine.set_defaults(command=_combine)
+
+    ablate = commands.add_parser("ablate", help="make all runs of a study that are not finished")
+    ablate.add_argument("study", metavar="STUDY", type=Path, help="the study's YAML file")
+    ablate.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings of the study, seeds=[0,1], or of every run, trainer.max_epochs=1",
+    )
+    ablate.add_argument("--plan", action="store_true", help="show cells, runs and time, and stop")
+    ablate.add_argument("--workers", type=int, default=1, metavar="N", help="processes that run at once")
+    ablate.set_defaults(command=_ablate)
 
     methods = commands.add_parser("methods", help="list methods and controllers")
     methods.set_defaults(command=_methods)
@@ -224,6 +236,22 @@ def _combine(options: argparse.Namespace) -> None:
         options.base,
     )
     Console().print(conversion_table(mixed))
+
+
+def _ablate(options: argparse.Namespace) -> None:
+    if options.workers < 1:
+        raise ConfigError(f"--workers: must be at least 1; got {options.workers}")
+    from lora_lab.studies import ablate, read_study
+    from lora_lab.studies.ablation import Progress
+    from lora_lab.studies.display import plan
+    from lora_lab.studies.executors import LocalExecutor
+
+    study = read_study(options.study, options.overrides)
+    console = Console()
+    for part in plan(Progress(study, None), options.workers):
+        console.print(part, soft_wrap=isinstance(part, str), highlight=False)
+    if not options.plan:
+        ablate(study, lambda logs: LocalExecutor(options.workers, logs), console)
 
 
 def _methods(options: argparse.Namespace) -> None:

@@ -43,6 +43,10 @@ class AssetError(LabError):
     """A model or data set that could be fetched from nowhere."""
 
 
+class StudyError(LabError):
+    """Runs of a study that failed."""
+
+
 class DivergenceError(LabError):
     """Training reached numbers that are not finite."""
 

@@ -1,11 +1,11 @@
 """`test_examples.parquet`: one row for each test example, which paired statistics of runs need.
 
-    id           place in the test split, counted from 0; the same rows for all runs on the same data
-    label        class or number                                        (not of language models)
-    prediction   predicted class                                        (classification)
-    score        probability of that class, or the predicted number     (classification, regression)
-    loss         cross entropy, squared error, or mean over the tokens
-    tokens       tokens that the loss is a mean of                      (language models)
+id           place in the test split, counted from 0; the same rows for all runs on the same data
+label        class or number                                        (not of language models)
+prediction   predicted class                                        (classification)
+score        probability of that class, or the predicted number     (classification, regression)
+loss         cross entropy, squared error, or mean over the tokens
+tokens       tokens that the loss is a mean of                      (language models)
 """
 
 from __future__ import annotations

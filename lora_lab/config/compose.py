@@ -92,9 +92,7 @@ def compose(path: str | Path, overrides: Sequence[str] = (), stored: bool = Fals
     return compose_layers([*layers, *parse_overrides(overrides)])
 
 
-def compose_layers(
-    layers: Sequence[Layer], tell: Callable[[str], None] = logger.warning
-) -> ExperimentConfig:
+def compose_layers(layers: Sequence[Layer], tell: Callable[[str], None] = logger.warning) -> ExperimentConfig:
     """Merges layers, later ones winning, into a checked config; see `compose`.
 
     Args:

@@ -1,0 +1,196 @@
+"""A study from its lock to its end: which runs are due, what has become of them, what is told."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lora_lab.errors import StudyError
+from lora_lab.experiment.folder import Record, RunFolder
+from lora_lab.stopping import StopRequest
+from lora_lab.studies.cells import Cell, Job, Study, jobs_of
+from lora_lab.studies.display import Board, end_lines
+from lora_lab.studies.executors import Executor
+from lora_lab.studies.results import state_of, write_results, write_study, write_tuning
+from lora_lab.studies.worker import Outcome
+
+BEAT = 1.0
+"""Seconds between looks at the runs."""
+
+
+@dataclass
+class Progress:
+    """The runs of a study, and what has become of them."""
+
+    study: Study
+    folder: Path | None
+    """Where Optuna's searches are stored; None asks nothing of Optuna."""
+    jobs: dict[Job, None] = field(default_factory=dict)
+    """All runs that are known by now: a search adds to them."""
+    outcomes: dict[Job, Outcome] = field(default_factory=dict)
+    """How those have ended that need no more running."""
+    chosen: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Cell → what its search has found."""
+
+    records: dict[Job, Record] = field(default_factory=dict)
+    """The record of each run that has ended."""
+
+    def __post_init__(self) -> None:
+        self.settle()
+
+    def end(self, job: Job, outcome: Outcome) -> None:
+        """Takes note of how a run has ended."""
+        self.outcomes[job] = outcome
+        self.records[job] = job.folder.read() or {}
+
+    def due(self) -> list[Job]:
+        """Returns the runs that are to be made and are known by now."""
+        return [job for job in self.jobs if job not in self.outcomes]
+
+    def total(self) -> int:
+        """Returns how many runs the study has when it is done."""
+        tuning, spec = self.study.tuning, self.study.spec
+        each = len(spec.seeds) + (tuning.count() * len(tuning.seeds) if tuning else 0)
+        return each * len(self.study.cells)
+
+    def settle(self) -> None:
+        """Adds the runs that results so far make known, and takes over those that were finished before."""
+        while any(self._advance(cell) for cell in self.study.cells):
+            pass
+
+    def of_cell(self, cell: str, phase: str) -> list[Job]:
+        """Returns the known runs of a cell in a phase."""
+        return [job for job in self.jobs if job.cell == cell and job.phase == phase]
+
+    def metric(self, job: Job, name: str) -> float | None:
+        """Returns a metric that a run ended with; None where it is not finished."""
+        outcome = self.outcomes.get(job)
+        finished = outcome is not None and outcome.status == "finished"
+        return self.records[job]["metrics"].get(name) if finished else None
+
+    def _advance(self, cell: Cell) -> bool:
+        """Adds a cell's newly known runs; returns whether one of them had ended before."""
+        found = False
+        for job in self._known(cell):
+            if job not in self.jobs:
+                self.jobs[job] = None
+                found |= self._look_up(job)
+        return found
+
+    def _look_up(self, job: Job) -> bool:
+        """Takes over a run of before that need not be made again: the same config would do the same."""
+        record = job.folder.read()
+        if record is None or record["status"] not in ("finished", "diverged"):
+            return False
+        self.end(job, Outcome(*state_of(record, None)))
+        return True
+
+    def _known(self, cell: Cell) -> list[Job]:
+        tuning = self.study.tuning
+        if tuning is None:
+            return list(jobs_of(self.study, "compare", cell, [None]))
+        scores = self._scores(cell)
+        values = tuning.proposals(cell.name, scores, self.folder)
+        found = list(jobs_of(self.study, "tune", cell, values))
+        if len(values) < tuning.count() or any(value not in scores for value in values):
+            return found
+        best = tuning.best({value: scores[value] for value in values})
+        tried = [{"value": value, tuning.by: scores[value]} for value in values]
+        self.chosen[cell.name] = {
+            "key": tuning.key,
+            "value": best,
+            "by": tuning.by,
+            "tried": tried,
+            "widen": None if best is None else tuning.at_edge(best),
+        }
+        return found if best is None else [*found, *jobs_of(self.study, "compare", cell, [best])]
+
+    def _scores(self, cell: Cell) -> dict[Any, float | None]:
+        """Returns the mean of the deciding metric for each value whose runs have all ended."""
+        tuning = self.study.tuning
+        assert tuning is not None
+        by_value: dict[Any, list[Job]] = {}
+        for job in self.of_cell(cell.name, "tune"):
+            by_value.setdefault(job.value, []).append(job)
+        scores: dict[Any, float | None] = {}
+        for value, jobs in by_value.items():
+            ends = [self.outcomes[job].status for job in jobs if job in self.outcomes]
+            if len(ends) < len(tuning.seeds) or "interrupted" in ends:
+                continue
+            metrics = [self.metric(job, tuning.by) for job in jobs]
+            known = [metric for metric in metrics if metric is not None]
+            scores[value] = statistics.fmean(known) if len(known) == len(metrics) else None
+        return scores
+
+
+def ablate(study: Study, executor: Callable[[Path], Executor], console: Console | None = None) -> Progress:
+    """Makes all runs of a study that are not finished, and writes its results.
+
+    Args:
+        study: what `read_study` returned.
+        executor: makes the executor; it is given a folder for its logs.
+        console: where to show how it goes.
+
+    Returns:
+        All runs, with how each has ended.
+
+    Raises:
+        StudyError: if runs have failed; the others are made before.
+        CheckpointError: if another process is at work on the study, or its folder cannot be written to.
+        Interruption, KeyboardInterrupt: if the process was asked to end; all runs can be continued then.
+    """
+    console = console or Console()
+    stop = StopRequest()
+    with RunFolder(study.folder).owned("give the study another name=…"), stop.watched():
+        write_study(study)
+        progress = Progress(study, study.folder)
+        workers = executor(study.folder / "logs")
+        try:
+            _run_all(progress, workers, console)
+        finally:
+            workers.cancel()
+            _write(progress)
+    console.print(*end_lines(progress), sep="\n", soft_wrap=True, highlight=False)
+    failed = {
+        job: outcome
+        for job, outcome in progress.outcomes.items()
+        if outcome.status in ("failed", "interrupted")
+    }
+    if failed:
+        told = [f"  {job.folder.path}: {outcome.error}" for job, outcome in failed.items()]
+        raise StudyError(
+            f"{len(failed)} of {progress.total()} runs failed; the same command tries them again:\n"
+            + "\n".join(told)
+        )
+    return progress
+
+
+def _run_all(progress: Progress, executor: Executor, console: Console) -> None:
+    submitted: set[Job] = set()
+    with Board(progress, executor, console) as board:
+        while True:
+            for job in progress.due():
+                if job not in submitted:
+                    submitted.add(job)
+                    executor.submit(job)
+            if not progress.due():
+                return
+            ended = executor.wait(BEAT)
+            for job, outcome in ended:
+                progress.end(job, outcome)
+                board.ended(job, outcome)
+            if ended:
+                progress.settle()
+                _write(progress)
+            board.refresh()
+
+
+def _write(progress: Progress) -> None:
+    write_results(progress.study, progress.jobs, progress.outcomes, progress.records)
+    if progress.study.tuning:
+        write_tuning(progress.study, progress.chosen)

@@ -1,0 +1,108 @@
+"""Sizes at which methods train equally many numbers: each method's own knob, by its own formula."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+
+from torch import nn
+
+from lora_lab.adapters import METHODS, parameter_count
+from lora_lab.config.schema import ExperimentConfig
+from lora_lab.errors import ConfigError, LabError
+from lora_lab.models.build import build_model
+
+TOLERANCE = 0.1
+"""A method that misses the count by more than this share of it is marked."""
+SMALL = 64
+"""Sizes up to here are all tried."""
+STEP = 1.1
+"""Ratio of the sizes that are tried above."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """The size that was chosen for a method."""
+
+    field: str
+    """The method's field that sets its size."""
+    value: int
+    parameters: int
+    """Numbers that it trains then, task heads aside."""
+    wanted: int
+
+    @property
+    def misses(self) -> bool:
+        """Whether no size comes within a tenth of what was wanted."""
+        return abs(self.parameters - self.wanted) > TOLERANCE * self.wanted
+
+
+class Matcher:
+    """Finds sizes; each base model is built once.
+
+    Args:
+        wanted: numbers to train, task heads aside.
+    """
+
+    def __init__(self, wanted: int):
+        self.wanted = wanted
+        self._model: tuple[str, nn.Module] | None = None
+
+    def match(self, config: ExperimentConfig) -> Match:
+        """Returns the size of a config's method whose count is nearest; of two as near, the smaller.
+
+        Raises:
+            ConfigError: if the method has no size that fits the model.
+        """
+        spec = config.adapter
+        field = spec.size_field
+        if field is None:
+            raise ConfigError(f"{spec.method} has no field that sets its size")
+        model = self._built(config)
+        widest = max((size for p in model.parameters() for size in p.shape if p.dim() == 2), default=1)
+        counts: dict[int, int] = {}
+
+        def count(values: Iterable[int]) -> None:
+            for value in values:
+                if value in counts:
+                    continue
+                try:
+                    counts[value] = parameter_count(model, replace(spec, **{field: value}))
+                except (LabError, ValueError, ZeroDivisionError) as error:
+                    refused.append(str(error))
+
+        refused: list[str] = []
+        count(self._candidates(model, widest))
+        if not counts:
+            raise ConfigError(f"no adapter.{field} fits the model; the last refusal was: {refused[-1]}")
+        near = self._best(counts)
+        # The best size may lie between those tried: look at all around it.
+        count(range(max(1, int(near / STEP)), int(near * STEP) + 2))
+        value = self._best(counts)
+        return Match(field, value, counts[value], self.wanted)
+
+    def _best(self, counts: dict[int, int]) -> int:
+        return min(counts, key=lambda value: (abs(counts[value] - self.wanted), value))
+
+    def _candidates(self, model: nn.Module, widest: int) -> list[int]:
+        """Returns small sizes, sizes of even ratio, and the divisors of the model's widths (for blocks)."""
+        found = set(range(1, SMALL + 1))
+        size = float(SMALL)
+        while size < max(widest, self.wanted):
+            found.add(int(size))
+            size *= STEP
+        widths = {size for p in model.parameters() for size in p.shape if p.dim() == 2 and size <= 2**15}
+        found |= {d for width in widths for d in range(1, width + 1) if width % d == 0}
+        return sorted(found)
+
+    def _built(self, config: ExperimentConfig) -> nn.Module:
+        key = json.dumps(asdict(config.model), sort_keys=True)
+        if self._model is None or self._model[0] != key:
+            self._model = (key, build_model(config.model, num_labels=2))
+        return self._model[1]
+
+
+def knobs() -> dict[str, str]:
+    """Returns the size field of each method that has one."""
+    return {name: field for name, method in METHODS.items() if (field := method.Spec().size_field)}

@@ -1,0 +1,87 @@
+"""What a study's file may say.
+
+extends: [../../configs/models/minilm.yaml, ../../configs/data/movie_reviews.yaml]
+question: Does DoRA beat LoRA at rank 4?
+experiment: {adapter: {rank: 4}, trainer: {max_epochs: 1}}
+grid: {adapter.method: [lora, dora]}
+seeds: [0, 1, 2]
+metric: test/accuracy
+baseline: lora
+tune: {key: optimization.learning_rate, values: [1.0e-3, 2.0e-3, 4.0e-3], seeds: [100]}
+"""
+
+from __future__ import annotations
+
+import builtins
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class StudySpec:
+    """A question, and the runs that answer it."""
+
+    name: str | None = None
+    """Name of the study; it lies in `<output>/<name>/`. Null means that of the file, or of its folder where
+    the file is called study.yaml."""
+
+    question: str = MISSING
+    """What is asked, in a sentence."""
+
+    experiment: Any = None
+    """Settings of every run, over those of the files in `extends`; as in the file of an experiment."""
+
+    grid: Any = None
+    """Key between dots → its values. Each combination of values is a cell."""
+
+    list: Any = None
+    """Name of a cell → its settings, a whole `adapter:` for example. They stand beside those of the grid."""
+
+    seeds: builtins.list[int] = field(default_factory=builtins.list)
+    """Seeds of the comparison; every cell has a run for each."""
+
+    metric: str = MISSING
+    """What is compared, `test/accuracy` say."""
+
+    baseline: str = MISSING
+    """Name of the cell that the others are compared with."""
+
+    equivalence: float | None = None
+    """Largest difference in the metric, above 0, that counts as none; null: no claim of equality is tested."""
+
+    tune: Any = None
+    """Search on validation that each cell makes before the comparison; see `TuneSpec`."""
+
+    match_parameters: int | None = None
+    """How many numbers every method is to train, task heads aside: each gets the nearest size."""
+
+
+@dataclass
+class TuneSpec:
+    """A search for the best value of one key, on validation and with seeds of its own."""
+
+    key: str = MISSING
+    """What is tuned, `optimization.learning_rate` say."""
+
+    values: Any = None
+    """The values to try; or null where `low`, `high` and `trials` say a range."""
+
+    low: float | None = None
+    """Lower end of the range that Optuna searches."""
+
+    high: float | None = None
+    """Its upper end."""
+
+    trials: int | None = None
+    """Values that are tried in the range; at least 1."""
+
+    log: bool = True
+    """Whether the range is searched on a logarithmic scale."""
+
+    by: str | None = None
+    """Validation metric that decides; null means the task's own."""
+
+    seeds: builtins.list[int] = field(default_factory=list)
+    """Seeds of the search; none of the comparison's."""

@@ -1,0 +1,99 @@
+"""What a worker process does: one run after the other, until it is told to end or its study has died."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+from lora_lab.config.schema import ExperimentConfig
+from lora_lab.errors import LabError
+from lora_lab.experiment import run
+from lora_lab.experiment.folder import RunFolder
+
+PATIENCE = 120
+"""Seconds to wait for the worker of a study that was killed, which still writes a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run has ended."""
+
+    status: str
+    """finished, failed, diverged or interrupted."""
+    error: str | None = None
+
+
+def execute(config: ExperimentConfig) -> Outcome:
+    """Makes a run; whatever goes wrong in it is what it returns."""
+    try:
+        RunFolder.of(config).wait_until_free(PATIENCE)
+        run(config)
+    except LabError as error:
+        return Outcome(error.status, f"{type(error).__name__}: {error}")
+    except (SystemExit, KeyboardInterrupt):
+        return Outcome("interrupted", "the process was asked to end")
+    except Exception as error:
+        traceback.print_exc()
+        return Outcome("failed", f"{type(error).__name__}: {error}")
+    finally:
+        gc.collect()  # a model and its trainer refer to each other
+    return Outcome("finished")
+
+
+def serve(connection: Connection, log: Path) -> None:
+    """Runs what comes over the connection and answers with its outcome, until the other end is closed.
+
+    Args:
+        connection: gives configs, takes outcomes.
+        log: file that gets all that is printed.
+    """
+    # Ctrl-C at the terminal reaches the study too, which asks its workers to end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with _printed_to(log):
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+        while True:
+            try:
+                config = connection.recv()
+            except (EOFError, OSError):
+                return
+            forget_peak_memory()
+            outcome = execute(config)
+            try:
+                connection.send(outcome)
+            except OSError:
+                return
+            if outcome.status == "interrupted":
+                return
+
+
+def forget_peak_memory() -> None:
+    """Sets this process's peak of resident memory back, so that a run does not show that of one before it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return  # no Linux: the peak is that of all runs so far
+
+
+def _end_with_parent() -> None:
+    """Asks this process to end when the study has died: a run writes a checkpoint first."""
+    if (parent := parent_process()) is not None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def _printed_to(path: Path) -> Iterator[None]:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.close(descriptor)
+    yield
