@@ -10,6 +10,7 @@ from lora_lab.adapters.injection import (
     AdapterSet as AdapterSet,
     inject as inject,
     parameter_count as parameter_count,
+    parameter_counts as parameter_counts,
 )
 from lora_lab.adapters.methods import METHODS as METHODS
 from lora_lab.adapters.spec import AdapterSpec as AdapterSpec, LowRankSpec as LowRankSpec
@@ -27,5 +28,6 @@ else:  # the same names, without those of the modules that they come from
         "LowRankSpec",
         "inject",
         "parameter_count",
+        "parameter_counts",
         *_parts,
     ]

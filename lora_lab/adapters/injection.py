@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +21,7 @@ from lora_lab.adapters.protocols import Growable, Prunable, Shareable
 from lora_lab.adapters.sites import Site, find_sites, saved_modules, site_seed
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.adapters.trained import TrainedCopy
-from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError, suggest
+from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError, LabError, suggest
 from lora_lab.linalg.norms import nonfinite
 from lora_lab.models.quantization import QuantizedLinear
 
@@ -98,6 +99,32 @@ def parameter_count(model: nn.Module, spec: AdapterSpec) -> int:
     """
     method = _method_of(spec)
     return method.parameter_count(model, _sites(model, spec, method, seed=0), spec)
+
+
+def parameter_counts(
+    model: nn.Module, spec: AdapterSpec, field: str, values: Iterable[int]
+) -> dict[int, int]:
+    """Returns what `parameter_count` does for each value of one field; values that do not fit are left out.
+
+    Args:
+        model: the model, not yet adapted.
+        spec: the method's spec, free of faults.
+        field: the field to change, `spec.size_field` say.
+        values: its values.
+
+    Raises:
+        ConfigError: if the spec is at fault.
+        TargetError: if the targets do not fit the model.
+    """
+    method = _method_of(spec)
+    sites = _sites(model, spec, method, seed=0)
+    counts = {}
+    for value in values:
+        changed = replace(spec, **{field: value})
+        with suppress(LabError, ValueError, ZeroDivisionError):
+            if not changed.faults():
+                counts[value] = method.parameter_count(model, sites, changed)
+    return counts
 
 
 def _method_of(spec: AdapterSpec) -> type[Adapter]:

@@ -18,7 +18,7 @@ import lightning as L
 import pandas as pd
 import torch.distributed as distributed
 
-from lora_lab.files import writable
+from lora_lab.documents.writing import writable
 
 NAME = "test_examples.parquet"
 

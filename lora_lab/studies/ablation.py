@@ -12,12 +12,12 @@ from rich.console import Console
 
 from lora_lab.errors import StudyError
 from lora_lab.experiment.folder import Record, RunFolder
-from lora_lab.stopping import StopRequest
 from lora_lab.studies.cells import Cell, Job, Study, jobs_of
 from lora_lab.studies.display import Board, end_lines
 from lora_lab.studies.executors import Executor
 from lora_lab.studies.results import state_of, write_results, write_study, write_tuning
 from lora_lab.studies.worker import Outcome
+from lora_lab.training.stopping import StopRequest
 
 BEAT = 1.0
 """Seconds between looks at the runs."""

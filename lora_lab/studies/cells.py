@@ -17,10 +17,10 @@ from omegaconf import OmegaConf
 
 from lora_lab.config.compose import COMMAND_LINE, Layer, compose_layers, parse_overrides, read_layers
 from lora_lab.config.schema import ExperimentConfig
-from lora_lab.documents import plain, references, texts
-from lora_lab.errors import ConfigError, suggest
+from lora_lab.documents.reading import plain, references, texts
+from lora_lab.documents.structured import fill
+from lora_lab.errors import ConfigError, LabError, suggest
 from lora_lab.experiment.folder import RunFolder
-from lora_lab.structured import fill
 from lora_lab.studies.matching import Match, Matcher
 from lora_lab.studies.spec import StudySpec
 from lora_lab.studies.tuning import Tuning, read_tuning
@@ -471,7 +471,7 @@ def _matched(cells: list[Cell], count: int, path: Path, faults: list[str]) -> li
                 layers = [*cell.layers, layer]
                 config = compose_layers(layers, tell=lambda text: None)
                 found.append(replace(cell, layers=layers, config=config, match=match, _tuned={}))
-            except ConfigError as error:
+            except LabError as error:
                 faults.append(f"{where}: {error}")
     return found
 

@@ -162,8 +162,8 @@ def plan(progress: Progress, slots: int) -> Iterator[Any]:
             yield f"{cell.name}: {text}"
         if cell.match and cell.match.misses:
             yield (
-                f"{cell.name}: no adapter.{cell.match.field} trains {cell.match.wanted:,} numbers within 10 %; "
-                f"the nearest trains {cell.match.parameters:,}."
+                f"{cell.name}: no adapter.{cell.match.field} trains {cell.match.wanted:,} numbers within "
+                f"10 %; the nearest trains {cell.match.parameters:,}."
             )
     yield from differences(study)
     left = progress.total() - len(progress.outcomes)
@@ -180,7 +180,8 @@ def differences(study: Study) -> Iterator[str]:
     """Yields in which keys beyond the grid each cell differs from the baseline."""
     for row in study.differences():
         if row["keys"]:
-            yield f"{row['cell']} differs from {row['baseline']} beyond the grid in: {', '.join(row['keys'])}."
+            keys = ", ".join(row["keys"])
+            yield f"{row['cell']} differs from {row['baseline']} beyond the grid in: {keys}."
 
 
 def end_lines(progress: Progress) -> Iterator[Any]:
@@ -207,8 +208,8 @@ def end_lines(progress: Progress) -> Iterator[Any]:
             yield f"{cell_name}: no value of {found['key']} was of use; the cell is not compared."
         elif found["widen"]:
             yield (
-                f"{cell_name}: the best {found['key']}, {_short(found['value'])}, lies at the edge of the search. "
-                f"Widen it: lora-lab ablate {study.source} {found['widen']}"
+                f"{cell_name}: the best {found['key']}, {_short(found['value'])}, lies at the edge of the "
+                f"search. Widen it: lora-lab ablate {study.source} {found['widen']}"
             )
     diverged = [job for job, outcome in progress.outcomes.items() if outcome.status == "diverged"]
     if diverged:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
 from torch import nn
 
-from lora_lab.adapters import METHODS, parameter_count
+from lora_lab.adapters import METHODS, inject, parameter_counts
 from lora_lab.config.schema import ExperimentConfig
 from lora_lab.errors import ConfigError, LabError
 from lora_lab.models.build import build_model
@@ -17,6 +16,8 @@ TOLERANCE = 0.1
 """A method that misses the count by more than this share of it is marked."""
 SMALL = 64
 """Sizes up to here are all tried."""
+ATTEMPTS = 40
+"""Sizes that are tried on the model, the nearest first."""
 STEP = 1.1
 """Ratio of the sizes that are tried above."""
 
@@ -53,7 +54,7 @@ class Matcher:
         """Returns the size of a config's method whose count is nearest; of two as near, the smaller.
 
         Raises:
-            ConfigError: if the method has no size that fits the model.
+            LabError: if the method has no size that fits the model, or cannot edit its targets.
         """
         spec = config.adapter
         field = spec.size_field
@@ -61,26 +62,26 @@ class Matcher:
             raise ConfigError(f"{spec.method} has no field that sets its size")
         model = self._built(config)
         widest = max((size for p in model.parameters() for size in p.shape if p.dim() == 2), default=1)
-        counts: dict[int, int] = {}
-
-        def count(values: Iterable[int]) -> None:
-            for value in values:
-                if value in counts:
-                    continue
-                try:
-                    counts[value] = parameter_count(model, replace(spec, **{field: value}))
-                except (LabError, ValueError, ZeroDivisionError) as error:
-                    refused.append(str(error))
-
-        refused: list[str] = []
-        count(self._candidates(model, widest))
-        if not counts:
-            raise ConfigError(f"no adapter.{field} fits the model; the last refusal was: {refused[-1]}")
-        near = self._best(counts)
+        counts = parameter_counts(model, spec, field, self._candidates(model, widest))
         # The best size may lie between those tried: look at all around it.
-        count(range(max(1, int(near / STEP)), int(near * STEP) + 2))
-        value = self._best(counts)
-        return Match(field, value, counts[value], self.wanted)
+        if counts:
+            near = self._best(counts)
+            around = range(max(1, int(near / STEP)), int(near * STEP) + 2)
+            counts |= parameter_counts(model, spec, field, [v for v in around if v not in counts])
+        refusal = "none of its formula's sizes is valid"
+        for _ in range(ATTEMPTS):
+            if not counts:
+                break
+            value = self._best(counts)
+            try:
+                # A formula accepts sizes which the maps do not: blocks that do not divide them, say.
+                inject(model, replace(spec, **{field: value})).remove()
+            except LabError as error:
+                del counts[value]
+                refusal = str(error)
+            else:
+                return Match(field, value, counts[value], self.wanted)
+        raise ConfigError(f"no adapter.{field} fits the model ({refusal})")
 
     def _best(self, counts: dict[int, int]) -> int:
         return min(counts, key=lambda value: (abs(counts[value] - self.wanted), value))

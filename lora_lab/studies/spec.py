@@ -49,7 +49,7 @@ class StudySpec:
     """Name of the cell that the others are compared with."""
 
     equivalence: float | None = None
-    """Largest difference in the metric, above 0, that counts as none; null: no claim of equality is tested."""
+    """Largest difference in the metric, above 0, that counts as none; null tests no claim of equality."""
 
     tune: Any = None
     """Search on validation that each cell makes before the comparison; see `TuneSpec`."""

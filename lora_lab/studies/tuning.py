@@ -16,8 +16,8 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
-from lora_lab.documents import Scalar, plain, texts
-from lora_lab.structured import fill
+from lora_lab.documents.reading import Scalar, plain, texts
+from lora_lab.documents.structured import fill
 from lora_lab.studies.spec import TuneSpec
 
 STORAGE = "optuna.journal"
