@@ -1,4 +1,4 @@
-"""The command line: `lora-lab train | evaluate | ablate | merge | export | combine | methods | describe | fetch`."""
+"""The command line: `lora-lab train | evaluate | ablate | merge | export | …`; `_parser` has them all."""
 
 from __future__ import annotations
 

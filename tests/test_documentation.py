@@ -60,7 +60,7 @@ def commands(block: Block) -> list[list[str]]:
 
 def run_command(words: list[str], settings: list[str]) -> None:
     if words[0] == "lora-lab":
-        trains = words[1] in ("train", "evaluate")
+        trains = words[1] in ("train", "evaluate", "ablate")
         assert main([*words[1:], *(SMALL + settings if trains else [])]) == 0, words
     else:
         assert words[0] == "python", f"mark the block as not run, or teach the test to run {words[0]}"

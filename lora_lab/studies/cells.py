@@ -294,29 +294,28 @@ def _cells(
 ) -> list[tuple[str, dict[str, Any], Layer]]:
     """Returns name, grid keys with plain values, and settings of each cell."""
     found = []
+    # One source for all, so that a fault of what they have in common is told once.
     for values in itertools.product(*grid.values()) if grid else ():
         own = dict(zip(grid, values, strict=True))
         varied = [key for key in grid if len(grid[key]) > 1] or list(grid)
         name = "-".join(_label(key, own[key]) for key in varied)
-        found.append(
-            (name, {key: plain(value) for key, value in own.items()}, Layer(f"{path}: grid", nested(own)))
-        )
-    found += [(name, {}, Layer(f"{path}: list.{name}", own)) for name, own in listed.items()]
+        found.append((name, {key: plain(value) for key, value in own.items()}, Layer(str(path), nested(own))))
+    found += [(name, {}, Layer(str(path), own)) for name, own in listed.items()]
     if not found and not any(": grid" in fault or ": list" in fault for fault in faults):
         faults.append(
             f"{path}: grid: a study needs cells; name the values of a key in `grid`, or cells in `list`"
         )
     for name in _twice([name for name, _, _ in found]):
-        faults.append(f"{path}: two cells are called '{name}'; rename the one in `list`")
+        faults.append(f"{path}: list.{name}: a cell of the grid is called so too; rename it")
     for name, _, layer in found:
         if not name.strip() or set(name) & set("\0\n"):
-            faults.append(f"{layer.source}: the name of a cell must be plain text; got {name!r}")
+            faults.append(f"{path}: list: the name of a cell must be plain text; got {name!r}")
         for key in OWN_KEYS:
             if key in layer.settings:
-                faults.append(f"{layer.source}: {key}: is set by the study itself; see seeds and name")
+                faults.append(f"{path}: {key}: is set by the study itself, see seeds and name (cell {name})")
         if "output" in layer.settings:
             faults.append(
-                f"{layer.source}: output: all runs of a study lie in one folder; set it in experiment"
+                f"{path}: output: all runs of a study lie in one folder; set it in experiment (cell {name})"
             )
     return found
 
@@ -481,7 +480,7 @@ def _check_own_keys(layers: Iterable[Layer], faults: list[str]) -> None:
         own = layer.source == COMMAND_LINE or layer.source.endswith(": experiment")
         for key in OWN_KEYS if own else ("continues",):
             if key in layer.settings:
-                faults.append(f"{layer.source}: {key}: is set by the study itself; see seeds and name")
+                faults.append(f"{layer.source}: {key}: is set by the study itself, see seeds and name")
 
 
 def metric_names(task: str) -> list[str]:

@@ -169,7 +169,7 @@ def plan(progress: Progress, slots: int) -> Iterator[Any]:
     left = progress.total() - len(progress.outcomes)
     seconds = [record["wall_seconds"] for record in progress.records.values() if record.get("wall_seconds")]
     time_text = (
-        f"about {duration(statistics.fmean(seconds) * left / slots)}, as the {len(seconds)} finished runs took"
+        f"about {duration(statistics.fmean(seconds) * left / slots)}, as {len(seconds)} finished runs took"
         if seconds
         else "unknown before the first run has finished"
     )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -64,11 +65,13 @@ class LocalExecutor(Executor):
     Args:
         workers: number of processes.
         logs: folder of what the workers print.
+        start: how processes are made; a forked one has what this one has imported, and may not use its GPU.
     """
 
-    def __init__(self, workers: int, logs: Path):
+    def __init__(self, workers: int, logs: Path, start: Literal["spawn", "fork"] = "spawn"):
         self.slots = workers
         self.logs = logs
+        self.start = start
         self._waiting: list[tuple[tuple[int, ...], int, Job]] = []
         self._count = itertools.count()
         self._workers: list[_Worker | None] = [None] * workers
@@ -142,11 +145,13 @@ class LocalExecutor(Executor):
             worker.job = job
 
     def _new(self, place: int) -> _Worker:
-        context = multiprocessing.get_context("spawn")
+        context: Any = multiprocessing.get_context(self.start)
         self.logs.mkdir(parents=True, exist_ok=True)
         mine, theirs = context.Pipe()
         process = context.Process(
-            target=serve, args=(theirs, self.logs / f"worker{place}.log"), name=f"worker {place}"
+            target=serve,
+            args=(theirs, self.logs / f"worker{place}.log", os.getpid()),
+            name=f"worker {place}",
         )
         with _environment(self._share(place)):
             process.start()

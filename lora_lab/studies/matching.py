@@ -16,8 +16,6 @@ TOLERANCE = 0.1
 """A method that misses the count by more than this share of it is marked."""
 SMALL = 64
 """Sizes up to here are all tried."""
-ATTEMPTS = 40
-"""Sizes that are tried on the model, the nearest first."""
 STEP = 1.1
 """Ratio of the sizes that are tried above."""
 
@@ -69,9 +67,7 @@ class Matcher:
             around = range(max(1, int(near / STEP)), int(near * STEP) + 2)
             counts |= parameter_counts(model, spec, field, [v for v in around if v not in counts])
         refusal = "none of its formula's sizes is valid"
-        for _ in range(ATTEMPTS):
-            if not counts:
-                break
+        while counts:
             value = self._best(counts)
             try:
                 # A formula accepts sizes which the maps do not: blocks that do not divide them, say.

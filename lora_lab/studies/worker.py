@@ -6,12 +6,12 @@ import gc
 import os
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import parent_process
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from lora_lab.config.schema import ExperimentConfig
@@ -49,17 +49,18 @@ def execute(config: ExperimentConfig) -> Outcome:
     return Outcome("finished")
 
 
-def serve(connection: Connection, log: Path) -> None:
+def serve(connection: Connection, log: Path, study: int) -> None:
     """Runs what comes over the connection and answers with its outcome, until the other end is closed.
 
     Args:
         connection: gives configs, takes outcomes.
         log: file that gets all that is printed.
+        study: the study's process.
     """
     # Ctrl-C at the terminal reaches the study too, which asks its workers to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with _printed_to(log):
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        threading.Thread(target=_end_with, args=(study,), daemon=True).start()
         while True:
             try:
                 config = connection.recv()
@@ -83,11 +84,11 @@ def forget_peak_memory() -> None:
         return  # no Linux: the peak is that of all runs so far
 
 
-def _end_with_parent() -> None:
-    """Asks this process to end when the study has died: a run writes a checkpoint first."""
-    if (parent := parent_process()) is not None:
-        wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGTERM)
+def _end_with(study: int) -> None:
+    """Asks this process to end when the study's has died: a run writes a checkpoint first."""
+    while os.getppid() == study:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager

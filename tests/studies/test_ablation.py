@@ -1,0 +1,282 @@
+"""Running a study: real runs, really killed."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from lora_lab.cli import main
+from lora_lab.errors import CheckpointError, StudyError
+from lora_lab.studies import ablate, read_study
+from lora_lab.studies.ablation import Progress
+from lora_lab.studies.executors import Executor, LocalExecutor
+from lora_lab.studies.worker import execute
+
+STUDY = {
+    "question": "Which method learns a sum?",
+    "experiment": {
+        "model": {"name": "random:mlp", "task": "regression"},
+        "data": {"source": "toy", "size": 32, "batch_size": 8},
+        "adapter": {"method": "lora", "targets": "all-linear", "rank": 2},
+        "trainer": {"max_epochs": 2, "validate_every": 0.5, "checkpoint_every": 1, "log_every": 1},
+        "tracking": {"wandb": "disabled"},
+    },
+    "grid": {"adapter.method": ["lora", "ia3"]},
+    "seeds": [0, 1],
+    "metric": "test/mse",
+    "baseline": "lora",
+}
+TUNE = {"key": "optimization.learning_rate", "values": [0.0001, 0.001, 0.01], "seeds": [100, 101]}
+MEASURED = ["step_seconds", "peak_megabytes", "seconds"]
+QUICK = {"trainer": {"max_epochs": 1, "checkpoint_every": 100}}
+
+
+class Inline(Executor):
+    """Makes the runs in this process."""
+
+    slots = 1
+
+    def __init__(self, logs: Path):
+        self.jobs = []
+        self.made = []
+
+    def submit(self, job):
+        self.jobs.append(job)
+
+    def running(self):
+        return []
+
+    def wait(self, seconds):
+        self.jobs.sort(key=lambda job: job.order)
+        job = self.jobs.pop(0)
+        self.made.append(job)
+        return [(job, execute(job.config))]
+
+    def cancel(self):
+        self.jobs.clear()
+
+
+def study(folder: Path, **changes):
+    folder.mkdir(exist_ok=True)
+    content = STUDY | changes
+    content["experiment"] = content["experiment"] | {"output": str(folder / "runs")}
+    path = folder / "methods.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return read_study(path)
+
+
+def results(study) -> pd.DataFrame:
+    return pd.read_csv(study.folder / "results.csv")
+
+
+def test_a_tuned_study(tmp_path):
+    experiment = STUDY["experiment"] | QUICK
+    found = study(tmp_path, tune=TUNE, experiment=experiment)
+    executor = Inline(tmp_path)
+    ablate(found, lambda logs: executor)
+    assert len(executor.made) == 2 * (3 * 2 + 2)
+    rows = results(found)
+    assert list(rows)[:10] == [
+        "cell", "phase", "seed", "status", "error", "run", "trained_parameters", "adapter_parameters",
+        "adapter.method", "optimization.learning_rate",
+    ]  # fmt: skip
+    assert list(rows)[-3:] == MEASURED
+    assert set(rows["status"]) == {"finished"}
+    # By hand: the mean of the validation metric over the search's seeds chooses each cell's value.
+    tried = rows[rows["phase"] == "tune"]
+    best = tried.groupby(["cell", TUNE["key"]])["validation/mse"].mean().unstack().idxmin(axis=1)
+    compared = rows[rows["phase"] == "compare"]
+    for _, row in compared.iterrows():
+        assert row[TUNE["key"]] == best[row["cell"]]
+        assert (found.folder / row["run"] / "test_examples.parquet").is_file()
+    assert sorted(compared["seed"]) == [0, 0, 1, 1]
+    validations = pd.read_csv(found.folder / "validations.csv")
+    last = validations[validations["metric"] == "validation/mse"].groupby(["cell", "phase", "seed"])["value"]
+    assert len(validations) == 16 * 2 * 4
+    assert (
+        last.last()["lora", "compare", 0] == compared.set_index(["cell", "seed"])["validation/mse"]["lora", 0]
+    )
+    stored = yaml.safe_load((found.folder / "study.yaml").read_text())
+    assert (stored["metric"], stored["baseline"], stored["higher_is_better"]) == ("test/mse", "lora", False)
+    assert stored["grid"] == {"adapter.method": ["lora", "ia3"]}
+    again = Inline(tmp_path)
+    ablate(read_study(found.source), lambda logs: again)
+    assert again.made == []
+    pd.testing.assert_frame_equal(results(found), rows)
+
+
+def test_a_value_at_the_edge_is_told_with_the_command_that_widens_it(tmp_path, capsys):
+    found = study(tmp_path, tune=TUNE, experiment=STUDY["experiment"] | QUICK)
+    ablate(found, Inline)
+    assert (
+        f"lora-lab ablate {found.source} 'tune.values=[0.0001, 0.001, 0.01, 0.1]'" in capsys.readouterr().out
+    )
+    tuning = found.tuning
+    assert tuning.at_edge(0.001) is None
+    assert tuning.at_edge(0.0001) == "'tune.values=[1e-05, 0.0001, 0.001, 0.01]'"
+
+
+def test_a_range_is_searched_and_goes_on_where_it_was_killed(tmp_path):
+    pytest.importorskip("optuna")
+    tune = {"key": "optimization.learning_rate", "low": 1e-4, "high": 1e-1, "trials": 5, "seeds": [100]}
+    changes = {"tune": tune, "seeds": [0], "experiment": STUDY["experiment"] | QUICK}
+    whole = study(tmp_path / "whole", **changes)
+    ablate(whole, Inline)
+    rows = results(whole)
+    tried = rows[(rows["phase"] == "tune") & (rows["cell"] == "lora")]["optimization.learning_rate"]
+    assert tried.nunique() == 5
+    assert tried.between(1e-4, 1e-1).all()
+
+    class Killed(Inline):
+        def wait(self, seconds):
+            if len(self.made) == 4:
+                raise KeyboardInterrupt
+            return super().wait(seconds)
+
+    other = study(tmp_path / "other", **changes)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            ablate(read_study(other.source), Killed)
+    ablate(read_study(other.source), Inline)
+    pd.testing.assert_frame_equal(results(other).drop(columns=MEASURED), rows.drop(columns=MEASURED))
+
+
+def test_a_run_that_fails_stops_no_other_and_is_tried_again(tmp_path):
+    found = study(tmp_path, experiment=STUDY["experiment"] | QUICK, seeds=[0])
+    broken = found.job(found.cell("ia3"), "compare", 0).folder.path
+    broken.parent.mkdir(parents=True)
+    broken.write_text("in the way")
+    with pytest.raises(StudyError, match="1 of 2 runs failed") as caught:
+        ablate(found, Inline)
+    assert str(broken) in str(caught.value)
+    rows = results(found).set_index("cell")
+    assert rows["status"].to_dict() == {"lora": "finished", "ia3": "failed"}
+    assert "is a file, not a folder" in rows["error"]["ia3"]
+    broken.unlink()
+    again = Inline(tmp_path)
+    ablate(read_study(found.source), lambda logs: again)
+    assert [job.cell for job in again.made] == ["ia3"]
+    assert set(results(found)["status"]) == {"finished"}
+
+
+def test_a_run_that_diverges_is_a_result(tmp_path):
+    experiment = STUDY["experiment"] | {"optimization": {"learning_rate": 1e30, "gradient_clip": None}}
+    found = study(tmp_path, experiment=experiment, seeds=[0])
+    ablate(found, Inline)
+    assert "diverged" in set(results(found)["status"])
+    again = Inline(tmp_path)
+    ablate(read_study(found.source), lambda logs: again)
+    assert again.made == []
+
+
+def test_two_workers_make_the_same_rows_and_a_second_study_is_refused(tmp_path):
+    found = study(tmp_path / "two")
+    alone = study(tmp_path / "one")
+    ablate(alone, Inline)
+
+    class Watched(LocalExecutor):
+        def wait(self, seconds):
+            with pytest.raises(
+                CheckpointError, match=rf"methods: process {os.getpid()} on .* is writing to it"
+            ):
+                ablate(read_study(found.source), Inline)
+            return super().wait(seconds)
+
+    ablate(found, lambda logs: Watched(2, logs))
+    pd.testing.assert_frame_equal(
+        results(found).drop(columns=MEASURED), results(alone).drop(columns=MEASURED)
+    )
+    logs = sorted(path.name for path in (found.folder / "logs").iterdir())
+    assert logs == ["worker0.log", "worker1.log"]
+
+
+def test_a_worker_that_is_killed_fails_its_run_alone(tmp_path):
+    found = study(tmp_path, seeds=[0])
+
+    class Murderous(LocalExecutor):
+        killed = False
+
+        def wait(self, seconds):
+            busy = [worker for worker in self._workers if worker and worker.job]
+            if busy and not self.killed:
+                self.killed = True
+                os.kill(busy[0].process.pid, signal.SIGKILL)
+            return super().wait(seconds)
+
+    with pytest.raises(StudyError, match="was killed by SIGKILL"):
+        ablate(found, lambda logs: Murderous(1, logs, "fork"))
+    assert sorted(results(found)["status"]) == ["failed", "finished"]
+
+
+def child(source: Path) -> int:
+    """Forks a process that makes a study with two workers; returns its id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.setpgid(0, 0)
+        ablate(read_study(source), lambda logs: LocalExecutor(2, logs, "fork"))
+        os._exit(0)
+    except BaseException:
+        os._exit(1)
+
+
+def test_a_study_killed_twice_has_the_rows_of_one_left_alone(tmp_path):
+    torch.set_num_threads(1)
+    alone, found = study(tmp_path / "alone", tune=TUNE), study(tmp_path / "killed", tune=TUNE)
+    started = time.monotonic()
+    assert os.waitpid(child(alone.source), 0)[1] == 0
+    whole = time.monotonic() - started
+    draw = random.Random(5)
+    finished: dict[Path, int] = {}
+    for _ in range(2):
+        pid = child(found.source)
+        time.sleep(draw.uniform(0.2, 0.6) * whole)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        # What is finished now must not be made again.
+        for job in Progress(read_study(found.source), None).jobs:
+            record = job.folder.read()
+            if record and record["status"] == "finished":
+                finished.setdefault(job.folder.record, job.folder.record.stat().st_mtime_ns)
+    assert os.waitpid(child(found.source), 0)[1] == 0
+    assert all(path.stat().st_mtime_ns == time_ for path, time_ in finished.items())
+    assert finished
+    one, two = results(alone), results(found)
+    pd.testing.assert_frame_equal(two.drop(columns=MEASURED), one.drop(columns=MEASURED))
+    for name in ("validations.csv", "tuning.json"):
+        assert (found.folder / name).read_text() == (alone.folder / name).read_text()
+
+
+def test_ctrl_c_leaves_all_resumable(tmp_path):
+    experiment = STUDY["experiment"] | {"trainer": {"max_epochs": 4000, "checkpoint_every": 1}}
+    found = study(tmp_path, experiment=experiment)
+    pid = child(found.source)
+    folder = found.job(found.cell("lora"), "compare", 0).folder
+    while not folder.checkpoint.is_file():
+        time.sleep(0.05)
+    os.killpg(pid, signal.SIGINT)  # as a terminal does it
+    assert os.waitpid(pid, 0)[1] != 0
+    record = folder.read()
+    assert record["status"] == "interrupted"
+    assert folder.checkpoint.is_file()
+    assert "interrupted" in set(results(found)["status"])
+
+
+def test_a_plan_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    found = study(tmp_path, tune=TUNE)
+    assert main(["ablate", str(found.source), "--plan", "seeds=[0]", "--workers", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "Which method learns a sum?" in out
+    assert "lora (baseline)" in out
+    assert "ia3: adapter: what was set for lora is reset, as ia3 does not have the same: rank." in out
+    assert "14 of 14 runs to make, 2 at once" in out
+    assert not found.folder.exists()
+    assert main(["ablate", str(found.source), "--workers", "0"]) == 2
