@@ -163,7 +163,7 @@ def read_tuning(tree: Any, path: Path, faults: list[str]) -> Tuning | None:
             faults.append(f"{where}.trials: must be at least 1; got {spec.trials}")
         if importlib.util.find_spec("optuna") is None:
             faults.append(
-                f"{where}.low: a range is searched by Optuna; pip install 'lora_lab[tune]', or give `values`"
+                f"{where}.low: a range is searched by Optuna; pip install 'lora_lab[study]', or give `values`"
             )
     if len(faults) > before:
         return None
