@@ -120,7 +120,8 @@ def parameter_counts(
     sites = _sites(model, spec, method, seed=0)
     counts = {}
     for value in values:
-        changed = replace(spec, **{field: value})
+        change: Any = {field: value}
+        changed = replace(spec, **change)
         with suppress(LabError, ValueError, ZeroDivisionError):
             if not changed.faults():
                 counts[value] = method.parameter_count(model, sites, changed)

@@ -122,7 +122,7 @@ class Progress:
             ends = [self.outcomes[job].status for job in jobs if job in self.outcomes]
             if len(ends) < len(tuning.seeds) or "interrupted" in ends:
                 continue
-            metrics = [self.metric(job, tuning.by) for job in jobs]
+            metrics = [self.metric(job, str(tuning.by)) for job in jobs]
             known = [metric for metric in metrics if metric is not None]
             scores[value] = statistics.fmean(known) if len(known) == len(metrics) else None
         return scores

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -69,9 +70,10 @@ class Matcher:
         refusal = "none of its formula's sizes is valid"
         while counts:
             value = self._best(counts)
+            change: Any = {field: value}
             try:
                 # A formula accepts sizes which the maps do not: blocks that do not divide them, say.
-                inject(model, replace(spec, **{field: value})).remove()
+                inject(model, replace(spec, **change)).remove()
             except LabError as error:
                 del counts[value]
                 refusal = str(error)

@@ -96,12 +96,11 @@ def row_of(study: Study, job: Job, record: Record, outcome: Outcome | None) -> d
 
 def state_of(record: Record, outcome: Outcome | None) -> tuple[str, str | None]:
     """Returns status and error of a run that has started."""
-    status = record.get("status", "failed")
-    status = UNFINISHED.get(status, status)
-    if outcome is not None and outcome.status != status and status != "finished":
-        # What went wrong before the run's record was written, or took the process away.
+    if outcome is not None and outcome.status != "finished":
+        # It also knows what went wrong before the run's record was written, or took the process away.
         return outcome.status, outcome.error
-    return status, None if status == "finished" else record.get("error")
+    status = str(record["status"])
+    return UNFINISHED.get(status, status), record.get("error")
 
 
 def _validations(job: Job) -> list[dict[str, Any]]:

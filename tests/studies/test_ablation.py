@@ -1,5 +1,6 @@
 """Running a study: real runs, really killed."""
 
+import multiprocessing
 import os
 import random
 import signal
@@ -75,12 +76,16 @@ def results(study) -> pd.DataFrame:
     return pd.read_csv(study.folder / "results.csv")
 
 
-def test_a_tuned_study(tmp_path):
+def test_a_tuned_study(tmp_path, capsys):
     experiment = STUDY["experiment"] | QUICK
     found = study(tmp_path, tune=TUNE, experiment=experiment)
     executor = Inline(tmp_path)
     ablate(found, lambda logs: executor)
     assert len(executor.made) == 2 * (3 * 2 + 2)
+    widened = f"lora-lab ablate {found.source} 'tune.values=[0.0001, 0.001, 0.01, 0.1]'"
+    assert widened in capsys.readouterr().out
+    assert found.tuning.at_edge(0.001) is None
+    assert found.tuning.at_edge(0.0001) == "'tune.values=[1e-05, 0.0001, 0.001, 0.01]'"
     rows = results(found)
     assert list(rows)[:10] == [
         "cell", "phase", "seed", "status", "error", "run", "trained_parameters", "adapter_parameters",
@@ -98,7 +103,7 @@ def test_a_tuned_study(tmp_path):
     assert sorted(compared["seed"]) == [0, 0, 1, 1]
     validations = pd.read_csv(found.folder / "validations.csv")
     last = validations[validations["metric"] == "validation/mse"].groupby(["cell", "phase", "seed"])["value"]
-    assert len(validations) == 16 * 2 * 4
+    assert len(validations) == 16 * 4
     assert (
         last.last()["lora", "compare", 0] == compared.set_index(["cell", "seed"])["validation/mse"]["lora", 0]
     )
@@ -111,38 +116,27 @@ def test_a_tuned_study(tmp_path):
     pd.testing.assert_frame_equal(results(found), rows)
 
 
-def test_a_value_at_the_edge_is_told_with_the_command_that_widens_it(tmp_path, capsys):
-    found = study(tmp_path, tune=TUNE, experiment=STUDY["experiment"] | QUICK)
-    ablate(found, Inline)
-    assert (
-        f"lora-lab ablate {found.source} 'tune.values=[0.0001, 0.001, 0.01, 0.1]'" in capsys.readouterr().out
-    )
-    tuning = found.tuning
-    assert tuning.at_edge(0.001) is None
-    assert tuning.at_edge(0.0001) == "'tune.values=[1e-05, 0.0001, 0.001, 0.01]'"
-
-
 def test_a_range_is_searched_and_goes_on_where_it_was_killed(tmp_path):
     pytest.importorskip("optuna")
-    tune = {"key": "optimization.learning_rate", "low": 1e-4, "high": 1e-1, "trials": 5, "seeds": [100]}
+    tune = {"key": "optimization.learning_rate", "low": 1e-4, "high": 1e-1, "trials": 4, "seeds": [100]}
     changes = {"tune": tune, "seeds": [0], "experiment": STUDY["experiment"] | QUICK}
+    changes["grid"] = {"adapter.method": ["lora"]}
     whole = study(tmp_path / "whole", **changes)
     ablate(whole, Inline)
     rows = results(whole)
     tried = rows[(rows["phase"] == "tune") & (rows["cell"] == "lora")]["optimization.learning_rate"]
-    assert tried.nunique() == 5
+    assert tried.nunique() == 4
     assert tried.between(1e-4, 1e-1).all()
 
     class Killed(Inline):
         def wait(self, seconds):
-            if len(self.made) == 4:
+            if len(self.made) == 2:
                 raise KeyboardInterrupt
             return super().wait(seconds)
 
     other = study(tmp_path / "other", **changes)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            ablate(read_study(other.source), Killed)
+    with pytest.raises(KeyboardInterrupt):
+        ablate(read_study(other.source), Killed)
     ablate(read_study(other.source), Inline)
     pd.testing.assert_frame_equal(results(other).drop(columns=MEASURED), rows.drop(columns=MEASURED))
 
@@ -196,56 +190,79 @@ def test_two_workers_make_the_same_rows_and_a_second_study_is_refused(tmp_path):
     assert logs == ["worker0.log", "worker1.log"]
 
 
-def test_a_worker_that_is_killed_fails_its_run_alone(tmp_path):
-    found = study(tmp_path, seeds=[0])
+class Murderous(LocalExecutor):
+    """Kills the worker of its first run."""
 
-    class Murderous(LocalExecutor):
-        killed = False
+    killed = False
 
-        def wait(self, seconds):
-            busy = [worker for worker in self._workers if worker and worker.job]
-            if busy and not self.killed:
-                self.killed = True
-                os.kill(busy[0].process.pid, signal.SIGKILL)
-            return super().wait(seconds)
-
-    with pytest.raises(StudyError, match="was killed by SIGKILL"):
-        ablate(found, lambda logs: Murderous(1, logs, "fork"))
-    assert sorted(results(found)["status"]) == ["failed", "finished"]
+    def wait(self, seconds):
+        busy = [worker for worker in self._workers if worker and worker.job]
+        if busy and not self.killed:
+            self.killed = True
+            os.kill(busy[0].process.pid, signal.SIGKILL)
+        return super().wait(seconds)
 
 
-def child(source: Path) -> int:
-    """Forks a process that makes a study with two workers; returns its id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        os.setpgid(0, 0)
-        ablate(read_study(source), lambda logs: LocalExecutor(2, logs, "fork"))
-        os._exit(0)
-    except BaseException:
-        os._exit(1)
-
-
-def test_a_study_killed_twice_has_the_rows_of_one_left_alone(tmp_path):
+def make(source: Path, kind: type[LocalExecutor] = LocalExecutor, workers: int = 2) -> None:
+    """Makes a study in a process group of its own."""
+    os.setpgid(0, 0)
     torch.set_num_threads(1)
-    alone, found = study(tmp_path / "alone", tune=TUNE), study(tmp_path / "killed", tune=TUNE)
+    ablate(read_study(source), lambda logs: kind(workers, logs, "fork"))
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Starts `make` in a process that has imported everything and trained nothing: it may be forked."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lora_lab.studies"])
+    started = []
+
+    def start(*arguments):
+        process = context.Process(target=make, args=arguments)
+        process.start()
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def ended(process) -> int:
+    process.join(120)
+    return process.exitcode
+
+
+def test_a_worker_that_is_killed_fails_its_run_alone(tmp_path, start):
+    found = study(tmp_path, seeds=[0])
+    assert ended(start(found.source, Murderous, 1)) != 0
+    rows = results(found)
+    assert sorted(rows["status"]) == ["failed", "finished"]
+    assert rows["error"].dropna().item().startswith("its process was killed by SIGKILL")
+
+
+def test_a_study_killed_twice_has_the_rows_of_one_left_alone(tmp_path, start):
+    tune = TUNE | {"values": [0.001, 0.01], "seeds": [100]}
+    alone, found = study(tmp_path / "alone", tune=tune), study(tmp_path / "killed", tune=tune)
+    process = start(alone.source)
+    while not alone.folder.exists():  # the first process also waits for the imports
+        time.sleep(0.05)
     started = time.monotonic()
-    assert os.waitpid(child(alone.source), 0)[1] == 0
+    assert ended(process) == 0
     whole = time.monotonic() - started
     draw = random.Random(5)
     finished: dict[Path, int] = {}
     for _ in range(2):
-        pid = child(found.source)
-        time.sleep(draw.uniform(0.2, 0.6) * whole)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        process = start(found.source)
+        time.sleep(draw.uniform(0.3, 0.7) * whole)
+        process.kill()
+        process.join()
         # What is finished now must not be made again.
         for job in Progress(read_study(found.source), None).jobs:
             record = job.folder.read()
             if record and record["status"] == "finished":
                 finished.setdefault(job.folder.record, job.folder.record.stat().st_mtime_ns)
-    assert os.waitpid(child(found.source), 0)[1] == 0
+    assert ended(start(found.source)) == 0
     assert all(path.stat().st_mtime_ns == time_ for path, time_ in finished.items())
     assert finished
     one, two = results(alone), results(found)
@@ -254,17 +271,16 @@ def test_a_study_killed_twice_has_the_rows_of_one_left_alone(tmp_path):
         assert (found.folder / name).read_text() == (alone.folder / name).read_text()
 
 
-def test_ctrl_c_leaves_all_resumable(tmp_path):
+def test_ctrl_c_leaves_all_resumable(tmp_path, start):
     experiment = STUDY["experiment"] | {"trainer": {"max_epochs": 4000, "checkpoint_every": 1}}
     found = study(tmp_path, experiment=experiment)
-    pid = child(found.source)
+    process = start(found.source)
     folder = found.job(found.cell("lora"), "compare", 0).folder
     while not folder.checkpoint.is_file():
         time.sleep(0.05)
-    os.killpg(pid, signal.SIGINT)  # as a terminal does it
-    assert os.waitpid(pid, 0)[1] != 0
-    record = folder.read()
-    assert record["status"] == "interrupted"
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
+    assert ended(process) == 130
+    assert folder.read()["status"] == "interrupted"
     assert folder.checkpoint.is_file()
     assert "interrupted" in set(results(found)["status"])
 
