@@ -96,7 +96,7 @@ def reference() -> dict[str, str]:
     """Returns the pages of the public names, one for each place to import from."""
     public = {
         "lora_lab": dir(lora_lab),
-        "lora_lab.adapters": ["AdapterSpec", "LowRankSpec"],
+        "lora_lab.adapters": ["AdapterSpec", "RankedSpec", "LowRankSpec"],
         "lora_lab.adapters.protocols": [kind.__name__ for kind in protocols.PROTOCOLS],
         "lora_lab.callbacks": lora_lab.callbacks.__all__,
         "lora_lab.data": lora_lab.data.__all__,

@@ -8,6 +8,7 @@ import pytest
 
 from lora_lab.adapters import METHODS
 from lora_lab.callbacks import CONTROLLERS
+from tests.options import without_reason
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lora_lab"
@@ -111,6 +112,11 @@ def test_no_module_outside_the_table_names_a_method_class():
             continue
         named = {module for module in imports_of(path) if module.startswith("lora_lab.adapters.methods.")}
         assert not named or relative.parts[0] == "bench", f"{relative} imports {named}"
+
+
+def test_every_option_of_a_method_earns_its_place():
+    """A YAML sets it, PEFT's file format holds it, or its docstring names the paper or code that it is of."""
+    assert without_reason() == []
 
 
 def test_readme_commands_are_those_that_ci_runs():

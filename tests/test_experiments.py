@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from lora_lab.config import compose
-from lora_lab.report.comparison import markdown_table, picture, run_all, spread
+from lora_lab.experiment import run_all
+from lora_lab.report.comparison import markdown_table, picture, spread
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 

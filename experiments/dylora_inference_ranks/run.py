@@ -17,8 +17,8 @@ from torch import Tensor
 from lora_lab.adapters.storage import load_adapter
 from lora_lab.config import compose
 from lora_lab.config.schema import ExperimentConfig
-from lora_lab.experiment import RunResult, build_parts, quiet_libraries
-from lora_lab.report.comparison import markdown_table, picture, run_all, spread
+from lora_lab.experiment import RunResult, build_parts, quiet_libraries, run_all
+from lora_lab.report.comparison import markdown_table, picture, spread
 from lora_lab.training.module import FineTuner
 
 HERE = Path(__file__).parent

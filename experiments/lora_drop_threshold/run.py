@@ -12,9 +12,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from lora_lab.config import compose
-from lora_lab.experiment import RunResult
+from lora_lab.experiment import RunResult, run_all
 from lora_lab.report.collect import collect
-from lora_lab.report.comparison import markdown_table, picture, run_all, spread
+from lora_lab.report.comparison import markdown_table, picture, spread
 from lora_lab.tracking import read_metrics
 
 HERE = Path(__file__).parent

@@ -10,8 +10,9 @@ from pathlib import Path
 import pandas as pd
 
 from lora_lab.config import compose
+from lora_lab.experiment import run_all
 from lora_lab.report.collect import collect
-from lora_lab.report.comparison import markdown_table, run_all, spread
+from lora_lab.report.comparison import markdown_table, spread
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pandas as pd
 
 from lora_lab.config import compose
-from lora_lab.experiment import RunResult
+from lora_lab.experiment import RunResult, run_all
 from lora_lab.report.collect import collect
-from lora_lab.report.comparison import markdown_table, run_all, spread
+from lora_lab.report.comparison import markdown_table, spread
 from lora_lab.tracking import read_metrics
 
 HERE = Path(__file__).parent

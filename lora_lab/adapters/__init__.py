@@ -13,7 +13,11 @@ from lora_lab.adapters.injection import (
     parameter_counts as parameter_counts,
 )
 from lora_lab.adapters.methods import METHODS as METHODS
-from lora_lab.adapters.spec import AdapterSpec as AdapterSpec, LowRankSpec as LowRankSpec
+from lora_lab.adapters.spec import (
+    AdapterSpec as AdapterSpec,
+    LowRankSpec as LowRankSpec,
+    RankedSpec as RankedSpec,
+)
 
 if TYPE_CHECKING:
     from lora_lab.adapters.methods import *  # noqa: F403
@@ -26,6 +30,7 @@ else:  # the same names, without those of the modules that they come from
         "AdapterSet",
         "AdapterSpec",
         "LowRankSpec",
+        "RankedSpec",
         "inject",
         "parameter_count",
         "parameter_counts",

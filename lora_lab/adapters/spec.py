@@ -124,8 +124,8 @@ class AdapterSpec:
 
 
 @dataclass
-class LowRankSpec(AdapterSpec):
-    """Adds what all low-rank methods share."""
+class RankedSpec(AdapterSpec):
+    """Adds what all methods of rank-one components share."""
 
     rank: int = 8
     """Number of rank-one components; at least 1."""
@@ -133,23 +133,20 @@ class LowRankSpec(AdapterSpec):
     alpha: float = 8.0
     """Strength of the update: it is scaled by alpha / rank."""
 
-    dropout: float = 0.0
-    """Probability of zeroing an input of the adapter's branch while training, in [0, 1)."""
-
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Rank for some sites: role, path ending or regex → rank."""
+    """Rank for some sites, as in PEFT: role, path ending or regex → rank."""
 
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """Alpha for some sites: role, path ending or regex → alpha."""
+    """Alpha for some sites, as in PEFT: role, path ending or regex → alpha."""
 
     def faults(self) -> list[str]:
-        """Returns the faults of all specs and those of ranks, alphas and dropout."""
+        """Returns the faults of all specs and those of ranks and alphas."""
         found = super().faults()
         for name, rank in self.ranks().items():
             found += least_fault(name, rank, 1)
         for name, alpha in self.alphas().items():
             found += zero_fault(name, alpha)
-        return found + probability_fault("dropout", self.dropout)
+        return found
 
     @property
     def size_field(self) -> str | None:
@@ -163,6 +160,19 @@ class LowRankSpec(AdapterSpec):
     def alphas(self) -> dict[str, float]:
         """Returns every alpha that is asked for, by the field that says it."""
         return {"alpha": self.alpha, **_keyed("alpha_pattern", self.alpha_pattern)}
+
+
+@dataclass
+class LowRankSpec(RankedSpec):
+    """Adds the dropout of LoRA and its relatives."""
+
+    dropout: float = 0.0
+    """Probability of zeroing an input of the adapter's branch while training, in [0, 1), as in LoRA's
+    paper."""
+
+    def faults(self) -> list[str]:
+        """Returns the faults of all specs and those of ranks, alphas and dropout."""
+        return super().faults() + probability_fault("dropout", self.dropout)
 
 
 def choice_faults(spec: Any) -> list[str]:

@@ -6,11 +6,12 @@ Beside it in this package: who owns a run's folder, what it records, which callb
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from rich.progress import track
 from torch import Tensor, nn
 
 from lora_lab.adapters import inject
@@ -31,7 +32,7 @@ from lora_lab.tasks import TASKS
 from lora_lab.training.module import FineTuner
 from lora_lab.training.trainer import trainer_arguments
 
-__all__ = ["RunResult", "build_parts", "evaluate", "quiet_libraries", "run"]
+__all__ = ["RunResult", "build_parts", "evaluate", "quiet_libraries", "run", "run_all"]
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,16 @@ def run(config: ExperimentConfig, resume: bool = True, overwrite: bool = False) 
             base, task = config.model.source().public_name, TASKS[config.model.task]
             save_adapter(adapters, this.folder.adapter, base, task.peft_type, data.label_names)
         return this.finish(trainer, callbacks, metrics)
+
+
+def run_all(configs: Iterable[ExperimentConfig]) -> Iterator[tuple[ExperimentConfig, RunResult]]:
+    """Yields each config with its run, under one progress bar.
+
+    Finished runs are not trained again, interrupted ones continue. The configs have bars of their own off:
+    `trainer.progress_bar=false`.
+    """
+    for config in track(list(configs), "runs"):
+        yield config, run(config)
 
 
 def evaluate(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:

@@ -13,11 +13,6 @@ def stack_heads(rows: Float[Tensor, "out n"], heads: int, width: int) -> Float[T
     return rows.unflatten(0, (heads, -1, width)).mT.flatten(1, 2)
 
 
-def unstack_heads(stacked: Float[Tensor, "heads shared_n d"], n: int) -> Float[Tensor, "out n"]:
-    """The inverse of `stack_heads` for rows of length n."""
-    return stacked.unflatten(1, (-1, n)).mT.flatten(0, 2)
-
-
 def per_head(y: Float[Tensor, "... out"], K: Float[Tensor, "heads d e"]) -> Float[Tensor, "... out_e"]:
     """Multiplies every part of a group by its group's matrix: out = heads · share · d → heads · share · e."""
     parts = y.unflatten(-1, (K.shape[0], -1, K.shape[1]))  # (..., heads, share, d)

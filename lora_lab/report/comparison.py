@@ -1,8 +1,4 @@
-"""What experiments of several runs share: running them, a spread over seeds, a table, a picture.
-
-for config, result in run_all(compose("experiment.yaml", [f"seed={seed}"]) for seed in range(3)):
-    ...
-"""
+"""What experiments of several runs share: a spread over seeds, a table, a picture."""
 
 from __future__ import annotations
 
@@ -14,20 +10,6 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.progress import track
-
-from lora_lab.config import ExperimentConfig
-from lora_lab.experiment import RunResult, run
-
-
-def run_all(configs: Iterable[ExperimentConfig]) -> Iterator[tuple[ExperimentConfig, RunResult]]:
-    """Yields each config with its run, under one progress bar.
-
-    Finished runs are not trained again, interrupted ones continue. The configs have bars of their own off:
-    `trainer.progress_bar=false`.
-    """
-    for config in track(list(configs), "runs"):
-        yield config, run(config)
 
 
 def spread(values: pd.Series[Any], form: str = ".3f") -> str:

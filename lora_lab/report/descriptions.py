@@ -10,35 +10,32 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_type_hints
 
-from lora_lab.adapters import METHODS
+from lora_lab.adapters import METHODS, AdapterSpec
 from lora_lab.adapters.protocols import PROTOCOLS
 from lora_lab.callbacks import CONTROLLERS
 from lora_lab.config.documentation import field_documentation
 from lora_lab.config.schema import ExperimentConfig
 from lora_lab.data import DATA_SOURCES, DataConfig
-from lora_lab.models.build import ModelConfig
-from lora_lab.models.quantization import QuantizationOptions
 from lora_lab.tasks import TASKS
-from lora_lab.tracking import TrackingConfig
-from lora_lab.training.optimization import OptimizationConfig
-from lora_lab.training.trainer import TrainerConfig
 
 REQUIRED = "required"
 """Stands in place of a default where there is none."""
-PARTS: dict[str, type] = {
-    "experiment": ExperimentConfig,
-    "model": ModelConfig,
-    "model.quantization_options": QuantizationOptions,
-    "data": DataConfig,
-    "optimization": OptimizationConfig,
-    "trainer": TrainerConfig,
-    "tracking": TrackingConfig,
-}
+PARTS: dict[str, type] = {"experiment": ExperimentConfig}
 """Parts of a config that are the same for every method and data source."""
+
+
+def _add_parts(config: type, prefix: str = "") -> None:
+    for name, kind in get_type_hints(config).items():
+        if isinstance(kind, type) and is_dataclass(kind) and not issubclass(kind, AdapterSpec):
+            PARTS[prefix + name] = kind
+            _add_parts(kind, f"{prefix}{name}.")
+
+
+_add_parts(ExperimentConfig)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
-"""DyLoRA: every rank is a LoRA, what a step leaves alone, separate factors, folders, refusals."""
+"""DyLoRA: every rank is a LoRA, what a step leaves alone, folders, refusals."""
 
 import json
 
-import numpy as np
 import peft
 import pytest
 import torch
@@ -23,7 +22,6 @@ test_contract = contract(
     DyLoRA,
     Variant("", {"rank": 4}, trained=4 * (24 + 16)),
     Variant("frozen", {"rank": 4, "frozen": True, "rslora": True}),
-    Variant("separate", {"rank": 4, "separate_ranks": [1, 3, 4]}, trained=(1 + 3 + 4) * (24 + 16)),
 )
 
 
@@ -139,58 +137,6 @@ def test_active_rank_travels_in_the_state_dict():
     assert torch.equal(fresh(x), model(x))
 
 
-# Separate factors -----------------------------------------------------------------------------------------
-
-
-class Slide:
-    """The layer of matrices (in, rank) and (rank, out) for each rank, as its slides write it in NumPy."""
-
-    def __init__(self, columns, rows, ranks):
-        random = np.random.default_rng(0)
-        self.matrices = {
-            rank: (
-                random.standard_normal((columns, rank)) / np.sqrt(rank),
-                random.standard_normal((rank, rows)) / np.sqrt(rank),
-            )
-            for rank in ranks
-        }
-
-    def forward(self, x, rank):
-        A, B = self.matrices[rank]
-        return x @ (A @ B)
-
-
-def test_separate_ranks_compute_what_the_slides_layer_does():
-    ranks = [4, 8, 16]
-    model, slide = linear(dtype=torch.float64), Slide(24, 16, ranks)
-    dylora, adapters = adapt(model, rank=16, separate_ranks=ranks)
-    assert adapters.trainable_count() == sum(rank * (24 + 16) for rank in ranks)
-    with torch.no_grad():
-        dylora.A.copy_(torch.cat([torch.from_numpy(slide.matrices[rank][0]).T for rank in ranks]))
-        dylora.B.copy_(torch.cat([torch.from_numpy(slide.matrices[rank][1]).T for rank in ranks], dim=1))
-    x = torch.randn(5, 24, dtype=torch.float64)
-    for rank in ranks:
-        dylora.active_rank = rank
-        update = torch.from_numpy(slide.forward(x.numpy(), rank))
-        assert relative(model(x) - dylora.base(x), 16 / rank * update) < 1e-12
-        assert dylora.rank == rank
-
-
-def test_a_step_at_one_separate_rank_leaves_the_others_alone():
-    model, dylora, adapters = shaken(rank=8, separate_ranks=[2, 3, 8])
-    before = dylora.A.detach().clone()
-    optimizer = torch.optim.AdamW(adapters.trainable_parameters(), weight_decay=0.5)
-    keep_frozen_parts(optimizer, adapters)
-    for rank in (2, 8, 3):
-        dylora.active_rank = rank
-        optimizer.zero_grad()
-        model(torch.randn(5, 24)).square().sum().backward()
-        optimizer.step()
-        changed = (dylora.A.detach() != before).any(1).nonzero().flatten().tolist()
-        assert changed == list({2: range(0, 2), 3: range(2, 5), 8: range(5, 13)}[rank])
-        before = dylora.A.detach().clone()
-
-
 # Folders --------------------------------------------------------------------------------------------------
 
 
@@ -201,9 +147,7 @@ def small_bert(**options):
     return model, adapters
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"frozen": True}, {"rslora": True}, {"separate_ranks": [1, 3, 4]}, {"dropout": 0.1}]
-)
+@pytest.mark.parametrize("options", [{}, {"frozen": True}, {"rslora": True}, {"dropout": 0.1}])
 @pytest.mark.parametrize("rank", [1, 3, 4])
 def test_folder_keeps_every_rank_and_opens_in_peft_at_the_active_one(rank, options, tmp_path):
     model, adapters = small_bert(**options)
@@ -217,7 +161,6 @@ def test_folder_keeps_every_rank_and_opens_in_peft_at_the_active_one(rank, optio
     assert relative(logits(theirs), expected[rank]) < TOLERANCE
     fresh = tiny_bert()
     loaded = load_adapter(fresh, tmp_path / "adapter")
-    assert loaded.spec.separate_ranks == options.get("separate_ranks")
     assert {adapter.active_rank for adapter in loaded} == {rank}
     for active, values in expected.items():
         for adapter in loaded:
@@ -312,28 +255,6 @@ def test_a_rank_that_is_not_there_is_refused_and_changes_nothing(rank):
     assert dylora.used.tolist() == [True, True, True, False]
 
 
-def test_a_rank_without_factors_of_its_own_is_refused():
-    _, dylora, _ = shaken(separate_ranks=[1, 3, 4])
-    with pytest.raises(ConfigError, match=r"active_rank: must be one of \[1, 3, 4\] here; got 2"):
-        dylora.active_rank = 2
-
-
-SEPARATE = "adapter.separate_ranks: must rise, from 1 or more to rank: 8; got"
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"rank": 0}, "adapter.rank: must be at least 1; got 0"),
-        ({"separate_ranks": []}, rf"{SEPARATE} \[\]"),
-        ({"separate_ranks": [8, 4]}, rf"{SEPARATE} \[8, 4\]"),
-        ({"separate_ranks": [4, 4, 8]}, rf"{SEPARATE} \[4, 4, 8\]"),
-        ({"separate_ranks": [0, 8]}, rf"{SEPARATE} \[0, 8\]"),
-        ({"separate_ranks": [4, 16]}, rf"{SEPARATE} \[4, 16\]"),
-        ({"separate_ranks": [4, 8], "frozen": True}, "goes with neither rank_pattern nor frozen"),
-        ({"separate_ranks": [4, 8], "rank_pattern": {"0": 4}}, "goes with neither rank_pattern nor frozen"),
-    ],
-)
-def test_faulty_options_are_refused(options, message):
-    with pytest.raises(ConfigError, match=message):
-        adapt(linear(), **{"rank": 8} | options)
+def test_a_rank_of_0_is_refused():
+    with pytest.raises(ConfigError, match="adapter.rank: must be at least 1; got 0"):
+        adapt(linear(), rank=0)

@@ -1,13 +1,18 @@
 """Every method runs the contract of `lora_lab.testing`, beside its own test or here."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from lora_lab.adapters import METHODS
+from lora_lab.adapters import METHODS, inject
+from lora_lab.adapters.base import AdditiveAdapter
+from lora_lab.adapters.protocols import RandomlyDropped
 from lora_lab.testing import Case, Variant, checks
 from lora_lab.testing.methods import assert_close
+from tests.adapters.tiny import linear, relative, shake
 
 OWN = {name: Path(__file__).with_name(f"test_{name}.py") for name in METHODS}
 CHECKS = [check for name, path in OWN.items() if not path.is_file() for check in checks(METHODS[name])]
@@ -32,3 +37,25 @@ def test_compiled_model_agrees(method):
     model, _ = case.adapted()
     torch.compiler.reset()
     assert_close(case.logits(torch.compile(model, fullgraph=True, backend="aot_eager")), case.logits(model))
+
+
+DROPPING = [
+    name
+    for name, method in METHODS.items()
+    if issubclass(method, AdditiveAdapter) and "dropout" in {field.name for field in fields(method.Spec)}
+]
+
+
+@pytest.mark.parametrize("method", DROPPING)
+@torch.no_grad()
+def test_dropout_of_inputs_acts_on_the_update_alone(method):
+    model, x = linear(), torch.randn(5, 24)
+    adapters = inject(model, METHODS[method].Spec(targets=["0"], modules_to_save=[], rank=4, dropout=0.5))
+    shake(adapters)
+    for adapter in adapters.implementing(RandomlyDropped).values():
+        adapter.drop_prob = 0.0
+    torch.manual_seed(7)
+    given = model.train()(x)
+    torch.manual_seed(7)
+    dropped, adapter = nn.functional.dropout(x, 0.5), model[0]
+    assert relative(given, adapter.base(x) + dropped @ adapter.delta_weight().T) < 1e-6

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lora_lab.adapters import inject
+from lora_lab.adapters.methods import fourierft
 from lora_lab.adapters.methods.fourierft import FourierFT, FourierFTSpec
 from lora_lab.adapters.storage import load_adapter, save_adapter
 from lora_lab.errors import ConfigError, IncompatibleError, TargetError
@@ -21,13 +22,24 @@ test_contract = contract(
     FourierFT,
     Variant("", {"n_frequency": 40, "scaling": 10.0}, trained=40),
     Variant("zeros", {"n_frequency": 40, "init": "zeros"}, start="exact"),
-    Variant("fft", {"n_frequency": 40, "scaling": 10.0, "mode": "fft"}),
-    Variant("zeros fft", {"n_frequency": 40, "init": "zeros", "mode": "fft"}, start="exact"),
 )
 
 
 TOLERANCE = 1e-6  # float32, relative to the greatest output
 SIZES = pytest.mark.parametrize("sizes", [(16, 24), (7, 5), (6, 9), (5, 8), (1, 6), (6, 1), (2, 2), (1, 1)])
+
+
+@pytest.fixture
+def fft(monkeypatch):
+    """Transforms of x for small maps too."""
+    monkeypatch.setattr(fourierft, "SMALL", 0)
+
+
+@pytest.fixture(params=["dense", "fft"])
+def either(request):
+    """Both ways to compute x ΔWᵀ."""
+    if request.param == "fft":
+        request.getfixturevalue("fft")
 
 
 def adapt(model, **options):
@@ -42,14 +54,14 @@ def with_indices(adapter, pairs, values):
     adapter.c.data.copy_(torch.tensor(values))
 
 
-@pytest.mark.parametrize("mode", ["dense", "fft"])
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize(
     ("place", "expected"),
     [((0, 1), [[1, 0, -1, 0], [1, 0, -1, 0]]), ((1, 0), [[1, 1, 1, 1], [-1, -1, -1, -1]])],
 )
-def test_worked_example(place, expected, mode):
+def test_worked_example(place, expected):
     model = linear(2, 4, bias=False)
-    adapter, _ = adapt(model, n_frequency=1, scaling=1.0, mode=mode)
+    adapter, _ = adapt(model, n_frequency=1, scaling=1.0)
     with_indices(adapter, [place], [8.0])
     adapter.base.weight.data.zero_()
     expected = torch.tensor(expected, dtype=torch.float32)
@@ -57,13 +69,14 @@ def test_worked_example(place, expected, mode):
     torch.testing.assert_close(model(torch.eye(4)).T, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.usefixtures("fft")
 @SIZES
 def test_every_coefficient_is_a_cosine_and_both_products_agree(sizes):
     rows, columns = sizes
     model = linear(rows, columns, dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapter, _ = adapt(model, n_frequency=rows * columns, mode="fft")
+        adapter, _ = adapt(model, n_frequency=rows * columns)
     a, b = torch.meshgrid(torch.arange(rows).double(), torch.arange(columns).double(), indexing="ij")
     expected = torch.zeros(rows, columns, dtype=torch.float64)
     for c, r, s in zip(adapter.c.tolist(), *adapter.indices.tolist(), strict=True):
@@ -74,13 +87,14 @@ def test_every_coefficient_is_a_cosine_and_both_products_agree(sizes):
     torch.testing.assert_close(model(x), adapter.base(x) + x @ expected.T)
 
 
+@pytest.mark.usefixtures("fft")
 @SIZES
 def test_gradients_are_those_of_finite_differences(sizes):
     rows, columns = sizes
     model = linear(rows, columns, dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapter, _ = adapt(model, n_frequency=min(12, rows * columns), mode="fft")
+        adapter, _ = adapt(model, n_frequency=min(12, rows * columns))
     x = torch.randn(3, columns, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
         lambda x, c: torch.func.functional_call(model, {"0.c": c}, (x,)), (x, adapter.c)
@@ -95,11 +109,11 @@ def test_first_numbers_of_a_permutation_are_torchs(total, count, seed):
 
 
 @pytest.mark.parametrize("sizes", [(16, 24), (33, 17), (300, 200)])
-@pytest.mark.parametrize("mode", ["dense", "fft"])
-def test_equals_peft_both_ways_whatever_the_sizes(sizes, mode, tmp_path):
+@pytest.mark.usefixtures("either")
+def test_equals_peft_both_ways_whatever_the_sizes(sizes, tmp_path):
     rows, columns = sizes
     model, x = linear(rows, columns), torch.randn(5, columns)
-    adapter, adapters = adapt(model, n_frequency=40, random_loc_seed=3, mode=mode)
+    adapter, adapters = adapt(model, n_frequency=40, random_loc_seed=3)
     save_adapter(adapters, tmp_path / "ours")
     assert len(load_file(tmp_path / "ours" / "adapter_model.safetensors")) == 1
     theirs = peft.PeftModel.from_pretrained(linear(rows, columns), tmp_path / "ours")
@@ -128,11 +142,11 @@ def test_patterns_count_site_by_site_and_open_both_ways(tmp_path):
     assert relative(back(ids).logits, ours(ids).logits) < TOLERANCE
 
 
-@pytest.mark.parametrize("mode", ["dense", "fft"])
-def test_zeros_start_bitwise_as_the_base_and_are_reached(mode):
+@pytest.mark.usefixtures("either")
+def test_zeros_start_bitwise_as_the_base_and_are_reached():
     model, x = linear(), torch.randn(5, 24)
     before = model(x)
-    _, adapters = adapt(model, init="zeros", mode=mode)
+    _, adapters = adapt(model, init="zeros")
     assert torch.equal(model(x), before)
     assert reached(model, adapters, x) == {"c"}
 
@@ -152,21 +166,23 @@ def test_large_maps_keep_their_input_alone_and_form_no_matrix():
     assert {t.data_ptr() for t in kept if t.numel() >= 150 * 130} == {x.data_ptr()}
 
 
+@pytest.mark.usefixtures("fft")
 def test_checkpoint_holds_the_indices_which_win_over_the_seeds():
     model, x = linear(), torch.randn(5, 24)
-    adapter, adapters = adapt(model, mode="fft")
+    adapter, adapters = adapt(model)
     assert {name.rpartition(".")[2] for name in adapters.state_dict()} == {"c", "indices"}
     with_indices(adapter, [(i, i) for i in range(12)], [1.0] * 12)
     other = linear()
-    again, fresh = adapt(other, mode="fft")
+    again, fresh = adapt(other)
     fresh.load_state_dict(adapters.state_dict())
     assert torch.equal(again.indices, adapter.indices)
     assert torch.equal(other(x), model(x))
 
 
+@pytest.mark.usefixtures("fft")
 def test_half_precision_is_transformed_in_float32():
     model, x = linear(dtype=torch.bfloat16), torch.randn(5, 24).bfloat16()
-    adapter, _ = adapt(model, mode="fft")
+    adapter, _ = adapt(model)
     expected = (adapter.base(x).float() + x.float() @ adapter.delta_weight().T).bfloat16()
     assert relative(model(x).float(), expected.float()) < 2**-7
     with torch.autocast("cpu", torch.bfloat16):
@@ -182,7 +198,6 @@ def test_half_precision_is_transformed_in_float32():
         ({"scaling": 0.0}, "adapter.scaling: must be finite and above 0; got 0.0"),
         ({"scaling": math.nan}, "adapter.scaling: must be finite and above 0; got nan"),
         ({"random_loc_seed": -1}, "adapter.random_loc_seed: must be at least 0; got -1"),
-        ({"mode": "slow"}, "adapter.mode: must be one of auto, dense, fft; got 'slow'"),
     ],
 )
 def test_faulty_options_are_refused(options, message):
@@ -218,9 +233,10 @@ def test_all_frequencies_reach_26_of_48_dimensions():
     assert torch.linalg.matrix_rank(torch.stack(columns)) == 26
 
 
+@pytest.mark.usefixtures("fft")
 def test_shaken_folder_comes_back_the_same(tmp_path):
     model, x = linear(), torch.randn(5, 24)
-    _, adapters = adapt(model, mode="fft")
+    _, adapters = adapt(model)
     shake(adapters)
     save_adapter(adapters, tmp_path / "adapter")
     fresh = linear()

@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 
@@ -14,13 +12,12 @@ from tests.adapters.tiny import linear, shake, train
 test_contract = contract(
     GOFT,
     Variant(trained=24 - 1, rounded=("checkpointing",)),
-    Variant("scaled", {"scaling": True, "angle_param": "raw"}, trained=24 - 1 + 24),
     Variant("soft", {"strict_oft": False}, trained=4 * (24 - 1)),
 )
 
 
 SOFT = {"strict_oft": False}
-OPTIONS = [{}, {"angle_param": "raw"}, {"scaling": True}, SOFT]
+OPTIONS = [{}, SOFT]
 
 
 def one(rows=16, columns=24, dtype=torch.float32, **options):
@@ -57,10 +54,10 @@ def test_tree_is_the_product_of_its_stages(n):
 
 
 def test_worked_example():
-    model, _, adapter = one(4, 4, angle_param="raw")
+    model, _, adapter = one(4, 4)
     adapter.base.weight.data.copy_(torch.eye(4))
     adapter.base.bias.data.zero_()
-    adapter.theta.data.copy_(torch.tensor([math.pi / 2, 0, math.pi / 2]))
+    adapter.theta.data.copy_(torch.tensor([0.5, 0, 0.5]).atanh())  # π tanh θ = π / 2
     torch.testing.assert_close(model(torch.tensor([[1.0, 2, 3, 4]])), torch.tensor([[2.0, -3, -1, 4]]))
 
 
@@ -68,18 +65,9 @@ def test_worked_count():
     assert one(5, 13)[1].trainable_count() == 12
 
 
-def test_angles_are_pi_times_the_hyperbolic_tangent():
-    _, adapters, adapter = one()
-    shake(adapters)
-    _, _, raw = one(angle_param="raw")
-    raw.theta.data.copy_(math.pi * adapter.theta.tanh())
-    torch.testing.assert_close(rotation(raw), rotation(adapter))
-
-
 @pytest.mark.parametrize("columns", [13, 24])
-@pytest.mark.parametrize("options", [{}, {"angle_param": "raw"}], ids=str)
-def test_trained_rotation_is_orthogonal_and_keeps_lengths_and_angles(options, columns):
-    model, adapters, adapter = one(16, columns, **options)
+def test_trained_rotation_is_orthogonal_and_keeps_lengths_and_angles(columns):
+    model, adapters, adapter = one(16, columns)
     train(model, adapters, torch.randn(32, columns), steps=20)
     R, weight = rotation(adapter), adapter.base.weight
     assert (R - torch.eye(columns)).abs().max() > 0.1
@@ -88,13 +76,6 @@ def test_trained_rotation_is_orthogonal_and_keeps_lengths_and_angles(options, co
     adapted = adapter.adapted_weight(weight)
     torch.testing.assert_close(adapted.norm(dim=1), weight.norm(dim=1), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(adapted @ adapted.T, weight @ weight.T, atol=1e-5, rtol=1e-5)
-
-
-def test_scaler_stands_behind_the_rotation():
-    _, adapters, adapter = one(scaling=True)
-    shake(adapters)
-    R = dense_tree(24, adapter.pair_blocks().detach())
-    torch.testing.assert_close(rotation(adapter), R * adapter.scaler.detach())
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -119,12 +100,12 @@ def test_penalty_is_zero_for_orthogonal_columns_and_grows_with_their_product():
     torch.testing.assert_close(adapters.penalty(), torch.tensor(0.5 * 14**2))
 
 
-@pytest.mark.parametrize("options", [{}, {"scaling": True}, SOFT | {"soft_reg": 0.0}])
+@pytest.mark.parametrize("options", [{}, SOFT | {"soft_reg": 0.0}])
 def test_no_penalty_but_that_of_qgoft(options):
     assert one(**options)[1].penalty() == 0.0
 
 
-@pytest.mark.parametrize(("options", "names"), [({}, []), ({"scaling": True}, ["scaler"]), (SOFT, ["G"])])
+@pytest.mark.parametrize(("options", "names"), [({}, []), (SOFT, ["G"])])
 def test_weight_decay_spares_what_zero_is_no_identity_for(options, names):
     _, _, adapter = one(**options)
     found = adapter.decay_exempt()
@@ -145,17 +126,9 @@ def test_folder_gives_the_same_map(options, tmp_path):
         load_adapter(other, tmp_path / "adapter")
 
 
-@pytest.mark.parametrize(
-    ("options", "fault"),
-    [
-        (SOFT | {"scaling": True}, "scaling: the blocks of strict_oft: false scale by themselves"),
-        (SOFT | {"angle_param": "raw"}, "angle_param: strict_oft: false has no angles"),
-        (SOFT | {"soft_reg": -0.1}, "soft_reg: must be finite and at least 0; got -0.1"),
-    ],
-)
-def test_faulty_specs_are_refused(options, fault):
-    with pytest.raises(ConfigError, match=f"adapter.{fault}"):
-        one(**options)
+def test_a_negative_penalty_is_refused():
+    with pytest.raises(ConfigError, match="adapter.soft_reg: must be finite and at least 0; got -0.1"):
+        one(**SOFT, soft_reg=-0.1)
 
 
 def test_a_single_input_is_refused():

@@ -207,7 +207,7 @@ def test_an_update_of_which_all_is_dropped_is_zero_and_trains_on(method, kind, m
 def test_checkpointing_a_block_replays_what_was_dropped(method, monkeypatch):
     monkeypatch.setattr(lycoris, "WORTH_RECOMPUTING", 0)
     model, x = linear(), torch.randn(5, 24, requires_grad=True)
-    _, adapters = adapt(model, method, rank=4, dropout=0.3, rank_dropout=0.4, module_dropout=0.2)
+    _, adapters = adapt(model, method, rank=4, rank_dropout=0.4, module_dropout=0.2)
     shake(adapters)
     for seed in range(5):
         gradients = []
@@ -217,20 +217,6 @@ def test_checkpointing_a_block_replays_what_was_dropped(method, monkeypatch):
                 torch.autograd.grad(run(x).square().sum(), (x, *adapters.trainable_parameters()))
             )
         assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
-
-
-@BOTH
-@pytest.mark.parametrize("rank", [1, 4])
-def test_dropout_of_inputs_spares_the_base(method, rank):
-    model, x = linear(), torch.randn(5, 24)
-    adapter, adapters = adapt(model, method, rank=rank, dropout=0.5)
-    shake(adapters, 0.3)
-    model.train()
-    torch.manual_seed(7)
-    found = model(x)
-    torch.manual_seed(7)
-    expected = adapter.base(x) + nn.functional.dropout(x, 0.5) @ adapter.delta_weight().T
-    assert relative(found, expected) < TOLERANCE
 
 
 @BOTH

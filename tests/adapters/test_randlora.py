@@ -145,18 +145,6 @@ def test_null_alpha_is_twenty_times_the_rank(tmp_path):
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["randlora_alpha"] == 100.0
 
 
-@torch.no_grad()
-def test_dropout_acts_on_the_update_alone():
-    model, x = linear(), torch.randn(5, 24)
-    adapter, adapters = adapt(model, rank=5, dropout=0.5)
-    shake(adapters)
-    torch.manual_seed(7)
-    given = model.train()(x)
-    torch.manual_seed(7)
-    dropped = nn.functional.dropout(x, 0.5)
-    assert relative(given, adapter.base(x) + dropped @ adapter.delta_weight().T) < TOLERANCE
-
-
 @pytest.mark.parametrize("save", [True, False])
 def test_our_file_holds_the_bases_once_or_not_at_all(save, tmp_path):
     model = tiny_llama()

@@ -35,7 +35,7 @@ test_contract = contract(
     ),
     Variant(
         "noreft",
-        {"rank": 4, "intervention": "noreft", "add_bias": True},
+        {"rank": 4, "intervention": "noreft"},
         on={"bert": {"layers": [0]}},
         rounded=("folder",),
     ),
@@ -102,13 +102,13 @@ def test_worked_edit():
 def test_formula(intervention):
     sourced = intervention in ("loreft", "noreft", "direft", "nodireft")
     act_fn = "tanh" if sourced else "none"
-    spec = ReFTSpec(rank=3, intervention=intervention, act_fn=act_fn, add_bias=intervention == "noreft")
+    spec = ReFTSpec(rank=3, intervention=intervention, act_fn=act_fn)
     edit = Edit(8, spec, torch.float64)
     h = torch.randn(2, 5, 8, dtype=torch.float64)
     R, projected = edit.R, h @ edit.R
     expected = {
         "loreft": lambda: (h @ edit.W.T + edit.b).tanh() - projected,
-        "noreft": lambda: (h @ edit.W.T + edit.b).tanh() - projected - edit.z,
+        "noreft": lambda: (h @ edit.W.T + edit.b).tanh() - projected,
         "direft": lambda: (h @ edit.W.T + edit.b).tanh(),
         "nodireft": lambda: (h @ edit.W.T + edit.b).tanh(),
         "consreft": lambda: edit.b - projected,
@@ -150,7 +150,7 @@ def test_number_of_parameters_of_a_7b_model():
 
 @pytest.mark.parametrize("intervention", ["loreft", "noreft", "direft", "nodireft", "lobireft"])
 def test_identity_start(intervention):
-    spec = ReFTSpec(rank=3, intervention=intervention, init="identity", add_bias=intervention == "noreft")
+    spec = ReFTSpec(rank=3, intervention=intervention, init="identity")
     edit = Edit(8, spec, torch.float32)
     h = torch.randn(5, 8)
     torch.testing.assert_close(h + edit(h), h, atol=1e-6, rtol=0)
@@ -449,7 +449,7 @@ def test_two_forwards_before_one_backward(make_model):
 @pytest.mark.parametrize("intervention", FAMILY)
 def test_folder_holds_the_basis_itself(intervention, make_model, make_batch, tmp_path):
     model, batch = make_model("bert"), make_batch("bert")
-    adapters = inject(model, ReFTSpec(rank=2, intervention=intervention, add_bias=intervention == "noreft"))
+    adapters = inject(model, ReFTSpec(rank=2, intervention=intervention))
     with torch.no_grad():
         for parameter in adapters.trainable_parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -476,7 +476,6 @@ def test_folder_holds_the_basis_itself(intervention, make_model, make_batch, tmp
         ({"init": "identity", "intervention": "consreft"}, "adapter.init: consreft"),
         ({"init": "identity", "act_fn": "relu"}, "adapter.init: loreft with an act_fn"),
         ({"act_fn": "relu", "intervention": "lobireft"}, "adapter.act_fn: lobireft"),
-        ({"add_bias": True}, "adapter.add_bias: goes with intervention: noreft"),
         ({"dropout": 1.0}, "adapter.dropout"),
     ],
 )

@@ -1,4 +1,4 @@
-"""SALT-EDoRA: head and tail apart, both forms of the core, places, refusals."""
+"""SALT-EDoRA: head and tail apart, places, refusals."""
 
 import logging
 
@@ -15,7 +15,6 @@ from tests.adapters.tiny import linear, relative, shake, tiny_bert, tiny_llama
 test_contract = contract(
     SaltEDoRA,
     Variant("", {"rank": 4}, trained=2 * 4 + 4 * 4),
-    Variant("polar", {"rank": 4, "r_tail": 3, "tail_mode": "polar"}, trained=2 * 4 + 3 * (3 + 1) // 2),
 )
 
 
@@ -53,50 +52,27 @@ def test_output_is_the_sum_of_head_and_tail(shape, rank):
     assert relative(model(x), y) < 1e-12
 
 
-@pytest.mark.parametrize("mode", ["free", "polar"])
-def test_head_and_tail_are_apart_and_the_middle_stays(mode):
-    _, adapters, adapter = adapt(rank=5, r_tail=3, tail_mode=mode)
+def test_head_and_tail_are_apart_and_the_middle_stays():
+    _, adapters, adapter = adapt(rank=5)
     shake(adapters)
-    identity = torch.eye(8, dtype=torch.float64)
+    identity = torch.eye(10, dtype=torch.float64)
     assert relative(adapter.U.T @ adapter.U, identity) < 1e-12
     U, S, Vh = torch.linalg.svd(adapter.base.weight, full_matrices=False)
     core = U.T @ adapter.delta_weight() @ Vh.T
-    middle = slice(5, 13)
+    middle = slice(5, 11)
     assert core[middle].abs().max() < 1e-12
     assert core[:, middle].abs().max() < 1e-12
-    assert core[:5, 13:].abs().max() < 1e-12
-    assert core[13:, :5].abs().max() < 1e-12
+    assert core[:5, 11:].abs().max() < 1e-12
+    assert core[11:, :5].abs().max() < 1e-12
     torch.testing.assert_close(
         core[:5, :5], (S[:5] * adapter.alpha + adapter.beta).diag(), atol=1e-12, rtol=0
     )
 
 
-def test_polar_core_rotates_the_tail_and_changes_sizes():
-    weight = torch.diag(torch.tensor([4.0, 3, 2, 1], dtype=torch.float64))
-    model = linear(4, 4, bias=False, dtype=torch.float64)
-    model[0].weight.data.copy_(weight)
-    _, _, adapter = adapt(model, rank=2, tail_mode="polar")
-    adapter.theta.data.fill_(0.5)
-    adapter.mu.data.copy_(torch.tensor([0.0, 1.0]))
-    # K = [[0, .5], [−.5, 0]] turns by 2 arctan .5: cos .6, sin .8. Then rows times 1 and 2, columns times S.
-    expected = weight.clone()
-    expected[2:, 2:] = torch.tensor([[1.2, 0.8], [-3.2, 1.2]], dtype=torch.float64)
-    assert relative(adapter.adapted_weight(weight), expected) < 1e-12
-
-
-def test_rotation_alone_keeps_the_spectrum():
-    _, adapters, adapter = adapt(tail_mode="polar")
-    adapter.theta.data.normal_()
-    edited = adapter.adapted_weight(adapter.base.weight).detach()
-    torch.testing.assert_close(torch.linalg.svdvals(edited), torch.linalg.svdvals(adapter.base.weight))
-    assert relative(edited, adapter.base.weight) > 1e-2
-
-
-@pytest.mark.parametrize("mode", ["free", "polar"])
-def test_starts_bitwise_as_the_base(mode):
+def test_starts_bitwise_as_the_base():
     model, x = linear(), torch.randn(5, 24)
     before = model(x)
-    adapt(model, tail_mode=mode)
+    adapt(model)
     assert torch.equal(model(x), before)
 
 
@@ -106,10 +82,6 @@ def test_starts_bitwise_as_the_base(mode):
         ({"rank": 4}, 8 + 16),
         ({"rank": 10}, 20 + 36),
         ({"rank": 16}, 32),
-        ({"rank": 4, "r_tail": 2}, 8 + 4),
-        ({"rank": 4, "tail_mode": "polar"}, 8 + 10),
-        ({"rank": 15, "tail_mode": "polar"}, 30 + 1),
-        ({"rank": 16, "tail_mode": "polar"}, 32),
     ],
 )
 def test_count_of_trained_numbers_is_the_formulas(options, count):
@@ -125,9 +97,8 @@ def test_a_head_without_a_tail_is_told(caplog):
     assert "adapter.rank: leaves no singular value for a tail in 0" in caplog.text
 
 
-@pytest.mark.parametrize("options", [{}, {"tail_mode": "polar"}])
-def test_gradients(options):
-    _, adapters, adapter = adapt(linear(6, 8, dtype=torch.float64), rank=3, **options)
+def test_gradients():
+    _, adapters, adapter = adapt(linear(6, 8, dtype=torch.float64), rank=3)
     shake(adapters)
     x, names = (
         torch.randn(3, 8, dtype=torch.float64),
@@ -150,17 +121,9 @@ def test_keys_and_values_are_found_by_their_roles(make, names):
     assert set(inject(model, SaltEDoRASpec(rank=2, targets=["key", "value"])).adapters) == expected
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"rank": 0}, "adapter.rank: must be at least 1; got 0"),
-        ({"r_tail": 0}, "adapter.r_tail: must be at least 1; got 0"),
-        ({"tail_mode": "fixed"}, "adapter.tail_mode: must be one of free, polar; got 'fixed'"),
-    ],
-)
-def test_faulty_options_are_refused(options, message):
-    with pytest.raises(ConfigError, match=message):
-        adapt(**options)
+def test_a_rank_of_0_is_refused():
+    with pytest.raises(ConfigError, match="adapter.rank: must be at least 1; got 0"):
+        adapt(rank=0)
 
 
 def test_a_rank_above_the_number_of_singular_values_is_refused():

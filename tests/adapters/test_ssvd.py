@@ -1,4 +1,4 @@
-"""SSVD: the worked examples, what a rotation keeps, the gate, refusals."""
+"""SSVD: the worked examples, what a rotation keeps, refusals."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.adapters.tiny import linear, reached, relative, shake
 test_contract = contract(
     SSVD,
     Variant(trained=6 * 7 // 2),
-    Variant("first order", {"rotation": "first_order", "gate": True}, trained=6 * 7 // 2 + 1),
+    Variant("first order", {"rotation": "first_order"}, trained=6 * 7 // 2),
     Variant("free", {"rank": 3, "rotation_ratio": None, "rotation": "free"}, trained=3 * 3 + 3),
 )
 
@@ -62,11 +62,10 @@ def test_rotation_keeps_outputs_the_other_inputs_and_the_spectrum_but_its_shifts
 
 @pytest.mark.parametrize("shape", [(16, 24), (24, 16)])
 @pytest.mark.parametrize("rotation", ["cayley", "first_order", "free"])
-@pytest.mark.parametrize("gate", [True, False])
-def test_output_is_the_papers_formula(shape, rotation, gate):
+def test_output_is_the_papers_formula(shape, rotation):
     """U (Σ + ΔΣ) Ĝ Vᵀ, with the whole decomposition and Ĝ the identity beyond the rank."""
     model = linear(*shape, dtype=torch.float64)
-    _, adapters, adapter = adapt(model, rank=5, rotation=rotation, gate=gate)
+    _, adapters, adapter = adapt(model, rank=5, rotation=rotation)
     shake(adapters)
     U, S, Vh = torch.linalg.svd(adapter.base.weight, full_matrices=False)
     sign = (U[:, :5] * adapter.U).sum(0).sign()
@@ -80,7 +79,7 @@ def test_output_is_the_papers_formula(shape, rotation, gate):
         K[tuple(torch.triu_indices(5, 5, 1))] = adapter.theta.detach()
         K = K - K.T
         G = (identity - K) @ torch.linalg.inv(identity + K) if rotation == "cayley" else identity - 2 * K
-    S[:5] += (adapter.dsigma * (torch.sigmoid(adapter.gate) if gate else 1)).detach()
+    S[:5] += adapter.dsigma.detach()
     G = torch.block_diag(G, torch.eye(len(S) - 5, dtype=torch.float64))
     x = torch.randn(2, 5, shape[1], dtype=torch.float64)
     assert relative(model(x), x @ (U @ S.diag() @ G @ Vh).T + adapter.base.bias) < 1e-12
@@ -102,7 +101,6 @@ def test_starts_bitwise_as_the_base_and_learns_all(rotation):
         ({"rank": 16}, 136),
         ({"rotation_ratio": 0.4}, 21),
         ({"rotation_ratio": 1.0}, 136),
-        ({"rank": 6, "gate": True}, 22),
         ({"rank": 6, "rotation": "free"}, 42),
     ],
 )
@@ -117,9 +115,8 @@ def test_count_of_trained_numbers_is_the_formulas(options, count):
 
 
 @pytest.mark.parametrize("rotation", ["cayley", "first_order", "free"])
-@pytest.mark.parametrize("gate", [True, False])
-def test_gradients(rotation, gate):
-    _, adapters, adapter = adapt(linear(6, 8, dtype=torch.float64), rank=3, rotation=rotation, gate=gate)
+def test_gradients(rotation):
+    _, adapters, adapter = adapt(linear(6, 8, dtype=torch.float64), rank=3, rotation=rotation)
     shake(adapters)
     x = torch.randn(3, 8, dtype=torch.float64)
     names = [name for name, p in adapter.named_parameters() if p.requires_grad]

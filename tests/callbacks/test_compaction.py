@@ -50,12 +50,8 @@ CASES = {
     "pissa, residual": PiSSASpec(mode="residual"),
     "pissa, rank 2": PiSSASpec(rank=2),
     "svft": SVFTSpec(),
-    "svft, gate": SVFTSpec(gate=True, pattern="random"),
-    **{
-        f"lora_drop, {unit} {granularity}": LoRADropSpec(drop_unit=unit, drop_granularity=granularity)
-        for unit in ("rank", "module")
-        for granularity in ("token", "sample", "batch")
-    },
+    "svft, random": SVFTSpec(pattern="random"),
+    "lora_drop": LoRADropSpec(),
 }
 
 

@@ -240,16 +240,6 @@ def test_seeds_draw_differently_and_one_seed_always_alike():
     assert [switching(seed=1).draw(step) for step in range(50)] == drawn[1] != drawn[0]
 
 
-def test_separate_ranks_alone_are_drawn():
-    adapters = inject(
-        linear(), DyLoRASpec(targets=["0"], modules_to_save=[], rank=8, separate_ranks=[2, 5, 8])
-    )
-    controller = switching(adapters)
-    assert {controller.draw(step) for step in range(50)} == {2, 5, 8}
-    assert controller.evaluation_ranks == [2, 5, 8]
-    assert switching(adapters, policy="recent_loss").ranks == [2, 5, 8]
-
-
 # (f) Accumulation, validations, the end --------------------------------------------------------------------
 
 
@@ -352,8 +342,8 @@ class Slide9:
 def test_the_slides_gradients_drive_the_rank_to_the_top():
     """They draw a gradient of 32 × 768 normal numbers, of norm 157, and print 4, 8 and 16."""
     ranks = [4, 8, 16]
-    adapters = inject(linear(), DyLoRASpec(targets=["0"], modules_to_save=[], rank=16, separate_ranks=ranks))
-    controller, slide = switching(adapters, policy="gradient_norm"), Slide3(ranks)
+    adapters = inject(linear(), DyLoRASpec(targets=["0"], modules_to_save=[], rank=16))
+    controller, slide = switching(adapters, policy="gradient_norm", ranks=ranks), Slide3(ranks)
     controller.plan(100)
     printed = []
     gradient = np.random.default_rng(0).standard_normal((32, 768))

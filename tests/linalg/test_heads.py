@@ -2,7 +2,7 @@
 
 import torch
 
-from lora_lab.linalg.heads import per_head, stack_heads, unstack_heads
+from lora_lab.linalg.heads import per_head, stack_heads
 
 HEADS, SHARE, WIDTH, N = 2, 3, 4, 5
 
@@ -12,7 +12,6 @@ def test_parts_of_a_group_stand_transposed_one_below_the_other():
     stacked = stack_heads(rows, HEADS, WIDTH)
     for head, parts in enumerate(rows.split(SHARE * WIDTH)):
         assert torch.equal(stacked[head], torch.cat([part.T for part in parts.split(WIDTH)]))
-    assert torch.equal(unstack_heads(stacked, N), rows)
 
 
 def test_every_part_is_multiplied_by_the_matrix_of_its_group():

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_lab.adapters.base import AdditiveAdapter
 from lora_lab.adapters.maps import is_convolution
-from lora_lab.adapters.spec import LowRankSpec, probability_fault
+from lora_lab.adapters.spec import RankedSpec, probability_fault
 from lora_lab.linalg.kaiming import kaiming_uniform
 
 WORTH_RECOMPUTING = 2**16
@@ -26,8 +26,10 @@ WORTH_RECOMPUTING = 2**16
 
 
 @dataclass
-class LycorisSpec(LowRankSpec):
+class LycorisSpec(RankedSpec):
     """Adds what LoHa and LoKr share."""
+
+    removed_fields = {"dropout": 0.0}
 
     init: Literal["default", "lycoris", "random"] = "default"
     """Which tensor starts at zero: PEFT's (`default`), that of the LyCORIS library, or none (`random`), which
@@ -55,7 +57,7 @@ class LycorisSpec(LowRankSpec):
 
 
 class LycorisAdapter(AdditiveAdapter):
-    """An update with dropout of its inputs, of its outputs, and as a whole."""
+    """An update with dropout of its outputs, and as a whole."""
 
     convolves = True
     zeros: tuple[str, ...] = ()
@@ -64,7 +66,6 @@ class LycorisAdapter(AdditiveAdapter):
     def __init__(self, base: Any, spec: LycorisSpec):
         super().__init__(base)
         self.spec = spec
-        self.dropout = nn.Dropout(spec.dropout)
         self.core = core_shape(base, spec)
 
     @property
@@ -140,7 +141,7 @@ STARTS = {"default": True, "lycoris": "lycoris", "random": False}
 
 
 def write_lycoris_config(spec: LycorisSpec) -> dict[str, Any]:
-    """Returns PEFT's other fields; it has no dropout of inputs, which says nothing of a trained adapter."""
+    """Returns PEFT's other fields."""
     return {"init_weights": STARTS[spec.init]}
 
 

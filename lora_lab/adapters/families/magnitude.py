@@ -33,7 +33,7 @@ class MagnitudeAdapter(LinearAdapter):
     def scaled(
         self,
         x: Float[Tensor, "... in"],
-        gain: Float[Tensor, " out"] | None,
+        gain: Float[Tensor, " out"],
         left: Float[Tensor, "out rank"],
         right: Float[Tensor, "rank in"],
     ) -> Float[Tensor, "... out"]:
@@ -43,14 +43,12 @@ class MagnitudeAdapter(LinearAdapter):
 
         Args:
             x: the module's input.
-            gain: g; None for 1.
+            gain: g.
             left: L.
             right: R.
         """
         y, dropped = self.base(x), self.dropout(x)
         hidden = project(self.base, self.cast(dropped), right)
-        if gain is None:
-            return (y + mix(self.base, hidden, left)).to(y.dtype)
         product = self.base(dropped) if self.training and self.spec.dropout else y
         # What the base gives holds its bias, taken out of the product again by −(g − 1) b.
         bias = None if self.base.bias is None else (1 - gain) * self.base.bias

@@ -1,13 +1,12 @@
 """AntiPaSTO: a signed rotation in singular directions of a weight (Clark 2026, arXiv:2601.07473).
 
-    W     = U diag(S) Vᵀ + rest,   A_v = L · tanh(skew(θ_v) / L),   L = 2·tan(max_rotation_angle / 2)
-    R_v   = (I − c/2 A_v)⁻¹ (I + c/2 A_v)                                  R_u likewise of θ_u, or I
-    W'(c) = W + U (R_u diag(S + c Δ) R_vᵀ − diag(S)) Vᵀ                    c is the coefficient
+    W     = U diag(S) Vᵀ + rest,   A = L · tanh(skew(θ_v) / L),   L = 2·tan(max_rotation_angle / 2)
+    R     = (I − c/2 A)⁻¹ (I + c/2 A)
+    W'(c) = W + U (diag(S + c Δ) Rᵀ − diag(S)) Vᵀ                          c is the coefficient
 
     U, S, V   (out, rank), (rank,), (in, rank)   frozen, see `singular_basis`
     indices   (rank,)                            frozen; which singular directions of W they are
     θ_v       (rank · (rank − 1) / 2,)           learned; N(0, (0.006·√2)²), or zeros with init: identity
-    θ_u       like θ_v                           learned, with rotate_u
     Δ         (rank,)                            learned; N(4e-4, (4e-4)²), or zeros with init: identity
 
 R(−c) is the inverse of R(c): c and −c steer oppositely. W'(0) = W bitwise. c is no tensor and not stored;
@@ -45,7 +44,15 @@ class AntiPaSTOSpec(BasisSpec):
 
     method: str = "antipasto"
 
-    removed_fields = {"share_rotation": False, "seed_form": False}
+    removed_fields = {
+        "share_rotation": False,
+        "seed_form": False,
+        "rotate_v": True,
+        "rotate_u": False,
+        "use_delta_s": True,
+        "block_size": None,
+        "rotation_method": "cayley",
+    }
 
     rank: int = 64
     """Number of singular directions that are edited, from 1 to min(in, out) of the smallest map; 16 to 256 in
@@ -54,28 +61,13 @@ class AntiPaSTOSpec(BasisSpec):
     coefficient: float = 1.0
     """c until it is set otherwise, the paper's α. Training uses 1, 0 and −1; merging keeps the one in use."""
 
-    rotate_v: bool = True
-    """Rotate the input's directions."""
-
-    rotate_u: bool = False
-    """Rotate the output's directions."""
-
-    use_delta_s: bool = True
-    """Learn Δ, the shift of the singular values."""
-
     max_rotation_angle: float = math.pi / 3
-    """Soft bound of each entry of A, in radians, above 0; none from π on. It bounds the angle of 2 × 2 blocks
-    alone: 64 directions with all entries at a bound of π/3 turn by up to 3.06."""
-
-    block_size: int | None = None
-    """Rotate within blocks of so many directions, at least 2 and a divisor of rank; null: all together."""
-
-    rotation_method: Literal["cayley", "matrix_exp"] = "cayley"
-    """R as above, or exp(c A), which is slower."""
+    """Soft bound of each entry of A, in radians, above 0; none from π on. The paper names π/4 to π/2. It
+    bounds the angle of two directions alone: 64 with all entries at a bound of π/3 turn by up to 3.06."""
 
     dim_select: Literal["top_s", "random", "wanda_trip"] = "top_s"
-    """Which singular directions: the greatest, random ones, or those that count on examples, for which Python
-    calls `steering.calibrate` before training (the command line has no such examples)."""
+    """Which singular directions: the greatest, random ones, or the paper's: those that count on examples, for
+    which Python calls `steering.calibrate` before training (the command line has no such examples)."""
 
     init: Literal["reference", "identity"] = "reference"
     """`reference` starts with a small random edit; `identity` is for training on an ordinary loss."""
@@ -94,12 +86,6 @@ class AntiPaSTOSpec(BasisSpec):
             found.append(f"coefficient: must be finite; got {self.coefficient}")
         if not self.max_rotation_angle > 0:
             found.append(f"max_rotation_angle: must be above 0; got {self.max_rotation_angle}")
-        if self.block_size is not None:
-            found += least_fault("block_size", self.block_size, 2)
-            if self.block_size > 1 and self.rank % self.block_size:
-                found.append(f"block_size: must divide rank {self.rank}; got {self.block_size}")
-        if not self.use_delta_s and (self.rank == 1 or not (self.rotate_u or self.rotate_v)):
-            found.append("use_delta_s: must be true where nothing rotates, and nothing is learned else")
         return found
 
 
@@ -114,11 +100,11 @@ class AntiPaSTO(CoreUpdate, Steerable, Selectable):
     paper = "Clark 2026, arXiv:2601.07473"
     peft = PeftLayout(
         None,
-        tensors={f"antipasto_{name}": name for name in ("theta_v", "theta_u", "delta_s", "indices")},
+        tensors={f"antipasto_{name}": name for name in ("theta_v", "delta_s", "indices")},
     )
 
     def __init__(self, base: Any, spec: AntiPaSTOSpec):
-        rank, size = spec.rank, spec.block_size or spec.rank
+        rank = spec.rank
         U, S, Vh = _directions(base, spec)
         order = torch.randperm(len(S)) if spec.dim_select == "random" else torch.arange(len(S))
         indices = order[:rank].sort().values.to(S.device)
@@ -126,23 +112,14 @@ class AntiPaSTO(CoreUpdate, Steerable, Selectable):
         unknown = spec.dim_select == "wanda_trip"
         self.register_buffer("indices", (torch.full_like(indices, -1) if unknown else indices).int())
         mean, spread = (4e-4, 0.006 * math.sqrt(2)) if spec.init == "reference" else (0.0, 0.0)
-        entries = size * (size - 1) // 2
-        shape = (entries,) if spec.block_size is None else (rank // size, entries)
-        self.theta_v, self.theta_u = (
-            nn.Parameter(spread * torch.randn(shape, dtype=self.dtype)) if learned else None
-            for learned in (spec.rotate_v, spec.rotate_u)
-        )
-        shift = mean + mean * torch.randn(rank, dtype=self.dtype)
-        self.delta_s = nn.Parameter(shift) if spec.use_delta_s else None
+        self.theta_v = nn.Parameter(spread * torch.randn(rank * (rank - 1) // 2, dtype=self.dtype))
+        self.delta_s = nn.Parameter(mean + mean * torch.randn(rank, dtype=self.dtype))
         self.coefficient = spec.coefficient
         self.tensors_changed()
 
     @classmethod
     def site_parameter_count(cls, module: Any, spec: Any) -> int:
-        size = spec.block_size or spec.rank
-        angles = spec.rank // size * (size * (size - 1) // 2)
-        rotations = spec.rotate_v + spec.rotate_u
-        return rotations * angles + (spec.rank if spec.use_delta_s else 0)
+        return int(spec.rank * (spec.rank + 1) // 2)
 
     @property
     def coefficient(self) -> float:
@@ -154,20 +131,13 @@ class AntiPaSTO(CoreUpdate, Steerable, Selectable):
             raise IncompatibleError(f"coefficient: must be finite; got {coefficient}")
         self._coefficient = float(coefficient)
 
-    def _rotation_change(self, theta: Tensor | None) -> Float[Tensor, "rank rank"] | None:
+    def _rotation_change(self) -> Float[Tensor, "rank rank"]:
         """Returns R − I."""
-        if theta is None:
-            return None
-        spec, c = self.spec, self.coefficient
-        A = skew(theta, spec.block_size or spec.rank)
-        if spec.max_rotation_angle < math.pi:
-            limit = 2 * math.tan(spec.max_rotation_angle / 2)
+        A = skew(self.theta_v, self.spec.rank)
+        if self.spec.max_rotation_angle < math.pi:
+            limit = 2 * math.tan(self.spec.max_rotation_angle / 2)
             A = limit * torch.tanh(A / limit)
-        if spec.rotation_method == "matrix_exp":
-            change = torch.linalg.matrix_exp(c * A) - torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-        else:
-            change = cayley_change(c / 2 * A)
-        return change if spec.block_size is None else torch.block_diag(*change)
+        return cayley_change(self.coefficient / 2 * A)
 
     def core(self) -> Float[Tensor, "rank rank"]:
         if self.undecided:
@@ -176,17 +146,9 @@ class AntiPaSTO(CoreUpdate, Steerable, Selectable):
                 "lora_lab.adapters.steering.calibrate(adapters, chosen, rejected) before anything else, or "
                 "use top_s."
             )
-        shift = torch.zeros_like(self.S) if self.delta_s is None else self.coefficient * self.delta_s
-        right = self._rotation_change(self.theta_v)
-        left = self._rotation_change(self.theta_u)
-        # (I + E) D (I + F) − diag(S) as D F + diag(c Δ) + E (D F + D): nothing large cancels.
-        change = torch.diag(shift)
-        if right is not None:
-            change = change + (self.S + shift).unsqueeze(1) * right.T
-        if left is not None:
-            with torch.autocast(left.device.type, enabled=False):
-                change = change + left @ (torch.diag(self.S) + change)
-        return change
+        shift = self.coefficient * self.delta_s
+        # D Rᵀ − diag(S) as D (R − I)ᵀ + diag(c Δ): nothing large cancels.
+        return torch.diag(shift) + (self.S + shift).unsqueeze(1) * self._rotation_change().T
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         return self.base(x) if self.coefficient == 0 else super().forward(x)

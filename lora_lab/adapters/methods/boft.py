@@ -47,7 +47,7 @@ class BOFTSpec(AdapterSpec):
     """Number of factors N, the paper's m; at least 1, and 2^(N−1) must divide the number of blocks."""
 
     train_scale: bool = True
-    """Train s; without it R alone is trained."""
+    """Train s, as PEFT does; the paper's formula has R alone."""
 
     dropout: float = 0.0
     """Share of the blocks, rounded down, of one factor drawn at random, that are the identity in a pass of

@@ -1,15 +1,14 @@
 """CLOVER: train between the orthonormal bases of paired attention maps (Meng et al. 2024, arXiv:2411.17426).
 
     A Bᵀ = U diag(S) Vᵀ,   A = U M,   B = V N        head by head, the product is never formed
-    A'   = U (diag(S) + ΔS) N⁻ᵀ,   B' = B            additive: y = y₀ + drop(y₀ M⁻¹) ΔS N⁻ᵀ,  y₀ = base(x)
-    A'   = U (diag(S) + ΔS),       B' = V            rebased: y = z diag(S) + drop(z) ΔS,  z = (x, 1) U
+    A'   = U (diag(S) + ΔS) N⁻ᵀ,   B' = B            y = y₀ + drop(y₀ M⁻¹) ΔS N⁻ᵀ,  y₀ = base(x)
 
     A          (in + 1, d)     [W, b]ᵀ of a head of `value` or `query`, frozen
     B          (·, d)          W of a head of `attention_output`, or [W, b]ᵀ of one of `key`, frozen
     ΔS         (heads, d, d)   learned; zeros at the start, hence A' B'ᵀ = A Bᵀ
-    M⁻¹, N⁻ᵀ   (heads, d, d)   frozen, of the additive form
-    U, S, V    as A, (heads, d), as B   frozen, of the rebased form
+    M⁻¹, N⁻ᵀ   (heads, d, d)   frozen
 
+The authors' code puts U and V in the place of A and B: the same function of ΔS, which here leaves B as it is.
 Heads that share a key or a value are stacked, the rows of one below those of the other, and share one ΔS. A
 map without a partner, and a query which a rotation or a norm parts from its key, is decomposed alone as the
 reference does: A = Q R by QR and A' = Q (R + ΔS), which is M = R and N = I.
@@ -19,20 +18,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union, cast  # noqa: UP035  (omegaconf reads typing.Union)
+from typing import Any, Union, cast  # noqa: UP035  (omegaconf reads typing.Union)
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lora_lab.adapters.base import Adapter, LinearAdapter, OutputAdapter, PeftLayout
+from lora_lab.adapters.base import Adapter, OutputAdapter, PeftLayout
 from lora_lab.adapters.maps import matrix, sizes
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import AdapterSpec, least_fault, probability_fault
 from lora_lab.errors import IncompatibleError, TargetError
-from lora_lab.linalg.heads import per_head, stack_heads, unstack_heads
+from lora_lab.linalg.heads import per_head, stack_heads
 from lora_lab.linalg.orthogonal import positive_qr
 from lora_lab.linalg.spectral import paired_svd
 from lora_lab.models.architectures import between_query_and_key, head_width
@@ -58,31 +56,25 @@ class CLOVERSpec(AdapterSpec):
 
     method: str = "clover"
 
-    removed_fields = {"s_mode": "full"}
+    removed_fields = {"s_mode": "full", "qk_mode": "auto", "form": "additive"}
 
     targets: Union[str, list[str]] = field(  # noqa: UP007
         default_factory=lambda: ["query", "key", "value", "attention_output"]
     )
     """The maps to decompose. Of a pair [query, key] or [value, attention_output] the first is trained; a map
-    named without its partner is decomposed alone, head by head, and any other in blocks of `block_size`."""
-
-    qk_mode: Literal["auto", "cross"] = "auto"
-    """Query and key together: `auto` where only a dot product joins them, else the query alone; `cross` in
-    any case, or an error."""
-
-    form: Literal["additive", "rebased"] = "additive"
-    """For pairs: change the outputs of one map, or replace both maps by their bases as the reference does.
-    The same function of ΔS; the rebased form starts as W up to rounding, and its files hold both maps."""
+    named without its partner is decomposed alone, head by head, and any other in blocks of `block_size`.
+    Query and key are a pair where only a dot product joins them."""
 
     rank: int | None = None
-    """Train only the block of ΔS of this many greatest singular values of each head; null means all."""
+    """Train only the block of ΔS of this many greatest singular values of each head; null means all,
+    as in the paper."""
 
     block_size: int | None = None
     """Width of the blocks of a map that is no query, key or value; at least 1, a divisor of its outputs. Null
     means half the width of the model's heads, as in the paper."""
 
     dropout: float = 0.0
-    """Probability of zeroing a number before ΔS while training, in [0, 1); 0.05 in the reference."""
+    """Probability of zeroing a number before ΔS while training, in [0, 1); 0.05 in the authors' code."""
 
     @property
     def size_field(self) -> str | None:
@@ -96,15 +88,26 @@ class CLOVERSpec(AdapterSpec):
         return found
 
 
-class Trained(LinearAdapter):
-    """The map that holds A, whatever the form.
+class CLOVER(OutputAdapter):
+    """One small matrix for each head, on the outputs of the map that holds A.
 
     Attributes:
         dS: (heads, rank, rank), learned.
         partner: path of the map that holds B; None where there is none.
+        M_inverse: (heads, d, rank), frozen, the first columns of M⁻¹.
+        N_inverse: (heads, rank, d), frozen, the first rows of N⁻ᵀ.
     """
 
     dS: nn.Parameter
+    M_inverse: Tensor
+    N_inverse: Tensor
+
+    Spec = CLOVERSpec
+    family = "spectral"
+    paper = "Meng et al. 2024, arXiv:2411.17426"
+    peft = PeftLayout(
+        None, {"clover_dS": "dS", "clover_M_inverse": "M_inverse", "clover_N_inverse": "N_inverse"}
+    )
 
     def __init__(self, base: Any, spec: CLOVERSpec, role: str | None, partner: str | None):
         super().__init__(base)
@@ -120,21 +123,17 @@ class Trained(LinearAdapter):
         """Whether dropout is at work."""
         return self.training and self.spec.dropout > 0
 
-    def decompose(self, path: str, width: int, other: Any) -> None:
-        """Makes ΔS and its bases; a site alone does not show how wide a head is.
+    def bases(self, path: str, width: int, other: Any) -> tuple[Tensor, Tensor]:
+        """Makes ΔS; returns M and N of all heads in float64.
 
         Args:
             path: of the map, for messages.
-            width: of a head, d.
-            other: what stands at `partner`: a map, or its adapter in the rebased form.
+            width: of a head, d; a site alone does not show it.
+            other: the map that stands at `partner`, or None.
 
         Raises:
-            IncompatibleError: if maps and heads do not fit, or a head is too close to singular.
+            IncompatibleError: if maps and heads do not fit.
         """
-        raise NotImplementedError
-
-    def bases(self, path: str, width: int, other: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Makes ΔS; returns U, M, V and N of all heads in float64. Its arguments are those of `decompose`."""
         rows = _rows(self.base)
         others = None if other is None else matrix(other).T if self.role in TO_OUTPUT else _rows(other)
         counts = [len(part) for part in (rows, others) if part is not None]
@@ -156,34 +155,17 @@ class Trained(LinearAdapter):
             )
         self.dS = nn.Parameter(torch.zeros(heads, rank, rank, dtype=self.dtype, device=A.device))
         if others is not None:
-            return paired_svd(A, stack_heads(others, heads, width))
+            _, M, _, N = paired_svd(A, stack_heads(others, heads, width))
+            return M, N
         one = torch.eye(width, dtype=torch.float64, device=A.device).expand(heads, -1, -1)
         if rank == width:
-            return *positive_qr(A.double()), one, one
-        return paired_svd(A, one)  # which directions to train is a question of their singular values
-
-
-class CLOVER(Trained, OutputAdapter):
-    """The additive form: one small matrix for each head, on the outputs of the map that holds A.
-
-    Attributes:
-        M_inverse: (heads, d, rank), frozen, the first columns of M⁻¹.
-        N_inverse: (heads, rank, d), frozen, the first rows of N⁻ᵀ.
-    """
-
-    M_inverse: Tensor
-    N_inverse: Tensor
-
-    Spec = CLOVERSpec
-    family = "spectral"
-    paper = "Meng et al. 2024, arXiv:2411.17426"
-    peft = PeftLayout(
-        None, {"clover_dS": "dS", "clover_M_inverse": "M_inverse", "clover_N_inverse": "N_inverse"}
-    )
+            return positive_qr(A.double())[1], one
+        _, M, _, N = paired_svd(A, one)  # which directions to train is a question of their singular values
+        return M, N
 
     @classmethod
     def build(cls, sites: list[Site], spec: CLOVERSpec) -> dict[str, Adapter]:
-        """Only the rebased form has an adapter on the second map of a pair.
+        """Makes an adapter of every map but the second ones of pairs.
 
         Raises:
             TargetError: if a map holds query, key and value in one, or the output stands without its values.
@@ -198,8 +180,6 @@ class CLOVER(Trained, OutputAdapter):
                 )
             first = next((role for role, second in PARTNERS.items() if second == site.role), None)
             if first is not None and (_block(site), first) in places:
-                if spec.form == "rebased":
-                    found[site.path] = Rebased.at(site, spec)
                 continue
             if first in TO_OUTPUT:
                 raise TargetError(
@@ -207,8 +187,7 @@ class CLOVER(Trained, OutputAdapter):
                     f"take {site.role} out."
                 )
             partner = places.get((_block(site), PARTNERS.get(str(site.role), "")))
-            form = cls if partner is None or spec.form == "additive" else RebasedCLOVER
-            found[site.path] = form.at(site, spec, site.role, partner and partner.path)
+            found[site.path] = cls.at(site, spec, site.role, partner and partner.path)
         return found
 
     @classmethod
@@ -220,7 +199,7 @@ class CLOVER(Trained, OutputAdapter):
             IncompatibleError: if these must not be parted, if no width is known, or by `decompose`.
         """
         for path, width, other in cls._joined(model, adapters):
-            cast(Trained, adapters[path]).decompose(path, width, other)
+            cast(CLOVER, adapters[path]).decompose(path, width, other)
         return []
 
     @classmethod
@@ -228,7 +207,7 @@ class CLOVER(Trained, OutputAdapter):
         """Counts by the width of heads and the pairs of maps, which the model gives."""
         adapters, count = cls.build(sites, spec), 0
         for path, width, other in cls._joined(model, adapters):
-            adapter = cast(Trained, adapters[path])
+            adapter = cast(CLOVER, adapters[path])
             lengths = [adapter.out_features]
             if other is not None:
                 out, inputs = sizes(other)
@@ -242,8 +221,7 @@ class CLOVER(Trained, OutputAdapter):
         """Gives the arguments of `decompose` for every map that is trained; parts pairs that must be."""
         heads = head_width(model)
         for path, adapter in adapters.items():
-            if not isinstance(adapter, Trained):
-                continue
+            assert isinstance(adapter, CLOVER)
             spec, headed = adapter.spec, adapter.role in (*PARTNERS, *PARTNERS.values())
             width = heads if headed else spec.block_size or (heads or 0) // 2
             if not width:
@@ -253,34 +231,33 @@ class CLOVER(Trained, OutputAdapter):
             between = None
             if adapter.partner is not None and adapter.role not in TO_OUTPUT:
                 between = between_query_and_key(model, path)
-            if between and (spec.qk_mode == "cross" or spec.form == "rebased"):
-                wrong = "qk_mode: cross" if spec.qk_mode == "cross" else "form: rebased"
-                raise IncompatibleError(
-                    f"adapter.{wrong} needs a plain dot product of {path} and its keys, but {between} stands "
-                    "between. Take key out of targets, or use the additive form in mode auto: both train the "
-                    "query alone."
-                )
             if between:
                 adapter.partner = None
-            other = None
-            if adapter.partner is not None:
-                other = adapters.get(adapter.partner) or model.get_submodule(adapter.partner)
-            yield path, width, other
+            yield path, width, None if adapter.partner is None else model.get_submodule(adapter.partner)
 
     def decompose(self, path: str, width: int, other: Any) -> None:
-        _, M, _, N = self.bases(path, width, other)
+        """Makes ΔS and its bases; arguments as for `bases`.
+
+        Raises:
+            IncompatibleError: if a head is too close to singular, or by `bases`.
+        """
+        M, N = self.bases(path, width, other)
         for name, matrices in (("its own map", M), ("its partner", N)):
             condition = torch.linalg.cond(matrices)
             if not (condition <= WORST_CONDITION).all():
                 worst = int(condition.nan_to_num(torch.inf).argmax())
-                remedy = "use form: rebased" if other is not None else "take it out of targets"
+                remedy = "take it" if matrices is M else f"take {PARTNERS[str(self.role)]}"
                 raise IncompatibleError(
-                    f"adapter.form: head {worst} of {path} is too close to singular in {name} (condition "
-                    f"{float(condition[worst]):.0e}, at most {WORST_CONDITION:.0e}): {remedy}, or leave its "
-                    "block out of layers."
+                    f"adapter.targets: head {worst} of {path} is too close to singular in {name} (condition "
+                    f"{float(condition[worst]):.0e}, at most {WORST_CONDITION:.0e}): {remedy} out of "
+                    "targets, or leave its block out of layers."
                 )
         rank = self.rank
-        _keep(self, M_inverse=torch.linalg.inv(M)[..., :rank], N_inverse=torch.linalg.inv(N).mT[:, :rank])
+        for name, inverse in (
+            ("M_inverse", torch.linalg.inv(M)[..., :rank]),
+            ("N_inverse", torch.linalg.inv(N).mT[:, :rank]),
+        ):
+            self.register_buffer(name, inverse.to(self.dtype).contiguous())
 
     def change(self, y: Float[Tensor, "... out"], drop: bool = False) -> Float[Tensor, "... out"]:
         """Returns drop(y M⁻¹) ΔS N⁻ᵀ."""
@@ -298,75 +275,6 @@ class CLOVER(Trained, OutputAdapter):
         return (y + self.change(self.cast(y), drop=self.dropping)).to(y.dtype)
 
 
-class RebasedCLOVER(Trained):
-    """The rebased form: the map that holds A gives z = (x, 1) U, and S + ΔS follow it.
-
-    Attributes:
-        U: (out, in), frozen, in the place of W.
-        U_bias: (out,), frozen, in the place of b; None without one.
-        S: (heads, d), frozen.
-    """
-
-    U: Tensor
-    U_bias: Tensor | None
-    S: Tensor
-
-    peft = PeftLayout(None, {"clover_dS": "dS", "clover_U": "U", "clover_U_bias": "U_bias", "clover_S": "S"})
-
-    def decompose(self, path: str, width: int, other: Any) -> None:
-        U, M, V, N = self.bases(path, width, other.base)
-        _keep(self, S=(M @ N.mT).diagonal(dim1=1, dim2=2))
-        _keep_map(self, "U", unstack_heads(U, len(_rows(self.base).T)))
-        if self.role in TO_OUTPUT:
-            _keep(other, V=unstack_heads(V, other.out_features).T, V_bias=other.base.bias)
-        else:
-            _keep_map(other, "V", unstack_heads(V, len(_rows(other.base).T)))
-
-    def scaled(self, z: Float[Tensor, "... out"], drop: bool = False) -> Float[Tensor, "... out"]:
-        """Returns z diag(S) + drop(z) ΔS."""
-        rank, (heads, width) = self.rank, self.S.shape
-        parts = z.unflatten(-1, (heads, -1, width))  # (..., heads, share, d)
-        dropped = self.dropout(parts) if drop else parts
-        change = torch.einsum("...hsd,hde->...hse", dropped[..., :rank], self.dS)
-        return (parts * self.S.unsqueeze(1) + F.pad(change, (0, width - rank))).flatten(-3)
-
-    def adapted_weight(self, weight: Tensor) -> Tensor:
-        return self.scaled(self.U.T).T
-
-    def adapted_bias(self, bias: Tensor | None) -> Tensor | None:
-        return None if self.U_bias is None else self.scaled(self.U_bias)
-
-    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        z = F.linear(self.cast(x), self.U, self.U_bias)
-        return self.scaled(z, drop=self.dropping).to(x.dtype)
-
-
-class Rebased(LinearAdapter):
-    """The map that holds B in the rebased form: V, or its bias beside it, in the place of its own.
-
-    Attributes:
-        V: (out, in), frozen.
-        V_bias: (out,), frozen; None without one.
-    """
-
-    V: Tensor
-    V_bias: Tensor | None
-
-    peft = PeftLayout(None, {"clover_V": "V", "clover_V_bias": "V_bias"})
-
-    def __init__(self, base: Any, spec: CLOVERSpec):
-        super().__init__(base)
-
-    def adapted_weight(self, weight: Tensor) -> Tensor:
-        return self.V
-
-    def adapted_bias(self, bias: Tensor | None) -> Tensor | None:
-        return self.V_bias
-
-    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        return F.linear(self.cast(x), self.V, self.V_bias).to(x.dtype)
-
-
 def _block(site: Site) -> str:
     """Returns what the paths of the parts of one block have in common."""
     return f".{site.path}".partition(f".{site.layer}.")[0] + f".{site.layer}"
@@ -376,15 +284,3 @@ def _rows(base: Any) -> Float[Tensor, "out inputs"]:
     """Returns [W, b], or W without a bias."""
     columns = [matrix(base)] + ([] if base.bias is None else [base.bias.unsqueeze(1)])
     return torch.cat([column.double() for column in columns], dim=1)
-
-
-def _keep(adapter: LinearAdapter, **tensors: Tensor | None) -> None:
-    """Keeps frozen tensors, in the type of the adapter."""
-    for name, tensor in tensors.items():
-        adapter.register_buffer(name, None if tensor is None else tensor.to(adapter.dtype).contiguous())
-
-
-def _keep_map(adapter: LinearAdapter, name: str, rows: Float[Tensor, "out inputs"]) -> None:
-    """Keeps [W, b] as a map's weight and bias."""
-    bias = None if adapter.base.bias is None else rows[:, -1]
-    _keep(adapter, **{name: rows[:, : adapter.in_features], f"{name}_bias": bias})

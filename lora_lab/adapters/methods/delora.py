@@ -66,7 +66,7 @@ class DeLoRASpec(AdapterSpec):
     the authors' code."""
 
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Rank for some sites: role, path ending or regex → rank."""
+    """Rank for some sites, as in PEFT: role, path ending or regex → rank."""
 
     @property
     def opens_as_delora(self) -> bool:

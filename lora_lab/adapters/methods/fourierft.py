@@ -36,11 +36,13 @@ class FourierFTSpec(AdapterSpec):
 
     method: str = "fourierft"
 
+    removed_fields = {"mode": "auto"}
+
     n_frequency: int = 1000
     """Number of coefficients of each map, at least 1 and at most in · out."""
 
     n_frequency_pattern: dict[str, int] = field(default_factory=dict)
-    """Number of coefficients for some sites: role, path ending or regex → n_frequency."""
+    """Number of coefficients for some sites, as in PEFT: role, path ending or regex → n_frequency."""
 
     scaling: float = 150.0
     """Factor of ΔW, above 0; the paper: 300 for LLaMA and ViT, 29 to 141 for GLUE."""
@@ -49,11 +51,7 @@ class FourierFTSpec(AdapterSpec):
     """Seed of the indices, at least 0; the run's own seed does not touch them."""
 
     init: Literal["default", "zeros"] = "default"
-    """Start of c: `default` N(0, 1), or `zeros`, the identity."""
-
-    mode: Literal["auto", "dense", "fft"] = "auto"
-    """How x ΔWᵀ is computed: from ΔW itself (`dense`), by transforms of x (`fft`), or `auto`: `dense` for
-    maps of at most 2¹⁴ numbers, where the calls themselves cost most, `fft` for all others."""
+    """Start of c: `default` N(0, 1), as in the paper, or `zeros`, the identity, PEFT's init_weights."""
 
     @property
     def size_field(self) -> str | None:
@@ -149,8 +147,7 @@ class FourierFT(AdditiveAdapter):
         return fourier_matrix(self.c * self.spec.scaling, self.indices, self.out_features, self.in_features)
 
     def delta_output(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        small = self.spec.mode == "auto" and self.out_features * self.in_features <= SMALL
-        if small or self.spec.mode == "dense" or not x.numel():  # no transform takes an empty batch
+        if self.out_features * self.in_features <= SMALL or not x.numel():  # no transform takes no tokens
             return super().delta_output(x)
         forward, back = (
             Scatter(*(getattr(self, f"{way}_{name}") for name in Scatter._fields))

@@ -1,14 +1,13 @@
 """GOFT: a rotation of few numbers, a tree of Givens rotations (Ma et al. 2024, arXiv:2404.04316).
 
-    W' = W Rᵀ,   R = P_L … P_2 P_1 diag(c)             y = base(x R), x a row
+    W' = W Rᵀ,   R = P_L … P_2 P_1                     y = base(x R), x a row
     P_i turns pairs of inputs by G = [[cos α, −sin α], [sin α, cos α]],  α = π tanh θ
 
 P_1 turns neighbours; each further stage turns neighbours among every second of those before, so that
 L = ⌈log₂ in⌉ stages have in − 1 pairs. qGOFT (`strict_oft: false`) learns the blocks G as they are.
 
     θ   (in − 1,)        learned, without qGOFT; zeros at the start
-    G   (in − 1, 2, 2)   learned, with qGOFT; I at the start
-    c   (in,)            learned, with `scaling`; ones at the start. In each case W' = W bitwise
+    G   (in − 1, 2, 2)   learned, with qGOFT; I at the start. In either case W' = W bitwise
 
 qGOFT's penalty holds the columns of every block near to orthogonal: soft_reg Σ (g₀₀ g₀₁ + g₁₀ g₁₁)².
 """
@@ -17,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -37,26 +36,17 @@ class GOFTSpec(AdapterSpec):
 
     method: str = "goft"
 
-    removed_fields = {"topology": "tree"}
+    removed_fields = {"topology": "tree", "scaling": False, "angle_param": "tanh_pi"}
 
     strict_oft: bool = True
-    """Train angles, hence rotations; without it qGOFT, which trains four numbers a pair."""
-
-    scaling: bool = False
-    """Train a factor for each input behind the rotation, as the authors' code does with strict_oft."""
-
-    angle_param: Literal["tanh_pi", "raw"] = "tanh_pi"
-    """Angles as π tanh θ, for which the authors' learning rates hold, or θ itself."""
+    """Train angles, hence rotations; without it the paper's qGOFT, which trains four numbers a pair."""
 
     soft_reg: float = 0.01
-    """Weight of qGOFT's penalty in the loss, at least 0; 0.01 for LLaMA and 0.001 to 0.05 for GLUE."""
+    """Weight of qGOFT's penalty in the loss, at least 0; in the paper 0.01 for LLaMA and 0.001
+    to 0.05 for GLUE."""
 
     def faults(self) -> list[str]:
         found = super().faults()
-        if not self.strict_oft and self.scaling:
-            found.append("scaling: the blocks of strict_oft: false scale by themselves; use one of the two")
-        if not self.strict_oft and self.angle_param == "raw":
-            found.append("angle_param: strict_oft: false has no angles; leave it out")
         if not (math.isfinite(self.soft_reg) and self.soft_reg >= 0):
             found.append(f"soft_reg: must be finite and at least 0; got {self.soft_reg}")
         return found
@@ -67,28 +57,23 @@ class GOFT(InputAdapter):
 
     theta: Any
     G: Any
-    scaler: Any
 
     Spec = GOFTSpec
     family = "orthogonal"
     paper = "Ma et al. 2024, arXiv:2404.04316"
-    peft = PeftLayout(None, {"givens_hard": "theta", "givens_soft": "G", "givens_scaler": "scaler"})
+    peft = PeftLayout(None, {"givens_hard": "theta", "givens_soft": "G"})
 
     def __init__(self, base: Any, spec: GOFTSpec):
         super().__init__(base)
         self.spec = spec
-        inputs = self.in_features
-        pairs = inputs - 1
-        hard, scaled = spec.strict_oft, spec.scaling
+        pairs = self.in_features - 1
         identities = torch.eye(2, dtype=self.dtype).repeat(pairs, 1, 1)
-        self.theta = nn.Parameter(torch.zeros(pairs, dtype=self.dtype)) if hard else None
-        self.G = None if hard else nn.Parameter(identities)
-        self.scaler = nn.Parameter(torch.ones(inputs, dtype=self.dtype)) if scaled else None
+        self.theta = nn.Parameter(torch.zeros(pairs, dtype=self.dtype)) if spec.strict_oft else None
+        self.G = None if spec.strict_oft else nn.Parameter(identities)
 
     @classmethod
     def site_parameter_count(cls, module: Any, spec: Any) -> int:
-        inputs = sizes(module)[1]
-        return (inputs - 1) * (1 if spec.strict_oft else 4) + (inputs if spec.scaling else 0)
+        return (sizes(module)[1] - 1) * (1 if spec.strict_oft else 4)
 
     @classmethod
     def build(cls, sites: list[Site], spec: Any) -> dict[str, Adapter]:
@@ -110,19 +95,18 @@ class GOFT(InputAdapter):
         """Returns the G of all pairs."""
         if self.theta is None:
             return self.G
-        return givens(math.pi * self.theta.tanh() if self.spec.angle_param == "tanh_pi" else self.theta)
+        return givens(math.pi * self.theta.tanh())
 
     def rotated(self, x: Tensor, inverse: bool = False) -> Tensor:
         """Returns x P_L … P_1, or x P_1ᵀ … P_Lᵀ."""
         return givens_tree(x, self.pair_blocks(), inverse)
 
     def transform_input(self, x: Tensor) -> Tensor:
-        x = self.rotated(x)
-        return x if self.scaler is None else x * self.scaler
+        return self.rotated(x)
 
     def adapted_weight(self, weight: Tensor) -> Tensor:
         """Returns W Rᵀ: the inverse order, with transposed blocks, on the rows of W."""
-        return self.rotated(weight if self.scaler is None else weight * self.scaler, inverse=True)
+        return self.rotated(weight, inverse=True)
 
     def penalty(self) -> Tensor | float:
         """Returns qGOFT's penalty, 0 for GOFT."""
@@ -132,4 +116,4 @@ class GOFT(InputAdapter):
 
     def decay_exempt(self) -> list[nn.Parameter]:
         """Returns all but angles."""
-        return [parameter for parameter in (self.G, self.scaler) if parameter is not None]
+        return [] if self.G is None else [self.G]

@@ -6,14 +6,9 @@ W' = W everywhere; only the task head (`modules_to_save`) is trained
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import (
-    Any,
-    Union,  # noqa: UP035
-)
+from typing import Union  # noqa: UP035  (omegaconf reads typing.Union)
 
-from torch import nn
-
-from lora_lab.adapters.base import Adapter, PeftLayout
+from lora_lab.adapters.methods.full import Full
 from lora_lab.adapters.spec import AdapterSpec
 
 
@@ -35,19 +30,7 @@ class HeadSpec(AdapterSpec):
         )
 
 
-class Head(Adapter):
-    """Stands nowhere: the head's training is `modules_to_save`'s work."""
+class Head(Full):
+    """Full fine-tuning of no module of the base: the head's training is `modules_to_save`'s work."""
 
     Spec = HeadSpec
-    family = "baseline"
-    paper = "-"
-    peft = PeftLayout(None, tensors={})
-
-    @classmethod
-    def site_parameter_count(cls, module: Any, spec: Any) -> int:
-        return 0
-
-    @classmethod
-    def accepts(cls, module: nn.Module) -> bool:
-        """No module."""
-        return False

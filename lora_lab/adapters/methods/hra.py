@@ -37,20 +37,20 @@ class HRASpec(AdapterSpec):
 
     method: str = "hra"
 
+    removed_fields = {"reg_squared": True}
+
     rank: int = 8
     """Number of reflections; at least 1, and even where they have to cancel in pairs at the start."""
 
     identity_start: bool = True
-    """Whether W' = W at the start; without it all vectors are drawn at random, and an odd rank is allowed."""
+    """Whether W' = W at the start, PEFT's init_weights; without it all vectors are drawn at random, and an
+    odd rank is allowed."""
 
     apply_GS: bool = False  # noqa: N815
-    """Orthogonalise the vectors by Gram-Schmidt: the limit of an infinite `reg_lambda`."""
+    """Orthogonalise the vectors by Gram-Schmidt, as in the paper: the limit of an infinite `reg_lambda`."""
 
     reg_lambda: float = 0.0
     """Weight of the penalty ‖I − ÛᵀÛ‖² in the loss, at least 0; the paper: 1e-4 for LLaMA, 1e-5 for GLUE."""
-
-    reg_squared: bool = True
-    """Whether the penalty's norm is squared, as in the paper; its code leaves the square out."""
 
     @property
     def size_field(self) -> str | None:
@@ -138,8 +138,7 @@ class HRA(InputAdapter):
         """Returns how far the û_i are from orthogonal."""
         if not self.spec.reg_lambda:
             return 0.0
-        norm = overlap(self.u)
-        return self.spec.reg_lambda * (norm.square() if self.spec.reg_squared else norm)
+        return self.spec.reg_lambda * overlap(self.u).square()
 
     def peft_tensors(self) -> dict[str, Tensor]:
         """Returns the vectors, of the doubled chain where a start is cancelled."""

@@ -100,7 +100,7 @@ class LoHa(LycorisAdapter):
         return left, (right1.unsqueeze(1) * right2).flatten(0, 1)  # (rank², in)
 
     def delta_output(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        x, kept = self.dropout(x), self.kept_outputs(x, rescale=True)
+        kept = self.kept_outputs(x, rescale=True)
         if self.factored:
             left, right = self.factors(kept)
             return mix(self.base, project(self.base, x, right), left)
@@ -111,8 +111,7 @@ class LoHa(LycorisAdapter):
 
         Not under autocast: it would round the sum to half precision, which a small ΔW does not survive.
         """
-        dropping = self.training and self.spec.dropout > 0
-        if self.factored or dropping or torch.is_autocast_enabled(x.device.type):
+        if self.factored or torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
         return recomputed(self._with_base, x, self.kept_outputs(x, rescale=True))
 

@@ -166,7 +166,7 @@ class LoKr(LycorisAdapter):
 
     def delta_output(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """Returns x ΔWᵀ; W1 ⊗ W2 is never formed."""
-        x, kept = self.dropout(x), self.kept_outputs(x, self.spec.rank_dropout_scale)
+        kept = self.kept_outputs(x, self.spec.rank_dropout_scale)
         y = recomputed(self._mapped, x)
         return y if kept is None else y * pointwise(self.base, kept)
 

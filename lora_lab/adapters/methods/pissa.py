@@ -38,7 +38,7 @@ class PiSSASpec(StartedSpec):
     method: str = "pissa"
 
     init: Literal["pissa"] = "pissa"
-    """Always the SVD of W."""
+    """Always the SVD of W, the paper's."""
 
     mode: Literal["subtract", "residual"] = "subtract"
     """`subtract` leaves the base as it is and costs a second product of this rank; `residual`, the paper's

@@ -46,7 +46,7 @@ class PSOFTSpec(BasisSpec):
     """Probability of zeroing an input of the adapter's branch while training, in [0, 1)."""
 
     init: Literal["identity", "random"] = "identity"
-    """`random` draws Q (or R − I) from N(0, 0.01), for comparison."""
+    """`random` draws Q (or R − I) from N(0, 0.01), as PEFT's init_weights: false does."""
 
     ab_svd_init: Literal["psoft_init", "pissa_init"] = "psoft_init"
     """Where S stands: left of the rotation, or its root on either side, which keeps no lengths and angles."""

@@ -9,10 +9,9 @@ On the output h of a block, at some positions of the prompt, with a function a:
     original  (width, rank)  learned; R is `original` with its columns orthonormalised, or as it is if free
     W         (rank, width)  learned; U(±1/√width) at the start
     b         (rank,)        learned; U(±1/√width) at the start, in consreft and lobireft U(0, 1)
-    z         (rank,)        learned, noreft with add_bias: Rᵀh + z for Rᵀh
 
 The reference's start is not the identity, on purpose. `init: identity` starts loreft and noreft with W = Rᵀ
-and b = z or 0, the others with W = 0 and b = 0, hence h' = h; consreft has no such start.
+and b = 0, the others with W = 0 and b = 0, hence h' = h; consreft has no such start.
 
 Positions count from the first token that is not padding. The prompt is the whole row, or its first
 `prompt_lengths` (batch,) tokens if the model is called with that keyword, which it never gets to see. While a
@@ -56,13 +55,13 @@ class ReFTSpec(AdapterSpec):
 
     method: str = "reft"
 
-    removed_fields = {"dropout_on": "output"}
+    removed_fields = {"dropout_on": "output", "add_bias": False}
 
     targets: Union[str, list[str]] = "block"  # noqa: UP007
     """Modules that put out hidden states: blocks, by role, name or pattern."""
 
     intervention: Literal["loreft", "noreft", "direft", "nodireft", "consreft", "lobireft"] = "loreft"
-    """Which member of the family."""
+    """Which member of the paper's family."""
 
     rank: int = 8
     """Dimension of the edited subspace, in [1, width]; pyreft's low_rank_dimension."""
@@ -72,19 +71,17 @@ class ReFTSpec(AdapterSpec):
     and the last ⌈N/2⌉. `all` edits every token, generated ones too."""
 
     share_weights: bool = False
-    """One edit for first and last tokens together, instead of one each."""
+    """One edit for first and last tokens together, the paper's tied weights, instead of one each."""
 
     init: Literal["reference", "identity"] = "reference"
-    """The reference's random start, or h' = h."""
+    """The random start of the authors' code, or h' = h."""
 
     act_fn: Literal["none", "relu", "gelu", "silu", "tanh"] = "none"
-    """The function a on W h + b."""
-
-    add_bias: bool = False
-    """Learn noreft's z."""
+    """The function a on W h + b, as in the authors' code."""
 
     dropout: float = 0.0
-    """Probability of zeroing a number of an edited state while training, in [0, 1)."""
+    """Probability of zeroing a number of an edited state while training, in [0, 1), as in the
+    authors' code."""
 
     @property
     def size_field(self) -> str | None:
@@ -96,8 +93,6 @@ class ReFTSpec(AdapterSpec):
             found.append(f"positions: must be 'all', or like 'f1', 'l1', 'f1+l1'; got '{self.positions}'")
         if self.act_fn != "none" and self.intervention not in SOURCED:
             found.append(f"act_fn: {self.intervention} has no W h + b to apply it to; leave it out")
-        if self.add_bias and self.intervention != "noreft":
-            found.append(f"add_bias: goes with intervention: noreft; got {self.intervention}")
         if self.init == "identity" and self.intervention == "consreft":
             found.append("init: consreft puts a constant in Rᵀh's place, never h' = h; use reference")
         elif self.init == "identity" and self.intervention in REPLACING and self.act_fn != "none":
@@ -121,17 +116,15 @@ class Edit(nn.Module):
         if spec.intervention in ORTHONORMAL:
             R = orthonormal_columns(torch.randn(width, spec.rank, dtype=dtype))
         W = kaiming_uniform(spec.rank, width, dtype=dtype)
-        b, z = torch.rand(2, spec.rank, dtype=dtype)
-        z = (2 * z - 1) / width**0.5
+        b = torch.rand(spec.rank, dtype=dtype)
         if sourced:
             b = (2 * b - 1) / width**0.5
         if spec.init == "identity":
             W = R.T.clone() if replacing else torch.zeros_like(W)
-            b = z.clone() if spec.add_bias else torch.zeros_like(b)
+            b = torch.zeros_like(b)
         self.original = nn.Parameter(R.contiguous())  # (width, rank)
         self.W = nn.Parameter(W.contiguous()) if sourced else None  # (rank, width)
-        self.b = nn.Parameter(b.clone())  # (rank,)
-        self.z = nn.Parameter(z) if spec.add_bias else None  # (rank,)
+        self.b = nn.Parameter(b)  # (rank,)
 
     @property
     def R(self) -> Float[Tensor, "width rank"]:
@@ -147,7 +140,7 @@ class Edit(nn.Module):
             if spec.act_fn != "none":
                 target = getattr(F, spec.act_fn)(target)
             if spec.intervention in REPLACING:
-                target = target - (h @ R if self.z is None else h @ R + self.z)
+                target = target - h @ R
             delta = target @ R.T
             if self.training and spec.dropout:
                 delta = F.dropout(h + delta, spec.dropout) - h  # on the whole h', as in the authors' code
@@ -194,9 +187,7 @@ class ReFT(HiddenStateAdapter):
     @classmethod
     def site_parameter_count(cls, module: Any, spec: Any) -> int:
         width, rank = entry_of(module).in_features, spec.rank
-        edit = (
-            (2 if spec.intervention in SOURCED else 1) * width * rank + rank + (rank if spec.add_bias else 0)
-        )
+        edit = (2 if spec.intervention in SOURCED else 1) * width * rank + rank
         return len(edit_names(spec)) * edit
 
     @classmethod
@@ -243,7 +234,7 @@ class ReFT(HiddenStateAdapter):
         return {
             f"reft_{name}.{letter}": tensor
             for name, edit in self.edits.items()
-            for letter in ("R", "W", "b", "z")
+            for letter in ("R", "W", "b")
             if (tensor := getattr(edit, letter)) is not None
         }
 
@@ -251,6 +242,6 @@ class ReFT(HiddenStateAdapter):
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes over R; orthonormalising an orthonormal R gives R back."""
         for name, edit in self.edits.items():
-            for letter, own in {"R": edit.original, "W": edit.W, "b": edit.b, "z": edit.z}.items():
+            for letter, own in {"R": edit.original, "W": edit.W, "b": edit.b}.items():
                 if own is not None:
                     own.copy_(tensors[f"reft_{name}.{letter}"])

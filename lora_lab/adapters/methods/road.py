@@ -46,7 +46,8 @@ class RoAdSpec(AdapterSpec):
     as in the paper; what is paired with what hardly matters, and halves of 32 or more are quicker."""
 
     init: Literal["default", "random"] = "default"
-    """`default` starts as the identity; `random` draws θ from N(0, 0.5²), α from N(1, 0.5²)."""
+    """`default` starts as the identity; `random`, PEFT's init_weights: false, draws θ from N(0, 0.5²)
+    and α from N(1, 0.5²)."""
 
     def faults(self) -> list[str]:
         found = super().faults()

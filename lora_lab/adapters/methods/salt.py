@@ -50,16 +50,18 @@ class SALTSpec(BasisSpec):
     """How many of the greatest singular values to scale and shift, at least 1; null where `ratio` says."""
 
     ratio: float | None = None
-    """Their share of all singular values instead, in (0, 1], rounded down, but to one at least."""
+    """Their share of all singular values instead, in (0, 1], rounded down, but to one at least, as in the
+    authors' code."""
 
     r_lora: int = 8
     """Rank of the update of the other directions, at most as many as there are; 0 leaves them as they are."""
 
     relu: Literal["none", "diag", "all"] = "none"
-    """What of Σ' is kept from falling below 0: nothing, the scaled and shifted values, or every entry."""
+    """What of Σ' is kept from falling below 0: nothing, the scaled and shifted values, or every entry,
+    as in the authors' code."""
 
     reg_multiplier: float = 0.0
-    """Weight of the penalty on the size of the edit, at least 0."""
+    """Weight of the authors' penalty on the size of the edit, at least 0."""
 
     @property
     def size_field(self) -> str | None:

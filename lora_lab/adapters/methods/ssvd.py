@@ -11,7 +11,6 @@
     θ     (k·(k−1)/2,)   learned; zeros at the start, hence G = I and W' = W
     G     (k, k)         learned with free instead; I at the start
     Δσ    (k,)           learned; zeros at the start
-    gate  (1,)           learned with `gate`: Δσ counts times its sigmoid; zero at the start
     U, S, Vh             frozen; the k greatest singular vectors and values
 
 Inputs are rotated, outputs keep their directions U, whichever of the two is wider. With cayley the singular
@@ -41,17 +40,18 @@ class SSVDSpec(BasisSpec):
 
     method: str = "ssvd"
 
+    removed_fields = {"gate": False}
+
     rank: int | None = None
-    """How many of the greatest singular values, at least 1; null where `rotation_ratio` says."""
+    """How many of the greatest singular values, the paper's k, at least 1; null where
+    `rotation_ratio` says."""
 
     rotation_ratio: float | None = 0.4
     """Their share of all singular values instead, in (0, 1], rounded down; null where `rank` says."""
 
     rotation: Literal["cayley", "first_order", "free"] = "cayley"
-    """How the right vectors are mixed: by a rotation, its first-order part, or any matrix."""
-
-    gate: bool = False
-    """Learn a factor sigmoid(gate) of Δσ."""
+    """How the right vectors are mixed: by a rotation, by its first-order part, which the paper's experiments
+    have, or by any matrix."""
 
     @property
     def size_field(self) -> str | None:
@@ -81,9 +81,7 @@ class SSVD(CoreUpdate):
 
     Spec = SSVDSpec
     paper = "Wang et al. 2025, arXiv:2509.02830"
-    peft = PeftLayout(
-        None, {"ssvd_theta": "theta", "ssvd_G": "G", "ssvd_dsigma": "dsigma", "ssvd_gate": "gate"}
-    )
+    peft = PeftLayout(None, {"ssvd_theta": "theta", "ssvd_G": "G", "ssvd_dsigma": "dsigma"})
 
     spared_from_decay = ("G",)
 
@@ -103,20 +101,15 @@ class SSVD(CoreUpdate):
         self.theta = None if free else nn.Parameter(torch.zeros(rank * (rank - 1) // 2, dtype=self.dtype))
         self.G = nn.Parameter(torch.eye(rank, dtype=self.dtype)) if free else None
         self.dsigma = nn.Parameter(torch.zeros(rank, dtype=self.dtype))
-        self.gate = nn.Parameter(torch.zeros(1, dtype=self.dtype)) if spec.gate else None
 
     @classmethod
     def site_parameter_count(cls, module: Any, spec: Any) -> int:
         k = rotated_values(spec, min(sizes(module)))
-        rotation = k**2 if spec.rotation == "free" else k * (k - 1) // 2
-        return rotation + k + (1 if spec.gate else 0)
+        return k + (k**2 if spec.rotation == "free" else k * (k - 1) // 2)
 
     @property
     def rank(self) -> int:
         return len(self.dsigma)
-
-    def without_gradient_at_start(self) -> tuple[str, ...]:
-        return ("gate",) if self.spec.gate else ()
 
     def rotated(self) -> Float[Tensor, "k k"]:
         """Returns G."""
@@ -129,5 +122,4 @@ class SSVD(CoreUpdate):
 
     def core(self) -> Float[Tensor, "k k"]:
         """Returns C."""
-        shift = self.dsigma if self.gate is None else self.dsigma * self.gate.sigmoid()
-        return (self.S + shift).unsqueeze(1) * self.rotated() - self.S.diag()
+        return (self.S + self.dsigma).unsqueeze(1) * self.rotated() - self.S.diag()

@@ -1,18 +1,16 @@
 """SVFT: a sparse sum of products of W's own singular vectors (Lingam et al. 2024, arXiv:2405.19597).
 
-    W  = U diag(S) Vᵀ,   ΔW = Σ_t g c_t u_i v_jᵀ over the pairs t = (i, j) of a fixed pattern
-    y  = base(x) + U (M (Vᵀ x))   M (q, q) holds g c; W itself stays as it is
+    W  = U diag(S) Vᵀ,   ΔW = Σ_t c_t u_i v_jᵀ over the pairs t = (i, j) of a fixed pattern
+    y  = base(x) + U (M (Vᵀ x))   M (q, q) holds c; W itself stays as it is
 
     U, Vh        (out, q), (q, in)   frozen; the first q = rank singular vectors, or all min(in, out)
     rows, cols   (K,)                frozen: i and j of every pair, row by row
-
-    c      (K,)   learned; zeros at the start, hence W' = W
-    gate   (1,)   learned, with `gate` alone: g = sigmoid(gate), from 0; without it g = 1
+    c            (K,)                learned; zeros at the start, hence W' = W
 
     pattern    pairs                                                K
     plain      i = j: S alone changes                               q
     banded     |i − j| ≤ off_diag = d                               q (2 d + 1) − d (d + 1)
-    random     drawn from all q² without replacement                k, or as many as banded has
+    random     drawn from all q², the same ones in every run        k, or as many as banded has
     top_k      those of the greatest |u_iᵀ v_j|, for in = out       k, or as many as banded has
 
 Singular vectors are unique up to signs only, so that U, Vh and the pattern are stored with c.
@@ -43,6 +41,8 @@ class SVFTSpec(AdapterSpec):
 
     method: str = "svft"
 
+    removed_fields = {"pattern_seed": 0, "gate": False, "init": "default"}
+
     pattern: Literal["plain", "banded", "random", "top_k"] = "banded"
     """Which pairs of singular vectors are learned."""
 
@@ -50,20 +50,12 @@ class SVFTSpec(AdapterSpec):
     """Diagonals on either side of the main one, at least 0 and below q; `plain` has none."""
 
     k: int | None = None
-    """Number of pairs for `random` and `top_k`, at least 1 and at most q²; null means as many as banded."""
+    """Number of pairs for the paper's `random` and `top_k`, at least 1 and at most q²; null means as many as
+    banded."""
 
     rank: int | None = None
-    """q, the number of singular directions that may be coupled, from 1 to min(in, out); null means all. U and
-    Vh take the memory of q (in + out) numbers."""
-
-    pattern_seed: int = 0
-    """Seed of the pairs of `random`, at least 0; the run's own seed does not touch them."""
-
-    gate: bool = False
-    """Whether all c are multiplied by sigmoid(gate), one more learned number."""
-
-    init: Literal["default", "reference"] = "default"
-    """Start of c: `default` zeros, or as in the authors' code N(0, 2 / K), which is not the identity."""
+    """q, the number of singular directions that may be coupled, from 1 to min(in, out); null means all,
+    as in the paper. U and Vh take the memory of q (in + out) numbers."""
 
     @property
     def size_field(self) -> str | None:
@@ -73,7 +65,6 @@ class SVFTSpec(AdapterSpec):
         found = [
             *super().faults(),
             *least_fault("off_diag", self.off_diag, 0),
-            *least_fault("pattern_seed", self.pattern_seed, 0),
         ]
         for name in ("k", "rank"):
             value = getattr(self, name)
@@ -91,13 +82,12 @@ class SVFT(AdditiveAdapter, RankAllocatable):
     rows: Tensor
     cols: Tensor
     offsets: Tensor
-    gate: nn.Parameter | None
     components: dict[str, int] = {"c": 0, "rows": 0, "cols": 0, "kept": 0}
 
     Spec = SVFTSpec
     family = "spectral"
     paper = "Lingam et al. 2024, arXiv:2405.19597"
-    peft = PeftLayout(None, {f"svft_{name}": name for name in ("c", "gate", "rows", "cols", "U", "Vh")})
+    peft = PeftLayout(None, {f"svft_{name}": name for name in ("c", "rows", "cols", "U", "Vh")})
 
     def __init__(self, base: Any, spec: SVFTSpec):
         super().__init__(base)
@@ -109,9 +99,7 @@ class SVFT(AdditiveAdapter, RankAllocatable):
         U, _, Vh = principal_part(finite_matrix(base, "svft"), q)
         U, Vh = fixed_signs(U, Vh)
         rows, cols = pairs(spec, U, Vh)
-        spread = (2 / len(rows)) ** 0.5 if spec.init == "reference" else 0.0
-        self.c = nn.Parameter(spread * torch.randn(len(rows), dtype=self.dtype))
-        self.gate = nn.Parameter(torch.zeros(1, dtype=self.dtype)) if spec.gate else None
+        self.c = nn.Parameter(torch.zeros(len(rows), dtype=self.dtype))
         frozen = {"U": U.contiguous(), "Vh": Vh.contiguous(), "rows": rows.int(), "cols": cols.int()}
         for name, tensor in frozen.items():
             self.register_buffer(name, tensor)
@@ -122,7 +110,7 @@ class SVFT(AdditiveAdapter, RankAllocatable):
     @classmethod
     def site_parameter_count(cls, module: Any, spec: Any) -> int:
         q = min(sizes(module)) if spec.rank is None else spec.rank
-        return number_of_pairs(spec, q) + (1 if spec.gate else 0)
+        return number_of_pairs(spec, q)
 
     def tensors_changed(self) -> None:
         """Computes where each row of M begins among the pairs."""
@@ -136,14 +124,10 @@ class SVFT(AdditiveAdapter, RankAllocatable):
         """The greatest rank that the pairs in use allow."""
         return min(len(self.Vh), int(self.components_in_use().sum()))
 
-    def coefficients(self) -> Float[Tensor, " K"]:
-        """Returns g c."""
-        return self.c if self.gate is None else self.c * self.gate.sigmoid()
-
     def core(self) -> Float[Tensor, "q q"]:
         """Returns M."""
         q = len(self.Vh)
-        return self.c.new_zeros(q, q).index_put((self.rows, self.cols), self.coefficients())
+        return self.c.new_zeros(q, q).index_put((self.rows, self.cols), self.c)
 
     def delta_weight(self) -> Float[Tensor, "out in"]:
         return self.U @ self.core() @ self.Vh
@@ -153,20 +137,12 @@ class SVFT(AdditiveAdapter, RankAllocatable):
             return super().delta_output(x)  # torch's sums over bags fail on no tokens, with several threads
         columns = (self.Vh @ x.reshape(-1, self.in_features).T).to(self.dtype)  # (q, tokens)
         # A row of M at a time: weighted sums of the rows of Vᵀ x, which no gather copies.
-        mixed = F.embedding_bag(
-            self.cols, columns, self.offsets, mode="sum", per_sample_weights=self.coefficients()
-        )
+        mixed = F.embedding_bag(self.cols, columns, self.offsets, mode="sum", per_sample_weights=self.c)
         return (mixed.T @ self.U.T).reshape(*x.shape[:-1], self.out_features)
 
     def singular_values(self) -> Float[Tensor, " k"]:
         """Returns the singular values of M, as U and V are orthonormal."""
         return torch.linalg.svdvals(self.core())
-
-    def without_gradient_at_start(self) -> tuple[str, ...]:
-        return ("gate",) if self.spec.gate and self.spec.init == "default" else ()
-
-    def decay_exempt(self) -> list[nn.Parameter]:
-        return [] if self.gate is None else [self.gate]
 
     @torch.no_grad()
     def keep_components(self, keep: Bool[Tensor, " K"]) -> None:
@@ -219,7 +195,7 @@ def pairs(
         index = torch.arange(q, device=U.device)
         flat = ((index - index.unsqueeze(1)).abs() <= d).flatten().nonzero().flatten()
     elif spec.pattern == "random":
-        flat = first_of_permutation(count, q * q, spec.pattern_seed).to(U.device)
+        flat = first_of_permutation(count, q * q, 0).to(U.device)
     elif U.shape[0] != Vh.shape[1]:
         raise IncompatibleError(
             f"adapter.pattern: top_k needs as many outputs as inputs for u_iᵀ v_j; here {U.shape[0]} and "

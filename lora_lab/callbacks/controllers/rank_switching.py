@@ -64,7 +64,7 @@ class RankSwitchingSpec(ControllerSpec):
 
     ranks: list[int] | None = None
     """Ranks between which gradient_norm and recent_loss move, rising; null means the powers of two between
-    min_rank and max_rank, and max_rank; of separate ranks all."""
+    min_rank and max_rank, and max_rank."""
 
     high: float | None = None
     """Norm or loss above which the rank rises; null means 1 for gradient_norm, 0.1 for recent_loss."""
@@ -81,7 +81,7 @@ class RankSwitchingSpec(ControllerSpec):
 
     evaluation_ranks: list[int] | None = None
     """Ranks at which every validation and test is made besides; null means the powers of two up to max_rank,
-    and max_rank; of separate ranks all; [] means none."""
+    and max_rank; [] means none."""
 
     final_rank: int | None = None
     """Rank in validations and at the end; null means max_rank, or the current one of gradient_norm and
@@ -362,6 +362,5 @@ def rises(ranks: Sequence[int]) -> bool:
 
 
 def doubling(ranks: Sequence[int]) -> list[int]:
-    """Returns the powers of two among rising ranks, and the largest; all where some are missing."""
-    missing = len(ranks) <= ranks[-1] - ranks[0]
-    return [rank for rank in ranks if missing or rank.bit_count() == 1 or rank == ranks[-1]]
+    """Returns the powers of two among rising ranks, and the largest."""
+    return [rank for rank in ranks if rank.bit_count() == 1 or rank == ranks[-1]]
