@@ -215,7 +215,8 @@ def _places(
     for path, tensors in sites.items():
         names, held = parameters.get(path, []), stacked(modules[path])
         others = [name for name in names if name not in held]
-        if names == ["weight"] and type(modules[path]) is nn.Linear:
+        plain = type(modules[path]) is nn.Linear and not hasattr(modules[path], "from_conv1d")
+        if names == ["weight"] and plain:
             places[path] = f"{path}.weight"
         elif others:
             raise IncompatibleError(
@@ -309,13 +310,20 @@ def _sort(
     copies, biases, beside = dict[str, str](), dict[str, str](), dict[str, str]()
     wanted = [str(name) for name in config.get("modules_to_save") or []]
     trains_biases = config.get("bias") not in (None, "none")
+    wrapped = [path for path in modules if path and any(path.endswith(name) for name in wanted)]
+    inner = next((path for path in wrapped if any(path.startswith(f"{outer}.") for outer in wrapped)), None)
+    if inner is not None:
+        raise IncompatibleError(
+            f"modules_to_save: {wanted} names {inner} and a module around it. PEFT wraps both, computes with "
+            "one and may store the other. Make the adapter anew with names of which none is inside another."
+        )
     for name in names:
         if any(part in name for part in TWICE):
             continue
         path = name.removeprefix(PREFIX)
         owner, _, kind = path.rpartition(".")
         whole = next(
-            (p for p in _prefixes(path) if p in modules and any(ends_with(p, w) for w in wanted)), None
+            (p for p in _prefixes(path) if p in modules and any(p.endswith(w) for w in wanted)), None
         )
         if BASE_COPY in f"{path}." and path.rpartition(BASE_COPY)[0] in sites:
             site, _, kind = path.rpartition(BASE_COPY)

@@ -118,7 +118,11 @@ def compose_layers(layers: Sequence[Layer], tell: Callable[[str], None] = logger
         _merge_controllers(schema.controllers, layer, faults)
         fill(schema, layer.settings, layer.source, faults, names=FOREIGN_NAMES)
     where = _file_of(settings)
-    for key in sorted(OmegaConf.missing_keys(schema)):
+    try:
+        missing = sorted(OmegaConf.missing_keys(schema))
+    except OmegaConfBaseException as error:  # a `${…}` that does not fit where it stands
+        raise ConfigError("\n".join([*faults, f"{where}: {_first_line(error)}"])) from error
+    for key in missing:
         node = key.partition(".")[0]
         source = _blamed(node, settings) or where
         if not any(f": {key}: " in fault for fault in faults):
@@ -130,11 +134,16 @@ def compose_layers(layers: Sequence[Layer], tell: Callable[[str], None] = logger
     try:
         config = cast(ExperimentConfig, OmegaConf.to_object(schema))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{where}: {error}") from error
+        raise ConfigError(f"{where}: {_first_line(error)}") from error
     faults = _cross_checks(config)
     if faults:
         raise ConfigError("\n".join(f"{where}: {fault}" for fault in faults))
     return config
+
+
+def _first_line(error: Exception) -> str:
+    """Returns what OmegaConf says without its lines of keys and types."""
+    return str(error).partition("\n")[0]
 
 
 def _cross_checks(config: ExperimentConfig) -> list[str]:

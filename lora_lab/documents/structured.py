@@ -56,6 +56,9 @@ def fill(
         if get_origin(hints[name]) is list and isinstance(value, str | bool | int | float):
             faults.append(f"{source}: {key}: must be a list; write [{texts(value)}]")
             continue
+        if not _fits(value, hints[name]):  # OmegaConf lets any container stand in a list or mapping
+            faults.append(f"{source}: {key}: must be {_spelt(hints[name])}; got {_shown(plain(value))}")
+            continue
         try:
             OmegaConf.update(schema, name, value, merge=True)
         except OmegaConfBaseException as error:
@@ -80,6 +83,43 @@ def _as_written(value: Any, hint: Any) -> Any:
         if isinstance(value, dict) and get_origin(kind) is dict:
             return {name: _as_written(item, arguments[1]) for name, item in value.items()}
     return plain(value)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether lists, mappings and null stand where a type has them; of other values OmegaConf judges."""
+    kinds = _members(hint)
+    if Any in kinds or (isinstance(value, str) and "${" in value):
+        return True
+    if value is None:
+        return NoneType in kinds
+    if isinstance(value, list | Mapping):
+        kind = list if isinstance(value, list) else dict
+        inner = [get_args(member)[-1] for member in kinds if get_origin(member) is kind]
+        items = value if isinstance(value, list) else value.values()
+        return any(all(_fits(item, one) for item in items) for one in inner)
+    return any(get_origin(member) not in (list, dict) and member is not NoneType for member in kinds)
+
+
+def _spelt(hint: Any) -> str:
+    """Returns a type as a config's reader knows it: `text, or a list of text`."""
+    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
+    found = []
+    for kind in _members(hint):
+        inner = [_spelt(argument) for argument in get_args(kind)]
+        if get_origin(kind) is list:
+            found.append(
+                f"a list of {inner[0].removeprefix('a ')}" + ("s" if inner[0].startswith("a ") else "")
+            )
+        elif get_origin(kind) is dict:
+            found.append(f"names, each with {inner[-1]}")
+        else:
+            found.append(words.get(kind) or " or ".join(map(repr, get_args(kind))) or str(kind))
+    return ", or ".join(found)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 200 else f"{text[:200]}…"
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

@@ -25,7 +25,9 @@ def linearise(model: nn.Module) -> nn.Module:
     """
     for path, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
-            model.set_submodule(path, linear_of(module.weight.T, module.bias))
+            linear = linear_of(module.weight.T, module.bias)
+            linear.__dict__["from_conv1d"] = True  # files that name its parameter mean the transposed one
+            model.set_submodule(path, linear)
     return model
 
 

@@ -7,11 +7,19 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertLMHeadModel, RobertaConfig, RobertaForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from lora_lab import load_adapter, save_adapter
 from lora_lab.adapters.storage import CONFIG, TENSORS
 from lora_lab.errors import CheckpointError, IncompatibleError, LabError
+from lora_lab.models.conversion import linearise
 from tests.adapters.tiny import (
     VOCABULARY,
     _shaken,
@@ -103,6 +111,10 @@ OPENS = {
         peft.IA3Config(target_modules=r".*(k|down)_proj", feedforward_modules=r".*down_proj"),
     ),
     "boft": (tiny_llama, peft.BOFTConfig(target_modules=["q_proj"], boft_block_size=5)),
+    "boft of which PEFT's CPU makes one factor only": (
+        tiny_roberta,
+        peft.BOFTConfig(target_modules=["query"], boft_block_size=6, boft_n_butterfly_factor=2),
+    ),
     "adalora": (tiny_llama, peft.AdaLoraConfig(init_r=4, total_step=10, target_modules=["q_proj"])),
     "vera": (tiny_llama, peft.VeraConfig(r=4, target_modules=["q_proj"])),
     "randlora": (tiny_llama, peft.RandLoraConfig(r=4, target_modules=["q_proj"])),
@@ -137,6 +149,7 @@ REFUSED = {
     "layer_replication": lora(layer_replication=[[0, 1], [0, 2]]),
     "alora_invocation_tokens": lora(alora_invocation_tokens=[3, 4], task_type="CAUSAL_LM"),
     "peft_type": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "modules_to_save": lora("down_proj", modules_to_save=["self_attn", "q_proj"]),
     "target_parameters": lora(target_modules=[], target_parameters=["embed_tokens.weight"]),
     "bias": peft.OFTConfig(target_modules=["q_proj"], oft_block_size=5, r=0, bias="oft_only"),
 }
@@ -187,6 +200,15 @@ def test_what_lora_lab_does_not_have_is_refused_by_its_field(field, tmp_path):
     with pytest.raises(IncompatibleError, match=rf"^{field}: "):
         load_adapter(model, tmp_path)
     assert torch.equal(outputs(model), before)
+
+
+def test_a_parameter_of_a_transposed_map_is_refused_though_it_is_square(tmp_path):
+    def gpt2():
+        return _shaken(GPT2LMHeadModel, GPT2Config(vocab_size=43, n_embd=16, n_layer=1, n_head=2), 0)
+
+    written(gpt2, lora(target_modules=[], target_parameters=["attn.c_proj.weight"]), tmp_path)
+    with pytest.raises(IncompatibleError, match=r"^target_parameters: .*attn\.c_proj\.weight"):
+        load_adapter(linearise(gpt2()), tmp_path)
 
 
 @pytest.mark.parametrize(

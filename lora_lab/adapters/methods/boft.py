@@ -14,6 +14,7 @@ without s it is OFT.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,12 @@ FIELDS = {name: name for name in ("boft_block_size", "boft_block_num", "boft_n_b
 """Fields of PEFT's by the same names."""
 
 
+def _read_factors(sites: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[str, Any]:
+    """Counts the factors: without its CUDA extension PEFT makes one, whatever its config says."""
+    counts = {shapes["boft_R"][0] for shapes in sites.values() if len(shapes.get("boft_R", ())) == 4}
+    return {"boft_n_butterfly_factor": max(counts)} if counts else {}
+
+
 class BOFT(InputAdapter):
     """The rotated input and scaled output of one linear map."""
 
@@ -79,7 +86,12 @@ class BOFT(InputAdapter):
     family = "orthogonal"
     paper = "Liu et al. 2023, arXiv:2311.06243"
     spared_from_decay = ("s",)
-    peft = PeftLayout("BOFT", {"boft_R": "A", "boft_s": "s"}, FIELDS | {"boft_dropout": "dropout"})
+    peft = PeftLayout(
+        "BOFT",
+        {"boft_R": "A", "boft_s": "s"},
+        FIELDS | {"boft_dropout": "dropout"},
+        from_shapes=_read_factors,
+    )
 
     def __init__(self, base: Any, spec: BOFTSpec):
         super().__init__(base)
