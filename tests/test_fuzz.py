@@ -1,4 +1,4 @@
-"""A short share of `tests.fuzz`: broken input of every kind raises errors of ours alone, in time and memory."""
+"""A short share of `tests.fuzz`: broken input of every kind raises errors of ours alone, and in time."""
 
 from tests.fuzz import KINDS, fuzz
 
