@@ -93,7 +93,8 @@ VALUES: dict[str, list[Any]] = {
     "trainable_token_indices": [[3, 5]],
     "target_parameters": [
         ["experts.gate_up_proj", "experts.down_proj"], ["experts.down_proj"], ["gate.weight"],
-        ["q_proj.weight", "query.weight"], ["wte.weight", "embed_tokens.weight", "shared.weight"], ["c_proj.weight"],
+        ["q_proj.weight", "query.weight"], ["wte.weight", "embed_tokens.weight", "shared.weight"],
+        ["c_proj.weight"],
     ],
     "layer_replication": [[[0, 1], [0, 2]]],
     "alora_invocation_tokens": [[3, 4]],
