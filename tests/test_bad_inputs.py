@@ -121,6 +121,15 @@ OVERRIDES = {
         "controllers.importance_pruning.target_rank=3",
         "3 for each of 4 adapters are 12 components; they start with 8",
     ),
+    "a list within a list": (
+        "adapter.targets=[[query]]",
+        "adapter.targets: must be text, or a list of text; got [['query']]",
+    ),
+    "a list for a number": (
+        "adapter.rank_pattern={query: [3]}",
+        "adapter.rank_pattern: must be names, each with a whole number; got {'query': [3]}",
+    ),
+    "a reference that does not fit": ("adapter.rank=${name}", "could not be converted to Integer"),
     "steps 0": ("trainer.max_steps=0", "max_steps: must be at least 1"),
 }
 
