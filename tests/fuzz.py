@@ -262,11 +262,11 @@ class Fuzzer:
         path = self.place / f"broken{suffix}"
         good = self.place / f"train{suffix}"
         if suffix == ".parquet" and rng.random() < 0.7:
-            frame = pd.DataFrame({
-                name: [rng.choice([value, rng.choice(ODD)]) for value in ["a", "b"] * 4]
-                for name in ("text", "label")
-            })  # fmt: skip
             try:
+                frame = pd.DataFrame({
+                    name: [rng.choice([value, rng.choice(ODD)]) for value in ["a", "b"] * 4]
+                    for name in ("text", "label")
+                })  # fmt: skip
                 (frame if rng.random() < 0.5 else frame.astype(str)).to_parquet(path)
             except Exception:  # not all that stands in ODD fits into a column
                 path.write_bytes(b"PAR1")
