@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -26,8 +27,10 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import conversion_mapping
 
 from lora_lab.adapters.injection import AdapterSet, load_tensors, parameter_count, place
+from lora_lab.adapters.maps import stacked
 from lora_lab.adapters.methods import METHODS
 from lora_lab.adapters.peft_folder import PREFIX, PeftFolder, understand
 from lora_lab.adapters.protocols import Droppable
@@ -46,6 +49,8 @@ CLASSES = "classes"
 
 UNREADABLE = "cannot be read as the spec of a method"
 READ_INSTEAD = f"Delete the file to read {CONFIG} instead."
+EXPERTS_NAMES = frozenset(("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"))
+"""Names that experts had before they lay stacked in one parameter, which PEFT still reads as theirs."""
 MOST_SPARED = 1000
 """Times that adapters may be larger than their file, where most of their components were pruned away."""
 
@@ -79,6 +84,7 @@ def save_adapter(
         name: tensor.detach().cpu().contiguous().clone() for name, tensor in _file_tensors(adapters).items()
     }
     layout = _layout(adapters)
+    _warn_of_experts_names(adapters)
     dropped = [path for path, own in adapters.implementing(Droppable).items() if own.dropped]
     structure = {"shared": adapters.owners, "dropped": dropped}
     config = {
@@ -330,6 +336,23 @@ def _apart(model: nn.Module, spec: AdapterSpec, tensors: Mapping[str, Tensor]) -
             if given is not None and not torch.equal(first.setdefault(id(parameter), given), given):
                 return True
     return False
+
+
+def _warn_of_experts_names(adapters: AdapterSet) -> None:
+    """Warns of maps beside stacked experts that PEFT takes for the experts, by the names these had before."""
+    kind = getattr(getattr(adapters.model, "config", None), "model_type", None)
+    renamed = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {}) | {"mixtral": "mixtral"}
+    if _layout(adapters).peft_type != "LORA" or renamed.get(kind) not in ("mixtral", "qwen2_moe"):
+        return
+    named = [path for path in adapters.adapters if path.rpartition(".")[2] in EXPERTS_NAMES]
+    own = [path for path in named if not stacked(adapters.adapters[path].base)]
+    if own:
+        warnings.warn(
+            f"{own[0]}: in models like {kind} PEFT takes this name for the experts themselves and leaves the "
+            "adapter out, so that it computes otherwise from this folder. lora_lab opens it as it is; for "
+            "PEFT, exclude such maps (shared experts, dense blocks) and train again.",
+            stacklevel=3,
+        )
 
 
 def _layout(adapters: AdapterSet) -> Any:

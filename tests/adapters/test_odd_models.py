@@ -10,6 +10,7 @@ from transformers import WhisperConfig, WhisperModel
 
 from lora_lab import METHODS, inject, load_adapter, save_adapter
 from lora_lab.adapters import parameter_count
+from lora_lab.bench.tiny_architectures import tiny_model
 from lora_lab.errors import IncompatibleError, TargetError
 from tests.adapters.tiny import (
     gpt_oss,
@@ -211,6 +212,32 @@ def test_what_no_parameter_of_the_experts_is_called_is_refused(name):
     everything = ["experts.gate_up_proj", "experts.down_proj"]
     with pytest.raises(TargetError, match="leaves out everything"):
         inject(mixtral(), LoRA(rank=2, targets=["experts"], exclude=everything))
+
+
+def test_a_shared_expert_that_peft_takes_for_the_experts_is_told_when_it_is_saved(tmp_path):
+    def made(kind):
+        return tiny_model("causal_lm", kind).eval()
+
+    model = made("glm4_moe")
+    shake(adapters := inject(model, LoRA(rank=2, targets=["q_proj", "shared_experts.down_proj"])))
+    with pytest.warns(
+        UserWarning, match=r"shared_experts\.down_proj: .* PEFT takes this name for the experts"
+    ):
+        save_adapter(adapters, tmp_path / "adapter")
+    again = made("glm4_moe")
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_adapter(inject(made("glm4_moe"), LoRA(rank=2, targets=["q_proj"])), tmp_path / "plain")
+        save_adapter(inject(tiny_llama(), LoRA(rank=2, targets=["down_proj"])), tmp_path / "no experts")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            theirs = logits(peft.PeftModel.from_pretrained(made("glm4_moe"), tmp_path / "adapter"))
+        except (ValueError, RuntimeError):  # the day it refuses is as good
+            return
+    assert relative(theirs, logits(model)) > 1e-3
 
 
 def test_options_without_meaning_for_stacked_experts_are_refused():
