@@ -54,14 +54,16 @@ class DivergenceError(LabError):
     status = "diverged"
     checkpoint: Path | None = None
     """The last checkpoint before it, if there is one; all its weights are finite."""
+    skipping = False
+    """Whether steps that are not finite were left out already."""
 
     def __str__(self) -> str:
         if self.checkpoint is None:
             return f"{super().__str__()} No checkpoint was written before."
-        return (
-            f"{super().__str__()} The last finite checkpoint is {self.checkpoint}; trainer.on_nonfinite=skip "
-            "continues from it and leaves out steps that are not finite."
+        way = (
+            "" if self.skipping else "; trainer.on_nonfinite=skip continues from it and leaves out such steps"
         )
+        return f"{super().__str__()} The last finite checkpoint is {self.checkpoint}{way}."
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -53,7 +53,7 @@ class ExperimentConfig:
         settings = asdict(self)
         for name in ("name", "run", "output", "tracking"):
             del settings[name]
-        for name in ("progress_bar", "checkpoint_every", "on_nonfinite"):
+        for name in ("progress_bar", "checkpoint_every", "on_nonfinite", "max_skipped_steps"):
             del settings["trainer"][name]
         settings["data"].pop("workers", None)
         return settings

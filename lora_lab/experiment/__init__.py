@@ -72,6 +72,7 @@ def run(config: ExperimentConfig, resume: bool = True, overwrite: bool = False) 
             config.trainer.on_nonfinite,
             config.trainer.monitor,
             data.class_weights(),
+            config.trainer.max_skipped_steps,
         )
         _prepare_model(model, config)
         batches = data.batches_per_epoch(config.trainer.devices)

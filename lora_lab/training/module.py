@@ -44,6 +44,7 @@ class FineTuner(L.LightningModule):
         on_nonfinite: whether a step whose loss or gradient norm is not finite ends training or is left out.
         monitor: the validation metric by which runs and checkpoints are compared; None is the task's.
         class_weights: weight in every loss, of training and evaluation, of each class.
+        max_skipped_steps: so many steps left out one after another end training.
 
     The loss of an optimizer step is one number: the sum of the losses of all labels in its batches, on all
     processes, divided by the number of these labels (with class weights, by the sum of their weights), plus
@@ -68,6 +69,7 @@ class FineTuner(L.LightningModule):
         on_nonfinite: Literal["stop", "skip"] = "stop",
         monitor: str | None = None,
         class_weights: Sequence[float] | None = None,
+        max_skipped_steps: int = 10,
     ):
         super().__init__()
         self.model = model
@@ -75,8 +77,10 @@ class FineTuner(L.LightningModule):
         self.task = TASKS[task]
         self.optimization = optimization or OptimizationConfig()
         self.on_nonfinite = on_nonfinite
+        self.max_skipped_steps = max_skipped_steps
         self.skipped_steps = 0
         """Optimizer steps so far that were left out because they were not finite."""
+        self._skipped_in_a_row = 0
         self.num_labels = num_labels
         self._monitor = monitor or self.task.monitor
         self.mode = self.task.better(self._monitor)
@@ -151,8 +155,11 @@ class FineTuner(L.LightningModule):
             DivergenceError: if the step is not finite and shall not be left out.
         """
         fault = self._fault(optimizer)
-        if fault and (self.on_nonfinite == "stop" or self.adapters.nonfinite()):
-            raise DivergenceError(self._divergence(fault, optimizer))
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if fault else 0
+        if fault and (reason := self._cannot_skip()) is not None:
+            error = DivergenceError(self._divergence(fault, reason, optimizer))
+            error.skipping = self.on_nonfinite == "skip"
+            raise error
         self.skipped_steps += bool(fault)
         if logging_due(self.trainer):
             # Equal on all processes already.
@@ -194,20 +201,30 @@ class FineTuner(L.LightningModule):
                 return f"the norm of the gradients is {norm.item()}"
         return None
 
-    def _divergence(self, fault: str, optimizer: torch.optim.Optimizer) -> str:
+    def _cannot_skip(self) -> str | None:
+        """Returns why a step that is not finite is not left out, None where it is; alike in all processes."""
+        if self.on_nonfinite == "stop":
+            return ""
+        if self.adapters.nonfinite():
+            return " Weights are not finite, so that no later step can be."
+        if self._skipped_in_a_row >= self.max_skipped_steps:
+            return (
+                f" So were all of the last {self._skipped_in_a_row} steps (trainer.max_skipped_steps: "
+                f"{self.max_skipped_steps})."
+            )
+        return None
+
+    def _divergence(self, fault: str, reason: str, optimizer: torch.optim.Optimizer) -> str:
         trainer: Any = self.trainer
         batch = trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1
         sampler: Any = getattr(trainer.train_dataloader, "batches", None)
         rows = sampler.rows(batch - len(self._losses) + 1, batch) if hasattr(sampler, "rows") else []
         shown = ", ".join(map(str, rows[:SHOWN_ROWS])) + (", …" if len(rows) > SHOWN_ROWS else "")
         where = f" The step's rows in the training split, counted from 0: {shown}." if rows else ""
-        weights = (
-            "" if self.on_nonfinite == "stop" else " Weights are not finite, so that no later step can be."
-        )
         return (
             f"training diverged in optimizer step {trainer.global_step + 1} (batch {batch + 1} of epoch "
             f"{trainer.current_epoch + 1}): {fault}, at a learning rate of "
-            f"{optimizer.param_groups[0]['lr']:g}.{weights}{where} Lower optimization.learning_rate, or look "
+            f"{optimizer.param_groups[0]['lr']:g}.{reason}{where} Lower optimization.learning_rate, or look "
             "at these data."
         )
 
@@ -289,12 +306,14 @@ class FineTuner(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the count of steps left out."""
+        """Keeps the counts of steps left out."""
         checkpoint["skipped_steps"] = self.skipped_steps
+        checkpoint["skipped_in_a_row"] = self._skipped_in_a_row
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Goes on counting steps left out."""
         self.skipped_steps = checkpoint.get("skipped_steps", 0)
+        self._skipped_in_a_row = checkpoint.get("skipped_in_a_row", 0)
 
     def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """Returns the adapters' tensors alone."""

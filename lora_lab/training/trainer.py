@@ -52,6 +52,10 @@ class TrainerConfig:
     diverged, or it changes neither weights nor moments and is counted in `train/skipped_steps`. Once trained
     weights are not finite, either ends the run. A diverged run may be continued with `skip`."""
 
+    max_skipped_steps: int = 10
+    """With `on_nonfinite: skip`, steps left out one after another with which the run ends as diverged: no
+    finite one is likely to follow. At least 1."""
+
     gradient_checkpointing: bool = False
     """Recompute activations of each block in the backward pass (non-reentrant): less memory, more time."""
 
@@ -65,7 +69,14 @@ class TrainerConfig:
         """Returns every fault, as `field: what is wrong and what is allowed`."""
         found = [
             f"{name}: must be at least 1; got {getattr(self, name)}"
-            for name in ("max_epochs", "accumulate", "devices", "log_every", "checkpoint_every")
+            for name in (
+                "max_epochs",
+                "accumulate",
+                "devices",
+                "log_every",
+                "checkpoint_every",
+                "max_skipped_steps",
+            )
             if getattr(self, name) < 1
         ]
         if self.max_steps < 1 and self.max_steps != -1:

@@ -2,9 +2,13 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning as L
+import psutil
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -75,13 +79,17 @@ class Stop(L.Callback):
             raise KeyError("stopped")
 
 
-def train(folder: Path, on_nonfinite: str, *callbacks, accumulate=1, resume=False, plugins=None, every=2):
+def train(
+    folder: Path, on_nonfinite: str, *callbacks, accumulate=1, resume=False, plugins=None, every=2, most=10
+):
     L.seed_everything(0, verbose=False)
     model = build_model(ModelConfig(name="random:mlp", task="regression"))
     data = build_data(ToyConfig(size=40, batch_size=5), None, "regression", 0)
     adapters = inject(model, LoRASpec(targets=["layer1", "layer2"], rank=2, dropout=0.2))
     options = OptimizationConfig(learning_rate=0.01)
-    module = FineTuner(model.train(), adapters, "regression", 1, options, on_nonfinite)
+    module = FineTuner(
+        model.train(), adapters, "regression", 1, options, on_nonfinite, max_skipped_steps=most
+    )
     config = TrainerConfig(
         max_epochs=2, log_every=1, accumulate=accumulate, accelerator="cpu", progress_bar=False
     )
@@ -141,6 +149,22 @@ def test_a_skipped_step_changes_neither_weights_nor_moments_and_resumes_exactly(
     )
     assert again.skipped_steps == 3
     assert all(map(torch.equal, whole.state_dict().values(), again.state_dict().values()))
+
+
+def test_steps_left_out_one_after_another_end_a_run_and_are_counted_over_a_resumption(tmp_path):
+    broken = {1, 2, 4, 5, 7, 8, 9, 10}
+    for name in ("whole", "part"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(DivergenceError, match="step 10 .*all of the last 3 steps") as caught:
+        train(tmp_path / "whole", "skip", Broken(broken), most=3, every=1)
+    assert "max_skipped_steps: 3" in str(caught.value)
+    assert str(tmp_path / "whole" / "last.ckpt") in str(caught.value)
+    assert "on_nonfinite=skip" not in str(caught.value)
+    with pytest.raises(KeyError):
+        train(tmp_path / "part", "skip", Broken(broken), Stop(9), most=3, every=1)
+    with pytest.raises(DivergenceError, match="step 10 .*all of the last 3 steps"):
+        train(tmp_path / "part", "skip", Broken(broken), most=3, every=1, resume=True)
+    assert train(tmp_path, "skip", Broken(broken), most=5).skipped_steps == 8
 
 
 def test_the_scalers_own_skips_are_no_divergence_and_a_real_one_is(tmp_path):
@@ -204,6 +228,63 @@ def test_a_diverged_run_goes_on_with_skip_from_its_last_finite_checkpoint(tmp_pa
     )
     assert all(torch.equal(whole[name], part[name]) for name in whole)
     assert RunFolder(tmp_path / "divergence" / "part").read()["resumptions"] == 1
+
+
+PROCESS = """
+import math, os, sys
+from lora_lab.cli import main
+from lora_lab.training.module import FineTuner
+
+first, last, *arguments = sys.argv[1:]
+step = FineTuner.training_step
+
+def broken(self, batch, batch_idx):
+    if self.global_rank == 1 and int(first) <= self.trainer.global_step <= int(last):
+        batch = {**batch, "labels": batch["labels"] * math.inf}
+    return step(self, batch, batch_idx)
+
+FineTuner.training_step = broken
+sys.exit(main(arguments))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_end_together_where_one_of_them_diverges(tmp_path):
+    """Both know of the other's loss; none waits for one that has ended."""
+    (tmp_path / "experiment.yaml").write_text(CONFIG)
+    (tmp_path / "process.py").write_text(PROCESS)
+    settings = [f"output={tmp_path}", "run=r", "trainer.devices=2", "optimization.learning_rate=0.01"]
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+
+    def diverge(first, last, *overrides):
+        command = ["train", str(tmp_path / "experiment.yaml"), *settings, *overrides]
+        done = subprocess.run(
+            [sys.executable, str(tmp_path / "process.py"), str(first), str(last), *command],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 3, done.stdout + done.stderr
+        left = [own for own in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(own.info["cmdline"])]
+        assert not left
+        folder = RunFolder(tmp_path / "divergence" / "r")
+        record = folder.read()
+        assert record["status"] == "diverged"
+        assert str(folder.checkpoint) in record["error"]
+        stored = torch.load(folder.checkpoint, weights_only=True)
+        assert all(tensor.isfinite().all() for tensor in stored["state_dict"].values())
+        return record["error"], stored["global_step"]
+
+    error, step = diverge(3, 3)
+    assert "optimizer step 4 (batch 4 of epoch 1): the loss is inf" in error
+    assert step == 3
+    error, step = diverge(3, 6, "trainer.on_nonfinite=skip", "trainer.max_skipped_steps=2")
+    assert "optimizer step 5 (batch 1 of epoch 2): the loss is inf" in error
+    assert "all of the last 2 steps" in error
+    assert step == 4
 
 
 def test_a_last_step_that_leaves_infinite_weights_ends_a_run_as_diverged(tmp_path):
