@@ -46,7 +46,7 @@ from tests.wandb_file import offline_folders, read_offline_run
 CONFIG = """
 name: survival
 model: {name: "random:mlp", task: regression}
-data: {source: toy, size: 120, batch_size: 4}
+data: {source: toy, size: 72, batch_size: 4}
 adapter: {method: lora, rank: 2, dropout: 0.1, targets: [layer1, layer2], modules_to_save: [layer3]}
 trainer: {max_epochs: 2, validate_every: 0.5, log_every: 1, checkpoint_every: 7, progress_bar: false}
 tracking: {wandb: auto}
@@ -248,7 +248,7 @@ class Trials:
     """Run → steps that its rows had shown when SIGTERM ended it."""
 
 
-STEPS = 2 * 120 // 4
+STEPS = 2 * 72 // 4
 
 
 def rows(folder: Path) -> pd.DataFrame:
@@ -290,7 +290,8 @@ def survive(folder: Path, kills: int, seed: int = 0, report: Path | None = None)
         if kind == "race":
             done += trials.race(run)
         else:
-            done += trials.kill_until_finished(run, kind == "end", min(left, trials.draw.randint(1, 4)))
+            most = min(left, 4, max(1, kills // 3))  # so that few kills are of several kinds
+            done += trials.kill_until_finished(run, kind == "end", trials.draw.randint(1, most))
         number += 1
         trials.seen["kills"], trials.seen["runs"], trials.seen["faults"] = done, number, len(trials.faults)
         if report is not None:
