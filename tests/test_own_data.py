@@ -3,12 +3,14 @@
 import csv
 import json
 import logging
+import shutil
 
 import pytest
 import torch
 import yaml
 
 from lora_lab.adapters.storage import load_adapter, read_label_names
+from lora_lab.artifacts.opening import open_source
 from lora_lab.config import compose
 from lora_lab.errors import ConfigError, DataError
 from lora_lab.experiment import build_parts, evaluate, run
@@ -120,3 +122,14 @@ def test_fewer_rows_than_processes_are_refused_before_any_work(folder, split):
     with pytest.raises(DataError, match=f"trainer.devices: 3 processes .* the {split} split has 2"):
         run(compose(folder / "own.yaml", settings))
     assert not (folder / "runs/own/wide").exists()
+
+
+def test_an_artifact_needs_no_rows_to_know_its_classes(folder, tmp_path):
+    elsewhere = tmp_path / "run"
+    shutil.copytree(folder / "runs/own/one", elsewhere)
+    config = elsewhere / "config.yaml"
+    empty = write(tmp_path / "empty.csv", [])
+    config.write_text(config.read_text().replace(str(folder / "a.csv"), empty))
+    model = open_source(elsewhere).build()
+    assert [model.config.id2label[n] for n in range(4)] == CLASSES
+    assert model.config.num_labels == 4

@@ -14,7 +14,7 @@ from lora_lab.adapters import LoRASpec
 from lora_lab.adapters.injection import AdapterSet, place
 from lora_lab.adapters.protocols import NestedRank
 from lora_lab.adapters.sites import exact_targets
-from lora_lab.adapters.storage import save_adapter
+from lora_lab.adapters.storage import read_label_names, save_adapter
 from lora_lab.artifacts.opening import Source, open_adapter, open_source
 from lora_lab.errors import ConfigError, IncompatibleError
 from lora_lab.linalg.updates import Update
@@ -144,9 +144,9 @@ def as_lora(adapters: AdapterSet, found: Mapping[str, Update]) -> AdapterSet:
 
 
 def store(adapters: AdapterSet, folder: Path, source: Source) -> None:
-    """Writes adapters with the name of the base that they belong to."""
-    name = source.model.source().public_name
-    save_adapter(adapters, folder, name, TASKS[source.model.task].peft_type)
+    """Writes adapters with the names of the base that they belong to, and of its classes."""
+    name, task = source.model.source().public_name, TASKS[source.model.task]
+    save_adapter(adapters, folder, name, task.peft_type, read_label_names(source.adapter))
 
 
 def _escaped(path: str) -> str:

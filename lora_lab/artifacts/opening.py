@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lora_lab.adapters.storage import CONFIG, load_adapter
+from lora_lab.adapters.storage import CONFIG, load_adapter, read_label_names
 from lora_lab.config.compose import compose
 from lora_lab.documents.reading import DocumentError, read_json
 from lora_lab.errors import CheckpointError, ConfigError
@@ -40,6 +40,8 @@ class Source:
         Raises:
             LabError: if the model or the data that say its number of classes cannot be had.
         """
+        if names := read_label_names(self.adapter):
+            return build_model(self.model, len(names), label_names=names)
         if self.run is None or TASKS[self.model.task].causal:
             return build_model(self.model)
         config = compose(self.run / "config.yaml", stored=True)

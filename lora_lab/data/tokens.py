@@ -24,7 +24,7 @@ from lora_lab.errors import DataError
 
 TEXTS_AT_ONCE = 1000
 SHOW_PROGRESS_FROM = 5000
-LAYOUT = 2
+LAYOUT = 3
 """Goes up when the stored tensors change their meaning."""
 
 log = logging.getLogger(__name__)
@@ -90,6 +90,22 @@ def without_start(ids: list[int], *starts: list[int]) -> list[int]:
     return ids[len(next((start for start in starts if start and ids[: len(start)] == start), [])) :]
 
 
+def without_frame(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Returns texts without the special tokens, written out at their borders, that the tokenizer adds itself.
+
+    Models that read a class where a text ends (T5, BART) want that mark once.
+    """
+    front, back = ("".join(tokenizer.convert_ids_to_tokens(ids)) for ids in frame_of(tokenizer))
+
+    def bare(text: str) -> str:
+        inner = text.strip()
+        if not ((front and inner.startswith(front)) or (back and inner.endswith(back))):
+            return text
+        return inner.removeprefix(front).removesuffix(back).strip()
+
+    return [bare(text) for text in texts]
+
+
 def encode_causal(
     examples: Examples, chunk: slice, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[list[int]], list[int], list[bool]]:
@@ -143,8 +159,8 @@ def encode_chunk(
     if causal:
         ids, prompts, cut = encode_causal(examples, chunk, tokenizer, max_length)
         return ids, None, prompts, cut
-    texts = examples.texts[chunk]
-    pairs = None if examples.pairs is None else examples.pairs[chunk]
+    texts = without_frame(examples.texts[chunk], tokenizer)
+    pairs = None if examples.pairs is None else without_frame(examples.pairs[chunk], tokenizer)
     encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length)
     if encoded.encodings is not None:
         cut = [bool(encoding.overflowing) for encoding in encoded.encodings]

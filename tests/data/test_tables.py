@@ -316,6 +316,17 @@ def test_special_tokens_stand_once_at_start_and_end(template, written):
     assert tokenizer.convert_ids_to_tokens(alone.ids.tolist()) == [*start, *learned]
 
 
+@pytest.mark.parametrize("model", ["t5", "roberta"])
+@pytest.mark.parametrize("written", ["good</s>", "<s>good</s>", " <s>good"])
+def test_an_end_that_a_text_writes_out_is_not_doubled_for_classes(model, written):
+    tokenizer = build_tokenizer(ModelConfig(name=f"random:{model}"))
+    if model == "t5":
+        written = written.replace("<s>", "")  # it has no start
+    tokens = encode(Examples([written, "good"], [written, "good"], None, None), tokenizer, False, 32)
+    one, two = (tokens.ids[tokens.offsets[n] : tokens.offsets[n + 1]].tolist() for n in (0, 1))
+    assert [i for i in one if i != tokenizer(" ", add_special_tokens=False)["input_ids"][0]] == two
+
+
 # Names of classes
 
 
