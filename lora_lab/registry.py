@@ -11,7 +11,7 @@ In Python `register` adds one, for a process.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, TypeVar
 
 from lora_lab.errors import ConfigError
@@ -107,7 +107,7 @@ class Registry(Mapping[str, type[Kind]]):
                 raise
         return self._kinds
 
-    def _load(self, point: Any) -> None:
+    def _load(self, point: EntryPoint) -> None:
         package = point.dist.name if point.dist else "an unknown package"
         where = f"entry point {self.group}: {point.name} = {point.value} of {package}"
         try:

@@ -18,19 +18,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Generic, Self, cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import TypeVar
 
-from lora_lab.adapters.maps import is_convolution, is_linear, matrix, project, with_weight
+from lora_lab.adapters.maps import LinearMap, is_convolution, is_linear, matrix, project, with_weight
 from lora_lab.adapters.sites import Site, site_spec
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.rank import narrows, widened
 from lora_lab.linalg.updates import Update
+
+SpecT = TypeVar("SpecT", bound=AdapterSpec, default=Any)
+"""The dataclass of a method's options; a method that names none is still one."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class PeftLayout:
         return None if others is None else same | others
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, Generic[SpecT]):
     """A trainable edit of one module of a frozen model; stands in that module's place."""
 
     Spec: ClassVar[type[AdapterSpec]]
@@ -95,7 +99,7 @@ class Adapter(nn.Module):
     peft: ClassVar[PeftLayout]
 
     base: nn.Module
-    spec: Any = None
+    spec: SpecT = cast(Any, None)
     """The spec that holds at this site; None where no option matters once the adapter is made."""
 
     def __init__(self, base: nn.Module):
@@ -128,7 +132,8 @@ class Adapter(nn.Module):
                 return moved
             return tensor.to(moved.device, torch.float32)
 
-        return super()._apply(widening, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(widening, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
@@ -136,7 +141,7 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def parameter_count(cls, model: nn.Module, sites: list[Site], spec: Any) -> int:
+    def parameter_count(cls, model: nn.Module, sites: list[Site], spec: SpecT) -> int:
         """Returns how many numbers the adapters at these sites train at the start, without making them.
 
         Args:
@@ -147,7 +152,7 @@ class Adapter(nn.Module):
         return sum(cls.site_parameter_count(site.module, site_spec(spec, site)) for site in sites)
 
     @classmethod
-    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+    def site_parameter_count(cls, module: nn.Module, spec: SpecT) -> int:
         """Returns how many numbers the adapter of one module trains: a formula of the spec and its sizes.
 
         Args:
@@ -157,7 +162,7 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def build(cls, sites: list[Site], spec: Any) -> dict[str, Adapter]:
+    def build(cls, sites: list[Site], spec: SpecT) -> dict[str, Adapter]:
         """Makes the adapters for these sites, by path. The default makes one each and shares nothing.
 
         Args:
@@ -167,7 +172,7 @@ class Adapter(nn.Module):
         return {site.path: cls.at(site, site_spec(spec, site)) for site in sites}
 
     @classmethod
-    def at(cls, site: Site, spec: Any, *shared: Any) -> Adapter:
+    def at(cls, site: Site, spec: SpecT, *shared: object) -> Adapter:
         """Constructs the adapter of one site: seeded by the site, then with the base's device and mode."""
         # A method's own constructor takes its spec too, and what its adapters share.
         construct: Callable[..., Adapter] = cls
@@ -266,7 +271,7 @@ class Adapter(nn.Module):
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @property
-    def stored_spec(self) -> Any:
+    def stored_spec(self) -> SpecT:
         """The spec of what `peft_tensors` returns: its rank counts what the file holds."""
         return self.spec
 
@@ -297,18 +302,17 @@ class Adapter(nn.Module):
         return {name: tensor for name, tensor in state.items() if not name.startswith("base.")}
 
 
-class LinearAdapter(Adapter):
+class LinearAdapter(Adapter[SpecT]):
     """Edits a linear map. `adapted_weight` is the method; all else follows from it.
 
     A convolution is such a map too, see `maps`: `in` then counts the numbers of a patch, `out` the channels.
     """
 
-    base: Any
-    """What `accepts` allows: it has `weight` and `bias`, whatever its class."""
+    base: LinearMap
     convolves: ClassVar[bool] = False
     """Whether the method's own forms use `maps.project` and `maps.mix`, which convolutions need."""
 
-    def __init__(self, base: Any):
+    def __init__(self, base: LinearMap):
         super().__init__(base)
         self.out_features, self.in_features = matrix(base).shape
         self.dtype: torch.dtype = torch.promote_types(base.weight.dtype, torch.float32)
@@ -388,7 +392,7 @@ class LinearAdapter(Adapter):
         return with_weight(base, weight, bias)
 
 
-class AdditiveAdapter(LinearAdapter):
+class AdditiveAdapter(LinearAdapter[SpecT]):
     """W' = W + ΔW, hence y = base(x) + x ΔWᵀ."""
 
     def delta_weight(self) -> Float[Tensor, "out in"]:
@@ -409,7 +413,7 @@ class AdditiveAdapter(LinearAdapter):
         return (y + self.delta_output(self.cast(x))).to(y.dtype)
 
 
-class InputAdapter(LinearAdapter):
+class InputAdapter(LinearAdapter[SpecT]):
     """W' = W T, hence y = base(T x)."""
 
     def transform_input(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... in"]:
@@ -426,7 +430,7 @@ class InputAdapter(LinearAdapter):
         return self.base(self.transform_input(self.cast(x)).to(x.dtype))
 
 
-class OutputAdapter(LinearAdapter):
+class OutputAdapter(LinearAdapter[SpecT]):
     """W' = S W and b' = S b, hence y = S base(x)."""
 
     def transform_output(self, y: Float[Tensor, "... out"]) -> Float[Tensor, "... out"]:
@@ -447,7 +451,7 @@ class OutputAdapter(LinearAdapter):
         return self.transform_output(self.cast(y)).to(y.dtype)
 
 
-class HiddenStateAdapter(Adapter):
+class HiddenStateAdapter(Adapter[SpecT]):
     """h' = f(h) on a block's output. Not a map of weights, hence never mergeable."""
 
     mergeable = False

@@ -200,7 +200,7 @@ def _warn_of_experts(model: nn.Module, spec: AdapterSpec, adapters: Mapping[str,
         )
 
 
-def _refuse_to_save(*_: Any, **__: Any) -> None:
+def _refuse_to_save(*_: object, **__: object) -> None:
     """Stands for `save_pretrained` while adapters are in a model.
 
     Raises:

@@ -19,10 +19,9 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from lora_lab.adapters.base import Adapter
 from lora_lab.adapters.protocols import Prunable
@@ -171,26 +170,26 @@ class Liveness:
         )
 
 
-_watched: weakref.WeakKeyDictionary[Any, Liveness] = weakref.WeakKeyDictionary()
+_watched: weakref.WeakKeyDictionary[object, Liveness] = weakref.WeakKeyDictionary()
 
 
-def watch(owner: Any, liveness: Liveness) -> None:
+def watch(owner: object, liveness: Liveness) -> None:
     """Shows every optimizer's step to a `Liveness`, until it is decided or its owner is gone."""
     _watched[owner] = liveness
 
 
-def unwatch(owner: Any) -> None:
+def unwatch(owner: object) -> None:
     """Ends `watch`."""
     _watched.pop(owner, None)
 
 
-def conclude(owner: Any) -> None:
+def conclude(owner: object) -> None:
     """Calls `Liveness.conclude` where an owner is still watched."""
     if owner in _watched:
         _watched.pop(owner).conclude()
 
 
-def _show(optimizer: Any, arguments: Any, keywords: Any) -> None:
+def _show(optimizer: Optimizer, arguments: object, keywords: object) -> None:
     for owner, liveness in list(_watched.items()):
         liveness.observe(p for group in optimizer.param_groups for p in group["params"])
         if liveness.decided:

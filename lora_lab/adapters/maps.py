@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import cast
+from typing import TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ class LinearMap(nn.Module):
     __call__: Callable[..., Tensor]
 
 
-def is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> TypeGuard[LinearMap]:
     """Whether a module is a linear map: y = x Wᵀ + b with a floating (out, in) `weight`.
 
     A quantised map lends its weight dequantised. A class of its own has to compute what its weight says: some
@@ -88,7 +88,7 @@ def is_router(module: nn.Module) -> bool:
     return matrix and re.search("Top[Kk]Router", type(module).__name__) is not None
 
 
-def is_convolution(module: nn.Module) -> bool:
+def is_convolution(module: nn.Module) -> TypeGuard[Convolution]:
     """Whether a module is a convolution of one group with zeros around its input."""
     return (
         isinstance(module, Convolution)

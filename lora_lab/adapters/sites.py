@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import regex
 import torch
@@ -16,7 +16,15 @@ from torch import nn
 from lora_lab.adapters.maps import is_router, stacked
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import TargetError, suggest
-from lora_lab.models.architectures import FUSED, find_roles, head_paths, layer_of, reads_text, roles_of
+from lora_lab.models.architectures import (
+    FUSED,
+    RoleSite,
+    find_roles,
+    head_paths,
+    layer_of,
+    reads_text,
+    roles_of,
+)
 from lora_lab.models.quantization import holds_codes
 
 Value = TypeVar("Value")
@@ -205,7 +213,7 @@ def is_named(site: Site, target: str) -> bool:
 
 def site_spec(spec: SpecType, site: Site) -> SpecType:
     """Returns the spec that holds at one site, with its `rank_pattern` and `alpha_pattern` resolved."""
-    found: dict[str, Any] = {}
+    found: dict[str, float] = {}
     for name in ("rank", "alpha"):
         value = match_pattern(getattr(spec, f"{name}_pattern", {}), site)
         if value is not None:
@@ -233,7 +241,7 @@ def _matching(
     target: str,
     model: nn.Module,
     modules: Mapping[str, nn.Module],
-    roles: Mapping[str, Any],
+    roles: Mapping[str, RoleSite],
     saved: list[str],
     accepts: Callable[[nn.Module], bool],
 ) -> list[str]:
@@ -257,7 +265,7 @@ def _matching(
     return by_role or [path for path in modules if ends_with(path, target)]
 
 
-def _names_or_holds(name: str, path: str, roles: Mapping[str, Any]) -> bool:
+def _names_or_holds(name: str, path: str, roles: Mapping[str, RoleSite]) -> bool:
     """Whether a word of `exclude` means a module or one around it."""
     if name.startswith("regex:"):
         try:
@@ -314,7 +322,7 @@ def _computed_past(path: str, model: nn.Module, accepts: Callable[[nn.Module], b
     return None
 
 
-def _default_targets(spec: AdapterSpec) -> Any:
+def _default_targets(spec: AdapterSpec) -> object:
     """Returns the targets that a method has where its user names none."""
     factories = (f.default_factory for f in fields(spec) if f.name == "targets")
     return next((factory() for factory in factories if factory is not MISSING), None)

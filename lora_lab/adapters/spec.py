@@ -55,7 +55,7 @@ class AdapterSpec:
     names_parts: ClassVar[bool] = False
     """Whether `exclude` and the patterns also name parameters inside a module, `experts.down_proj`."""
 
-    removed_fields: ClassVar[Mapping[str, Any]] = {}
+    removed_fields: ClassVar[Mapping[str, object]] = {}
     """Fields that a stored spec may still hold, each with the one value that means today's method."""
 
     targets: Union[str, list[str]] = field(default_factory=lambda: ["query", "value"])  # noqa: UP007
@@ -175,7 +175,7 @@ class LowRankSpec(RankedSpec):
         return super().faults() + probability_fault("dropout", self.dropout)
 
 
-def choice_faults(spec: Any) -> list[str]:
+def choice_faults(spec: object) -> list[str]:
     """Returns the fault of every field that has some values to choose from and another one."""
     return [
         f"{name}: must be one of {', '.join(get_args(hint))}; got {getattr(spec, name)!r}"

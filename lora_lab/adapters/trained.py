@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lora_lab.adapters.base import Adapter
-from lora_lab.adapters.maps import is_linear
+from lora_lab.adapters.base import Adapter, SpecT
+from lora_lab.adapters.maps import LinearMap, is_linear, matrix
 from lora_lab.linalg.rank import widened
 from lora_lab.linalg.updates import Update
 
 
-class TrainedCopy(Adapter):
+class TrainedCopy(Adapter[SpecT]):
     """A whole module trained in place of its frozen original, which is kept aside for `remove`.
 
     On a base in half precision the trained tensors are float32, as bfloat16 has too few digits for the steps
     of a weight. Every call casts them to the base's types: the module computes as the merged one will.
     """
 
-    base: Any
-    trained: Any
+    trained: nn.Module
     """A module of the base's class."""
 
     def __init__(self, base: nn.Module, copies: dict[int, Any]):
@@ -87,15 +86,18 @@ class TrainedCopy(Adapter):
         """Returns the singular values of what training changed, for a linear map."""
         if not is_linear(self.base):
             return None
-        return torch.linalg.svdvals(widened(self.trained.weight) - widened(self.base.weight))
+        return torch.linalg.svdvals(widened(matrix(self.trained)) - widened(matrix(self.base)))
 
     @torch.no_grad()
     def update(self) -> Update:
         """See `Adapter.update`; for a linear map alone."""
         if not is_linear(self.base):
             return super().update()
-        shift = None if self.base.bias is None else widened(self.trained.bias) - widened(self.base.bias)
-        return Update.of_matrix(widened(self.trained.weight) - widened(self.base.weight), shift)
+        base, trained = self.base, cast(LinearMap, self.trained)
+        shift = (
+            None if base.bias is None or trained.bias is None else widened(trained.bias) - widened(base.bias)
+        )
+        return Update.of_matrix(widened(trained.weight) - widened(base.weight), shift)
 
     def peft_tensors(self) -> dict[str, Tensor]:
         """Returns the module's tensors under its own names."""

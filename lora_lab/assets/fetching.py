@@ -28,7 +28,7 @@ def fetch(name: str) -> Path:
         Path in the cache; every file in it has its pinned hash, or the one that it had when it was made.
 
     Raises:
-        AssetError: If the name is unknown, a needed package is missing, the cache cannot be written, or no
+        AssetError: if the name is unknown, a needed package is missing, the cache cannot be written, or no
             source gave the right bytes.
     """
     if name not in ASSETS:

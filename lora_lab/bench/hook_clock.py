@@ -35,13 +35,13 @@ class HookClock(L.Callback):
         self.process = self.main = self.wandb = self.once = self.hooks = 0.0
         self._inside = False
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: object, pl_module: object, batch: object, batch_idx: int) -> None:
         """Starts at the second batch."""
         if batch_idx == 1:
             self.process, self.main, self.wandb = (-clock() for clock in CLOCKS)
             self.hooks = 0.0
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: object, pl_module: object) -> None:
         """Stops after the last row."""
         now = [clock() for clock in CLOCKS]
         self.process, self.main, self.wandb = self.process + now[0], self.main + now[1], self.wandb + now[2]

@@ -73,7 +73,7 @@ class AdapterCheckpoint(L.Callback):
         if self._best:
             self.adapters.load_state_dict(self._best)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Returns the best validation so far, and its adapters if they are to be kept."""
         names = ("best_value", "best_step", "_best", "_validated_step")
         return {name: getattr(self, name) for name in names}

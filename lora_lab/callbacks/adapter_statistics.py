@@ -121,7 +121,7 @@ class AdapterStatistics(StepRows):
                     if picture is not None:
                         logger.log_image(name, [picture], step=_step(trainer))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Returns the ranks so far, which a resumed run draws too."""
         return {"ranks": self._ranks}
 

@@ -126,7 +126,7 @@ class MemoryStatistics(StepRows):
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Starts to count at the first batch, and at the first one of another structure."""
         if (self.saved_activation_bytes is None or self._again) and self._probes:
@@ -165,9 +165,9 @@ class MemoryStatistics(StepRows):
         known = {name: n / MEGABYTE for name, n in counted.items() if n is not None}
         return over_processes(known | {"peak": self.peak_megabytes}, self._device)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Returns the count: a resumed run logs its own first batch's, and counts no other."""
-        state = {"saved_activation_bytes": self.saved_activation_bytes}
+        state: dict[str, object] = {"saved_activation_bytes": self.saved_activation_bytes}
         return state | ({"again": True} if self._again else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

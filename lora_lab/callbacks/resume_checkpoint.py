@@ -8,12 +8,13 @@ import signal
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import lightning as L
 import numpy as np
 import torch
 import torch.distributed as distributed
+from torch import Tensor
 
 from lora_lab.errors import DivergenceError
 from lora_lab.linalg.norms import nonfinite
@@ -47,7 +48,7 @@ class ResumeCheckpoint(L.Callback):
         self._saved_at = 0
         self._last_step = 0
         self._failed = False
-        self._resumed: list[dict[str, Any]] | None = None
+        self._resumed: list[RandomState] | None = None
         self._clock = time.monotonic()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -62,7 +63,7 @@ class ResumeCheckpoint(L.Callback):
         self.stop.patient = True
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Restores the generators before the first batch after a resumption; writes a checkpoint when due.
 
@@ -129,7 +130,7 @@ class ResumeCheckpoint(L.Callback):
         """Returns wall seconds of training so far, of earlier processes too."""
         return self.seconds + time.monotonic() - self._clock
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Returns the generators' states of all processes, and the clock."""
         return {
             "random": _of_all_processes(random_state()),
@@ -144,7 +145,17 @@ class ResumeCheckpoint(L.Callback):
         self.seconds = state_dict["seconds"]
 
 
-def random_state() -> dict[str, Any]:
+class RandomState(TypedDict):
+    """The states of all generators of one process, in what `torch.load(weights_only=True)` reads."""
+
+    python: tuple[Any, ...]
+    numpy: list[Any]
+    """Name, keys (an int64 tensor), position, whether a normal number is kept, and that number."""
+    torch: Tensor
+    cuda: list[Tensor]
+
+
+def random_state() -> RandomState:
     """Returns the state of the generators of Python, NumPy and torch, as tensors and plain values only.
 
     `torch.load(weights_only=True)` refuses NumPy's arrays.
@@ -159,7 +170,7 @@ def random_state() -> dict[str, Any]:
     }
 
 
-def restore_random_state(state: dict[str, Any]) -> None:
+def restore_random_state(state: RandomState) -> None:
     """Puts back what `random_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
@@ -170,7 +181,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def _of_all_processes(state: dict[str, Any]) -> list[dict[str, Any]]:
+def _of_all_processes(state: RandomState) -> list[RandomState]:
     if not distributed.is_initialized():
         return [state]
     states: list[Any] = [None] * distributed.get_world_size()

@@ -67,20 +67,20 @@ class SpeedStatistics(L.Callback):
         self._due = False
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Starts the clock."""
         self._clock = time.perf_counter()
 
     def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer
+        self, trainer: L.Trainer, pl_module: object, optimizer: torch.optim.Optimizer
     ) -> None:
         """Notes that this batch ends a step, and whether it is logged."""
         self._stepped = True
         self._due = logging_due(trainer)
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Any, batch_idx: int
     ) -> None:
         """Stops the clock, and logs when due."""
         on_gpu = pl_module.device.type == "cuda"

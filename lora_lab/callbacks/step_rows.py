@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning as L
 import torch
 
@@ -20,13 +18,13 @@ class StepRows(L.Callback):
         raise NotImplementedError
 
     def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer
+        self, trainer: L.Trainer, pl_module: object, optimizer: torch.optim.Optimizer
     ) -> None:
         """Asks whether this step's numbers are logged."""
         self._due = logging_due(trainer)
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Logs, when due."""
         if self._due:

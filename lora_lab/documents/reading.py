@@ -129,7 +129,7 @@ def read_json(path: Path) -> Any:
     """
     text = read_text(path)
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         found = dict(pairs)
         if len(found) < len(pairs):
             names = [name for name, _ in pairs]
@@ -145,7 +145,7 @@ def read_json(path: Path) -> Any:
     return found
 
 
-def plain(tree: Any) -> Any:
+def plain(tree: object) -> Any:
     """Returns a document with the values of its scalars, as a usual YAML reader gives it."""
     if isinstance(tree, Scalar):
         return tree.value
@@ -154,7 +154,7 @@ def plain(tree: Any) -> Any:
     return [plain(value) for value in tree] if isinstance(tree, list) else tree
 
 
-def texts(tree: Any) -> Any:
+def texts(tree: object) -> Any:
     """Returns a document with the texts of its scalars as they were written."""
     if isinstance(tree, Scalar):
         return tree.text
@@ -163,7 +163,7 @@ def texts(tree: Any) -> Any:
     return [texts(value) for value in tree] if isinstance(tree, list) else tree
 
 
-def references(tree: Any) -> list[str]:
+def references(tree: object) -> list[str]:
     """Returns the texts in a document with `${`, which OmegaConf would replace by what they refer to."""
     if isinstance(tree, Mapping):
         return [text for item in tree.items() for part in item for text in references(part)]
@@ -240,8 +240,8 @@ def _line(mark: Any) -> int:
     return int(mark.start_mark.line) + 1
 
 
-def _check_json_depth(found: Any, path: Path) -> None:
-    level: list[Any] = [found]
+def _check_json_depth(found: object, path: Path) -> None:
+    level: list[object] = [found]
     for _ in range(DEEPEST):
         level = [
             item

@@ -20,7 +20,7 @@ LARGEST = int(sys.float_info.max)
 
 def fill(
     schema: DictConfig,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     source: str,
     faults: list[str],
     prefix: str = "",
@@ -68,7 +68,7 @@ def fill(
             faults.append(f"{source}: {key}: {what}")
 
 
-def _as_written(value: Any, hint: Any) -> Any:
+def _as_written(value: object, hint: object) -> object:
     """Returns a value for a field of this type: the text as it was written where the field takes text."""
     kinds = [kind for kind in _members(hint) if kind is not NoneType]
     if isinstance(value, Scalar):
@@ -122,7 +122,7 @@ def _shown(value: Any) -> str:
     return text if len(text) < 200 else f"{text[:200]}…"
 
 
-def _members(hint: Any) -> tuple[Any, ...]:
+def _members(hint: object) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 

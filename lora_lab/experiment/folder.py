@@ -273,7 +273,7 @@ class RunFolder:
             )
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     """Returns a value with None in the place of every number in it that is not finite."""
     if isinstance(value, dict):
         return {name: _finite(inner) for name, inner in value.items()}

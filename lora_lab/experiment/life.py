@@ -271,7 +271,7 @@ def step_of(checkpoint: Path) -> int:
         CheckpointError: if it cannot be read.
     """
     try:
-        return torch.load(checkpoint, weights_only=True, map_location="cpu")["global_step"]
+        return int(torch.load(checkpoint, weights_only=True, map_location="cpu")["global_step"])
     except Exception as error:
         raise CheckpointError(
             f"{checkpoint}: cannot be read ({error}). Delete it to train from the start."

@@ -29,7 +29,7 @@ def split_attention(model: nn.Module) -> nn.Module:
         device, dtype, `requires_grad` and mode are kept.
 
     Raises:
-        IncompatibleError: If a part is a subclass of `nn.MultiheadAttention`; the model is unchanged then.
+        IncompatibleError: if a part is a subclass of `nn.MultiheadAttention`; the model is unchanged then.
     """
     found = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
     for attention in found:
@@ -125,7 +125,7 @@ class SplitMultiheadAttention(nn.Module):
             none, or None.
 
         Raises:
-            ValueError: If inputs or masks have other shapes.
+            ValueError: if inputs or masks have other shapes.
         """
         if query.is_nested or {x.dim() for x in (query, key, value)} not in ({2}, {3}):
             raise ValueError("attention: query, key, value must all have 2 or all 3 dimensions, not nested")

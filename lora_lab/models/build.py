@@ -96,8 +96,8 @@ def build_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
         be masked by position); None for models that do not read text. Random models read single characters.
 
     Raises:
-        ConfigError: If the config is faulty or no tokenizer can be loaded.
-        AssetError: If an embedded model cannot be fetched.
+        ConfigError: if the config is faulty or no tokenizer can be loaded.
+        AssetError: if an embedded model cannot be fetched.
     """
     source = _checked_source(config)
     seen = source.model_type == MLP or (source.model_type and kind_of(source.model_type) == "vision")
@@ -121,10 +121,10 @@ def build_model(
         for causal language modelling.
 
     Raises:
-        ConfigError: If the config is faulty or the model does not exist.
-        CheckpointError: If weights are damaged, missing or of other shapes.
-        IncompatibleError: If the model cannot be quantised.
-        AssetError: If an embedded model cannot be fetched.
+        ConfigError: if the config is faulty or the model does not exist.
+        CheckpointError: if weights are damaged, missing or of other shapes.
+        IncompatibleError: if the model cannot be quantised.
+        AssetError: if an embedded model cannot be fetched.
     """
     source = _checked_source(config)
     hub_config = source.config(config.config)

@@ -39,8 +39,8 @@ def split_fused_projections(model: nn.Module) -> nn.Module:
         `nn.MultiheadAttention`.
 
     Raises:
-        ConfigError: If the model has no fused projection.
-        IncompatibleError: If it is not known which rows of it are which, and see `split_attention`.
+        ConfigError: if the model has no fused projection.
+        IncompatibleError: if it is not known which rows of it are which, and see `split_attention`.
     """
     fused = [site.path for site in find_roles(model) if site.role == "query_key_value"]
     if not fused and not any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
@@ -97,7 +97,7 @@ def save_model(model: PreTrainedModel, folder: str | Path, shard_size: str = "50
         shard_size: Size of the largest file, "500MB".
 
     Raises:
-        CheckpointError: If the folder cannot be written.
+        CheckpointError: if the folder cannot be written.
     """
     weights = model.state_dict()
     for path, module in model.named_modules(remove_duplicate=False):

@@ -24,7 +24,7 @@ def restore_classifier(model: "PooledEncoder", folder: Path) -> None:
     """Loads into a model, in place, the classifier of a folder that was written from a `PooledEncoder`.
 
     Raises:
-        CheckpointError: If it was saved for another number of classes.
+        CheckpointError: if it was saved for another number of classes.
     """
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:

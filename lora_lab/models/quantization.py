@@ -222,7 +222,6 @@ class QuantizedLinear(nn.Module):
         return _Product.apply(x.to(self.compute_dtype), self).to(x.dtype)
 
     def extra_repr(self) -> str:
-        """See `nn.Module.extra_repr`."""
         return f"{self.kind}, in_features={self.in_features}, out_features={self.out_features}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

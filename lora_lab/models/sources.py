@@ -73,7 +73,7 @@ class Source(ABC):
     trust_remote_code: bool
 
     @abstractmethod
-    def faults(self, changes: Mapping[str, Any]) -> list[str]:
+    def faults(self, changes: Mapping[str, object]) -> list[str]:
         """Returns what is wrong with the name or the changes to the config, without a download.
 
         Each message begins with the key of `ModelConfig` that it is about.
@@ -89,21 +89,21 @@ class Source(ABC):
         """The name under which others find the same weights; None where nobody else has them."""
 
     @abstractmethod
-    def config(self, changes: Mapping[str, Any]) -> PretrainedConfig:
+    def config(self, changes: Mapping[str, object]) -> PretrainedConfig:
         """Returns the config of transformers with the user's changes, each key checked.
 
         Raises:
-            ConfigError: If there is no such model, or a change has no meaning for it.
-            AssetError: If an embedded model cannot be fetched.
+            ConfigError: if there is no such model, or a change has no meaning for it.
+            AssetError: if an embedded model cannot be fetched.
         """
 
     @abstractmethod
-    def tokenizer(self, changes: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    def tokenizer(self, changes: Mapping[str, object]) -> PreTrainedTokenizerBase:
         """Returns the tokenizer of a model that reads text.
 
         Raises:
-            ConfigError: If there is none, or none that knows a word.
-            AssetError: If an embedded model cannot be fetched.
+            ConfigError: if there is none, or none that knows a word.
+            AssetError: if an embedded model cannot be fetched.
         """
 
     @abstractmethod
@@ -111,8 +111,8 @@ class Source(ABC):
         """Returns the model.
 
         Raises:
-            CheckpointError: If weights are damaged, missing or of other shapes.
-            ConfigError: If the class cannot be built from this source.
+            CheckpointError: if weights are damaged, missing or of other shapes.
+            ConfigError: if the class cannot be built from this source.
         """
 
     @property
@@ -167,8 +167,7 @@ class RandomSource(Source):
 
     architecture: str
 
-    def faults(self, changes: Mapping[str, Any]) -> list[str]:
-        """See `Source.faults`."""
+    def faults(self, changes: Mapping[str, object]) -> list[str]:
         if self.architecture not in TINY:
             return [f"name: no random model '{self.architecture}'{suggest(self.architecture, TINY)}"]
         found = self._revision_faults()
@@ -186,7 +185,6 @@ class RandomSource(Source):
         return found
 
     def stored_config(self) -> dict[str, Any]:
-        """See `Source.stored_config`."""
         return {"model_type": MLP if self.architecture == "mlp" else self.architecture}
 
     @property
@@ -194,20 +192,18 @@ class RandomSource(Source):
         """Nobody else has drawn these weights."""
         return None
 
-    def config(self, changes: Mapping[str, Any]) -> PretrainedConfig:
-        """See `Source.config`."""
+    def config(self, changes: Mapping[str, object]) -> PretrainedConfig:
         sizes = TINY[self.architecture]
         with self._translated("model"):
             config_class = CONFIG_MAPPING[self.stored_config()["model_type"]]
             _raise_unknown_keys(changes, config_class(), set(sizes))
             return config_class(**_native(config_class, sizes) | _native(config_class, changes))
 
-    def tokenizer(self, changes: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-        """See `Source.tokenizer`."""
+    def tokenizer(self, changes: Mapping[str, object]) -> PreTrainedTokenizerBase:
         return character_tokenizer(self.config(changes))
 
     def weights(self, auto_class: AutoClass, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-        """See `Source.weights`; the draw follows torch's global seed."""
+        """Draws them; the draw follows torch's global seed."""
         with self._translated("model"):
             return auto_class.from_config(config, dtype=dtype)
 
@@ -222,8 +218,7 @@ class PretrainedSource(Source):
     def _options(self) -> dict[str, Any]:
         return {"trust_remote_code": self.trust_remote_code, "local_files_only": True}
 
-    def config(self, changes: Mapping[str, Any]) -> PretrainedConfig:
-        """See `Source.config`."""
+    def config(self, changes: Mapping[str, object]) -> PretrainedConfig:
         with self._translated("model"):
             config = AutoConfig.from_pretrained(self._location(), **self._options())
         _raise_unknown_keys(changes, config, set())
@@ -231,8 +226,7 @@ class PretrainedSource(Source):
             setattr(config, key, value)
         return config
 
-    def tokenizer(self, changes: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-        """See `Source.tokenizer`."""
+    def tokenizer(self, changes: Mapping[str, object]) -> PreTrainedTokenizerBase:
         with self._translated("tokenizer"):
             location = self._location()
             tokenizer = AutoTokenizer.from_pretrained(location, **self._options())
@@ -252,7 +246,6 @@ class PretrainedSource(Source):
         return tokenizer
 
     def weights(self, auto_class: AutoClass, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-        """See `Source.weights`."""
         with self._translated("model"):
             model, report = auto_class.from_pretrained(
                 self._location(),
@@ -278,14 +271,12 @@ class EmbeddedSource(PretrainedSource):
 
     asset: str
 
-    def faults(self, changes: Mapping[str, Any]) -> list[str]:
-        """See `Source.faults`."""
+    def faults(self, changes: Mapping[str, object]) -> list[str]:
         if self.asset not in EMBEDDED:
             return [f"name: no embedded model '{self.asset}'{suggest(self.asset, EMBEDDED)}"]
         return self._revision_faults()
 
     def stored_config(self) -> dict[str, Any]:
-        """See `Source.stored_config`."""
         return {"model_type": EMBEDDED[self.asset]}
 
     @property
@@ -304,8 +295,7 @@ class FolderSource(PretrainedSource):
 
     path: Path
 
-    def faults(self, changes: Mapping[str, Any]) -> list[str]:
-        """See `Source.faults`."""
+    def faults(self, changes: Mapping[str, object]) -> list[str]:
         if not self.path.is_dir():
             fault = "does not exist; a hub repository is written 'owner/name'"
             return [f"name: the folder '{self.path}' {fault}"]
@@ -326,7 +316,7 @@ class FolderSource(PretrainedSource):
         return self._revision_faults()
 
     def stored_config(self) -> dict[str, Any]:
-        """See `Source.stored_config`; empty where the file cannot be read."""
+        """Returns what the file holds; empty where it cannot be read."""
         try:
             return self._read_config()
         except (OSError, ValueError):
@@ -356,8 +346,7 @@ class FolderSource(PretrainedSource):
 class HubSource(PretrainedSource):
     """A repository of the hub, or its copy in the hub's cache."""
 
-    def faults(self, changes: Mapping[str, Any]) -> list[str]:
-        """See `Source.faults`."""
+    def faults(self, changes: Mapping[str, object]) -> list[str]:
         kind, colon, _ = self.name.partition(":")
         if colon:
             return [f"name: no source '{kind}' for '{self.name}'{suggest(kind, ('embedded', 'random'))}"]
@@ -384,12 +373,12 @@ class HubSource(PretrainedSource):
         return "" if hub_reachable() else " (the hub is not reachable from here)"
 
 
-def _native(config_class: type[PretrainedConfig], changes: Mapping[str, Any]) -> dict[str, Any]:
+def _native(config_class: type[PretrainedConfig], changes: Mapping[str, object]) -> dict[str, Any]:
     """Renames common keys to the architecture's own ("hidden_size" → "n_embd")."""
     return {config_class.attribute_map.get(key, key): value for key, value in changes.items()}
 
 
-def _raise_unknown_keys(changes: Mapping[str, Any], config: PretrainedConfig, known: set[str]) -> None:
+def _raise_unknown_keys(changes: Mapping[str, object], config: PretrainedConfig, known: set[str]) -> None:
     known = known | config.to_dict().keys() | config.attribute_map.keys()
     for key in changes:
         if key in ("num_labels", "id2label", "label2id"):

@@ -24,7 +24,7 @@ def spread(values: pd.Series[Any], form: str = ".3f") -> str:
     return f"{values.mean():{form}} ({values.min():{form}} to {values.max():{form}})"
 
 
-def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Returns a table in Markdown."""
     lines = [headings, ["---"] * len(headings), *rows]
     text = [f"| {' | '.join(map(str, cells))} |" for cells in lines]

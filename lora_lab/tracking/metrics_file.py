@@ -119,11 +119,13 @@ class MetricsFile(Logger):
         write_text(self.folder / NAME, _lines([header, *rows], columns))
         self._columns, self._size = columns, (self.folder / NAME).stat().st_size
 
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *arguments: Any, **options: Any) -> None:
+    def log_hyperparams(
+        self, params: dict[str, Any] | Namespace, *arguments: object, **options: object
+    ) -> None:
         """Writes nothing: the run's folder holds its config."""
 
 
-def _lines(rows: Iterable[Mapping[str, Any]], columns: list[str]) -> str:
+def _lines(rows: Iterable[Mapping[str, object]], columns: list[str]) -> str:
     text = io.StringIO()
     csv.DictWriter(text, columns, restval="", lineterminator="\n").writerows(rows)
     return text.getvalue()

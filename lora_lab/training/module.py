@@ -315,7 +315,7 @@ class FineTuner(L.LightningModule):
         self.skipped_steps = checkpoint.get("skipped_steps", 0)
         self._skipped_in_a_row = checkpoint.get("skipped_in_a_row", 0)
 
-    def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Tensor]:  # type: ignore[override]
+    def state_dict(self, *arguments: object, **options: object) -> dict[str, Tensor]:  # type: ignore[override]
         """Returns the adapters' tensors alone."""
         return self.adapters.state_dict()
 

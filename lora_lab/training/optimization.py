@@ -122,14 +122,14 @@ def keep_frozen_parts(optimizer: Optimizer, adapters: AdapterSet) -> None:
         moments = {name: x for name, x in state.items() if getattr(x, "shape", None) == parameter.shape}
         return {"": parameter.detach(), **moments}
 
-    def remember(*_: Any) -> None:
+    def remember(*_: object) -> None:
         before.clear()  # a step that was skipped has restored nothing
         for adapter in adapters:
             for parameter, frozen in adapter.frozen_parts():
                 old = {name: x.clone() for name, x in numbers_of(parameter).items()}
                 before.append((parameter, frozen, old))
 
-    def restore(*_: Any) -> None:
+    def restore(*_: object) -> None:
         for parameter, frozen, old in before:
             for name, x in numbers_of(parameter).items():
                 # Moments that this step has made began at zero.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_lab.adapters.base import Adapter
+from lora_lab.adapters.maps import sizes
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import IncompatibleError
@@ -49,17 +50,17 @@ def check_blocks(sites: list[Site], spec: AdapterSpec, size: str, count: str, ad
     name = size if getattr(spec, size) else count
     wanted = getattr(spec, name)
     for site in sites:
-        module: Any = site.module
-        nearest = nearest_divisor(module.in_features, wanted)
+        inputs = sizes(site.module)[1]
+        nearest = nearest_divisor(inputs, wanted)
         if nearest != wanted and not adjust:
             raise IncompatibleError(
-                f"adapter.{name}: {wanted} does not divide the {module.in_features} inputs of {site.path}. "
+                f"adapter.{name}: {wanted} does not divide the {inputs} inputs of {site.path}. "
                 f"Use {nearest}, the nearest that does, or take the module out of targets."
             )
-        if (nearest if name == size else module.in_features // nearest) < 2:
+        if (nearest if name == size else inputs // nearest) < 2:
             raise IncompatibleError(
                 f"adapter.{name}: {wanted} gives blocks of one input at {site.path}, of "
-                f"{module.in_features}; one number alone cannot be rotated. Use other blocks, or take the "
+                f"{inputs}; one number alone cannot be rotated. Use other blocks, or take the "
                 "module out of targets."
             )
 
@@ -72,7 +73,7 @@ def with_identities(R: Float[Tensor, "blocks b b"], dropout: float) -> Float[Ten
     return torch.where(dropped[:, None, None], identity, R)
 
 
-def warn_of_dropouts(adapters: Mapping[str, Any], dropout: float) -> None:
+def warn_of_dropouts(adapters: Mapping[str, Adapter], dropout: float) -> None:
     """Warns, once, of adapters with too few blocks for a share of them to be one."""
     whole = [path for path, adapter in adapters.items() if dropout * adapter.blocks < 1]
     if dropout and whole:

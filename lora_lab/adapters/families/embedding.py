@@ -9,7 +9,6 @@ B   (width, rank)        learned; N(0, 1) at the start
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +22,10 @@ from lora_lab.linalg.rank import product_singular_values, widened
 from lora_lab.linalg.updates import Update
 
 
-class LowRankEmbedding(Adapter, RankAllocatable, Growable):
+class LowRankEmbedding(Adapter[ScaledSpec], RankAllocatable, Growable):
     """The adapter of one embedding: columns of A are looked up, then mapped by B."""
 
-    base: Any
-    """An `nn.Embedding`."""
+    base: nn.Embedding
     components: dict[str, int] = {"A": 0, "B": 1, "kept": 0}
     peft = PeftLayout("LORA", {"lora_embedding_A": "A", "lora_embedding_B": "B"})
 
@@ -46,9 +44,9 @@ class LowRankEmbedding(Adapter, RankAllocatable, Growable):
         return type(module) is nn.Embedding and module.max_norm is None
 
     @classmethod
-    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+    def site_parameter_count(cls, module: nn.Module, spec: ScaledSpec) -> int:
         """Counts A and B, rank · (vocabulary + width) numbers."""
-        return int(spec.rank * sum(module.weight.shape))
+        return spec.rank * sum(module.get_parameter("weight").shape)
 
     @property
     def rank(self) -> int:
@@ -100,7 +98,6 @@ class LowRankEmbedding(Adapter, RankAllocatable, Growable):
         self.A.masked_fill_(~keep.unsqueeze(1), 0)
 
     def components_in_use(self) -> Bool[Tensor, " rank"]:
-        """See `Prunable.components_in_use`."""
         return self.kept | self.A.any(1)
 
     def held(self) -> Bool[Tensor, " rank"]:

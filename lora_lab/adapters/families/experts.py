@@ -31,12 +31,11 @@ from lora_lab.linalg.kaiming import kaiming_uniform
 from lora_lab.linalg.rank import widened
 
 
-class LowRankExperts(Adapter):
+class LowRankExperts(Adapter[ScaledSpec]):
     """The adapter of one module of experts."""
 
-    base: Any
-    A: Any
-    B: Any
+    A: nn.ParameterDict
+    B: nn.ParameterDict
     peft = PeftLayout("LORA", {})
 
     def __init__(self, base: nn.Module, spec: ScaledSpec, parts: Mapping[str, ScaledSpec]):
@@ -59,7 +58,7 @@ class LowRankExperts(Adapter):
         return bool(stacked(module))
 
     @classmethod
-    def at(cls, site: Site, spec: Any, *shared: Any) -> Adapter:
+    def at(cls, site: Site, spec: ScaledSpec, *shared: object) -> Adapter:
         """Makes the adapter.
 
         Raises:
@@ -77,7 +76,7 @@ class LowRankExperts(Adapter):
         return (experts, columns, rows) if self.transposed else (experts, rows, columns)
 
     @classmethod
-    def count(cls, site: Site, spec: Any) -> int:
+    def count(cls, site: Site, spec: ScaledSpec) -> int:
         """Counts rank · (out + in) numbers for every expert of every parameter."""
         shapes = {name: p.shape if p.ndim == 3 else (1, *p.shape) for name, p in stacked(site.module).items()}
         own = part_specs(spec, site)

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from lora_lab.adapters.base import AdditiveAdapter, PeftLayout
-from lora_lab.adapters.maps import is_convolution, mix, pointwise, project, sizes
+from lora_lab.adapters.maps import LinearMap, is_convolution, mix, pointwise, project, sizes
 from lora_lab.adapters.protocols import Droppable, Growable, Prunable, Shareable
 from lora_lab.adapters.spec import LowRankSpec
 from lora_lab.errors import IncompatibleError
@@ -43,7 +44,10 @@ class ScaledSpec(LowRankSpec):
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-class LowRankAdapter(AdditiveAdapter, Droppable):
+ScaledT = TypeVar("ScaledT", bound=ScaledSpec, default=Any)
+
+
+class LowRankAdapter(AdditiveAdapter[ScaledT], Droppable):
     """ΔW = s (B A − B₀ A₀), from a start A, B; by default LoRA's, U(±1/√in) and zeros.
 
     It has what `RankAllocatable` and `Shareable` ask for; a method to which they apply inherits them too.
@@ -75,8 +79,8 @@ class LowRankAdapter(AdditiveAdapter, Droppable):
 
     def __init__(
         self,
-        base: Any,
-        spec: Any,
+        base: LinearMap,
+        spec: ScaledT,
         start: tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]] | None = None,
         subtract: bool = False,
     ):
@@ -94,7 +98,7 @@ class LowRankAdapter(AdditiveAdapter, Droppable):
         self.dropout = nn.Dropout(spec.dropout) if spec.dropout else nn.Identity()
 
     @classmethod
-    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+    def site_parameter_count(cls, module: nn.Module, spec: ScaledT) -> int:
         """Counts A and B, rank · (out + in) numbers."""
         return spec.rank * sum(sizes(module))
 
@@ -188,7 +192,6 @@ class LowRankAdapter(AdditiveAdapter, Droppable):
             setattr(self, name, tensor)
 
     def components_in_use(self) -> Bool[Tensor, " rank"]:
-        """See `Prunable.components_in_use`."""
         return (self.kept | self.nonzero_components()) & self.active.bool()
 
     def nonzero_components(self) -> Bool[Tensor, " rank"]:
@@ -202,7 +205,7 @@ class LowRankAdapter(AdditiveAdapter, Droppable):
         return flags
 
     @property
-    def stored_spec(self) -> Any:
+    def stored_spec(self) -> ScaledT:
         """Returns the spec of the components in files."""
         return resized(self.spec, self.stored_rank(int(self.held().sum())))
 
@@ -249,7 +252,7 @@ class LowRankAdapter(AdditiveAdapter, Droppable):
             self.start_B.copy_(-left[:, stored : stored + rank])
 
 
-def resized(spec: Any, rank: int) -> Any:
+def resized(spec: ScaledT, rank: int) -> ScaledT:
     """Returns a low-rank spec for another number of components of the same scale: alpha falls with it."""
     if rank == spec.rank:
         return spec
@@ -265,7 +268,7 @@ def filled(
     return F.pad(left, (0, missing)), F.pad(right, (0, 0, 0, missing))
 
 
-def in_pefts_shapes(base: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def in_pefts_shapes(base: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns PEFT's tensors of one LoRA on this base: A and B of a convolution are convolutions there."""
     A, B = tensors["lora_A.weight"], tensors["lora_B.weight"]
     if is_convolution(base):

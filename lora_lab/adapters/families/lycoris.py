@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import TypeVar
 
 from lora_lab.adapters.base import AdditiveAdapter
-from lora_lab.adapters.maps import is_convolution
+from lora_lab.adapters.maps import LinearMap, is_convolution
 from lora_lab.adapters.spec import RankedSpec, probability_fault
 from lora_lab.linalg.kaiming import kaiming_uniform
 
@@ -56,14 +57,17 @@ class LycorisSpec(RankedSpec):
         return found + probability_fault("module_dropout", self.module_dropout)
 
 
-class LycorisAdapter(AdditiveAdapter):
+LycorisT = TypeVar("LycorisT", bound=LycorisSpec, default=Any)
+
+
+class LycorisAdapter(AdditiveAdapter[LycorisT]):
     """An update with dropout of its outputs, and as a whole."""
 
     convolves = True
     zeros: tuple[str, ...] = ()
     """Names of the tensors of which the one that is there starts at zero."""
 
-    def __init__(self, base: Any, spec: LycorisSpec):
+    def __init__(self, base: LinearMap, spec: LycorisT):
         super().__init__(base)
         self.spec = spec
         self.core = core_shape(base, spec)
@@ -104,7 +108,7 @@ class LycorisAdapter(AdditiveAdapter):
         return kept * called
 
 
-def core_shape(base: Any, spec: LycorisSpec) -> tuple[int, ...] | None:
+def core_shape(base: nn.Module, spec: LycorisSpec) -> tuple[int, ...] | None:
     """Returns the shape of T, as in PEFT's files: a Conv1d's kernel is (size, 1) there. None without a T."""
     kernel = base.kernel_size if is_convolution(base) else ()
     has_core = spec.use_effective_conv2d and math.prod(kernel) > 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_lab.adapters.base import LinearAdapter
+from lora_lab.adapters.base import LinearAdapter, SpecT
 from lora_lab.adapters.maps import mix, pointwise, project
 from lora_lab.linalg.norms import SMALLEST_NORM
 
@@ -25,10 +25,10 @@ def gains(m: Float[Tensor, " k"], norm: Float[Tensor, " k"]) -> Float[Tensor, " 
     return (m / norm).where(norm > SMALLEST_NORM, 1.0)
 
 
-class MagnitudeAdapter(LinearAdapter):
+class MagnitudeAdapter(LinearAdapter[SpecT]):
     """Edits the directions of a weight's rows, and perhaps their lengths."""
 
-    dropout: nn.Module
+    dropout: nn.Dropout
 
     def scaled(
         self,
@@ -49,7 +49,7 @@ class MagnitudeAdapter(LinearAdapter):
         """
         y, dropped = self.base(x), self.dropout(x)
         hidden = project(self.base, self.cast(dropped), right)
-        product = self.base(dropped) if self.training and self.spec.dropout else y
+        product = self.base(dropped) if self.training and self.dropout.p else y
         # What the base gives holds its bias, taken out of the product again by −(g − 1) b.
         bias = None if self.base.bias is None else (1 - gain) * self.base.bias
         # g goes onto the (out, rank) factor: a pass over the (..., out) output costs far more.

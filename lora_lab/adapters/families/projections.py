@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from lora_lab.adapters.base import Adapter, AdditiveAdapter, PeftLayout
+from lora_lab.adapters.maps import LinearMap, sizes
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import AdapterSpec, least_fault, probability_fault
 from lora_lab.errors import IncompatibleError
@@ -83,19 +85,24 @@ class Projections(nn.Module):
         return {f"base_model.{method}_{name}": tensor for name, tensor in found.items()}
 
 
-class ProjectedAdapter(AdditiveAdapter):
+ProjectedT = TypeVar("ProjectedT", bound=ProjectedSpec, default=Any)
+
+
+class ProjectedAdapter(AdditiveAdapter[ProjectedT]):
     """The adapter of one linear map, ΔW = L R with L and R made of the shared pair and learned vectors."""
 
     family = "low-rank"
 
-    def __init__(self, base: Any, spec: ProjectedSpec, projections: Projections):
+    def __init__(self, base: LinearMap, spec: ProjectedT, projections: Projections):
         super().__init__(base)
         self.spec = spec
         self.projections = projections
         self.dropout = nn.Dropout(spec.dropout) if spec.dropout else nn.Identity()
 
     @classmethod
-    def draw(cls, rows: int, columns: int, spec: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw(
+        cls, rows: int, columns: int, spec: ProjectedT, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         """Returns A and B as PEFT draws them.
 
         Args:
@@ -107,16 +114,16 @@ class ProjectedAdapter(AdditiveAdapter):
         raise NotImplementedError
 
     @classmethod
-    def build(cls, sites: list[Site], spec: Any) -> dict[str, Adapter]:
+    def build(cls, sites: list[Site], spec: ProjectedT) -> dict[str, Adapter]:
         """Makes the adapters, which share one pair of projections.
 
         Raises:
             IncompatibleError: if the pair cannot be normalised.
         """
-        modules: list[Any] = [site.module for site in sites]
-        columns = max(module.in_features for module in modules)
-        rows = max(module.out_features for module in modules)
-        dtype = torch.promote_types(modules[0].weight.dtype, torch.float32)
+        rows, columns = (
+            max(numbers) for numbers in zip(*(sizes(site.module) for site in sites), strict=True)
+        )
+        dtype = torch.promote_types(cast(LinearMap, sites[0].module).weight.dtype, torch.float32)
         generator = torch.Generator().manual_seed(spec.projection_prng_key)
         A, B = cls.draw(rows, columns, spec, generator)
         if not (A.isfinite().all() and B.isfinite().all()):

@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from lora_lab.adapters.base import AdditiveAdapter, LinearAdapter
-from lora_lab.adapters.maps import finite_matrix, matrix, mix, project
+from lora_lab.adapters.maps import LinearMap, finite_matrix, matrix, mix, project
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import CheckpointError, IncompatibleError
 from lora_lab.linalg.rank import product_singular_values, widened
@@ -46,7 +47,7 @@ class BasisSpec(AdapterSpec):
     singular vectors are others."""
 
 
-def checked_rank(base: Any, rank: int) -> int:
+def checked_rank(base: nn.Module, rank: int) -> int:
     """Returns how many singular values a map has.
 
     Raises:
@@ -61,7 +62,7 @@ def checked_rank(base: Any, rank: int) -> int:
     return most
 
 
-def singular_basis(base: Any, spec: AdapterSpec, index: Int[Tensor, " k"]) -> Basis:
+def singular_basis(base: nn.Module, spec: AdapterSpec, index: Int[Tensor, " k"]) -> Basis:
     """Returns the singular triplets of W of these indices, in float32 or wider and with fixed signs.
 
     Raises:
@@ -70,7 +71,10 @@ def singular_basis(base: Any, spec: AdapterSpec, index: Int[Tensor, " k"]) -> Ba
     return singular_triplets(finite_matrix(base, spec.method), index)
 
 
-class BasisAdapter(LinearAdapter):
+BasisT = TypeVar("BasisT", bound=BasisSpec, default=Any)
+
+
+class BasisAdapter(LinearAdapter[BasisT]):
     """Edits a linear map in a part of its singular basis.
 
     Attributes:
@@ -85,7 +89,7 @@ class BasisAdapter(LinearAdapter):
     S: Tensor
     Vh: Tensor
 
-    def __init__(self, base: Any, spec: Any, basis: Basis):
+    def __init__(self, base: LinearMap, spec: BasisT, basis: Basis):
         super().__init__(base)
         self.spec = spec
         for name, tensor in zip(("U", "S", "Vh"), basis, strict=True):
@@ -143,7 +147,7 @@ class BasisAdapter(LinearAdapter):
         self.Vh.mul_(signs.unsqueeze(1))
 
 
-class BasisUpdate(BasisAdapter, AdditiveAdapter):
+class BasisUpdate(BasisAdapter[BasisT], AdditiveAdapter[BasisT]):
     """W' = W + L R, with thin factors made from the basis."""
 
     def factors(self) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
@@ -169,7 +173,7 @@ class BasisUpdate(BasisAdapter, AdditiveAdapter):
         return product_singular_values(*self.factors())
 
 
-class CoreUpdate(BasisUpdate):
+class CoreUpdate(BasisUpdate[BasisT]):
     """W' = W + U C Vᵀ, hence y = base(x) + ((x V) Cᵀ) Uᵀ. A method defines `core`, which is C.
 
     k may be nearly all of W's rank: the frozen vectors are applied as they are, and nothing of W's size is

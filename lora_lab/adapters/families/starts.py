@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_lab.adapters.families.low_rank import ScaledSpec
 from lora_lab.adapters.maps import finite_matrix, matrix
@@ -82,7 +82,7 @@ class StartedSpec(ScaledSpec):
         return replace(self, init="default") if self.init == "loftq" else self
 
 
-def start(base: Any, spec: StartedSpec) -> Factors:
+def start(base: nn.Module, spec: StartedSpec) -> Factors:
     """Returns A and B as the spec says.
 
     Raises:
@@ -129,7 +129,7 @@ def _principal(weight: Tensor, spec: StartedSpec) -> Factors:
     return root.unsqueeze(1) * Vh, math.copysign(1, spec.scale) * U * root
 
 
-def _decomposable(base: Any, rank: int, what: str) -> Tensor:
+def _decomposable(base: nn.Module, rank: int, what: str) -> Tensor:
     """Returns W in float32 or wider, if a decomposition of it can give the rank."""
     most = min(matrix(base).shape)
     if rank > most:

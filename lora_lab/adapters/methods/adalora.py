@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, PeftLayout
 from lora_lab.adapters.families.low_rank import LowRankAdapter
+from lora_lab.adapters.maps import LinearMap
 from lora_lab.adapters.protocols import RankAllocatable, Shareable
 from lora_lab.adapters.sites import Site, site_spec
 from lora_lab.adapters.spec import LowRankSpec
@@ -58,7 +59,7 @@ class AdaLoRASpec(LowRankSpec):
         return found
 
 
-def _site_config(adapters: Mapping[str, Any]) -> dict[str, Any]:
+def _site_config(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
     """Returns PEFT's one rank, and where components are left out, which of them each site has in the file."""
     rank = next(iter(adapters.values())).file_spec.rank
     held = {path: adapter.held().tolist() for path, adapter in adapters.items()}
@@ -80,6 +81,7 @@ class AdaLoRA(LowRankAdapter, RankAllocatable, Shareable):
     components: dict[str, int] = {"E": 0, **LowRankAdapter.components}
 
     Spec = AdaLoRASpec
+    spec: AdaLoRASpec
     paper = "Zhang et al. 2023, arXiv:2303.10512"
     peft = PeftLayout(
         "ADALORA",
@@ -96,7 +98,7 @@ class AdaLoRA(LowRankAdapter, RankAllocatable, Shareable):
         site_config=_site_config,
     )
 
-    def __init__(self, base: Any, spec: AdaLoRASpec, file_spec: AdaLoRASpec):
+    def __init__(self, base: LinearMap, spec: AdaLoRASpec, file_spec: AdaLoRASpec):
         super().__init__(base, spec)
         self.file_spec, self.file_ratio = file_spec, spec.scale / file_spec.scale
         nn.init.normal_(self.A, std=0.02)
@@ -104,7 +106,7 @@ class AdaLoRA(LowRankAdapter, RankAllocatable, Shareable):
         self.E = nn.Parameter(torch.zeros(spec.rank, dtype=self.dtype))
 
     @classmethod
-    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+    def site_parameter_count(cls, module: nn.Module, spec: AdaLoRASpec) -> int:
         return super().site_parameter_count(module, spec) + spec.rank
 
     @classmethod
@@ -119,7 +121,7 @@ class AdaLoRA(LowRankAdapter, RankAllocatable, Shareable):
         return self.B, self.E.unsqueeze(1) * self.A
 
     @classmethod
-    def total_penalty(cls, adapters: Iterable[Any]) -> Tensor | float:
+    def total_penalty(cls, adapters: Iterable[Adapter]) -> Tensor | float:
         adapters = list(adapters)
         spec = adapters[0].spec
         if not spec.orth_reg_weight:
@@ -142,7 +144,6 @@ class AdaLoRA(LowRankAdapter, RankAllocatable, Shareable):
         return self.components_in_use()
 
     def nonzero_components(self) -> Bool[Tensor, " rank"]:
-        """See `LowRankAdapter.nonzero_components`."""
         return self.E != 0
 
     def peft_tensors(self) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -32,6 +32,7 @@ from lora_lab.adapters.families.singular_basis import (
     checked_rank,
     singular_basis,
 )
+from lora_lab.adapters.maps import LinearMap
 from lora_lab.adapters.protocols import Selectable, Steerable
 from lora_lab.adapters.spec import least_fault
 from lora_lab.errors import IncompatibleError
@@ -89,7 +90,7 @@ class AntiPaSTOSpec(BasisSpec):
         return found
 
 
-class AntiPaSTO(CoreUpdate, Steerable, Selectable):
+class AntiPaSTO(CoreUpdate[AntiPaSTOSpec], Steerable, Selectable):
     """The adapter of one linear map."""
 
     identity_at_start = False
@@ -103,7 +104,7 @@ class AntiPaSTO(CoreUpdate, Steerable, Selectable):
         tensors={f"antipasto_{name}": name for name in ("theta_v", "delta_s", "indices")},
     )
 
-    def __init__(self, base: Any, spec: AntiPaSTOSpec):
+    def __init__(self, base: LinearMap, spec: AntiPaSTOSpec):
         rank = spec.rank
         U, S, Vh = _directions(base, spec)
         order = torch.randperm(len(S)) if spec.dim_select == "random" else torch.arange(len(S))
@@ -118,7 +119,7 @@ class AntiPaSTO(CoreUpdate, Steerable, Selectable):
         self.tensors_changed()
 
     @classmethod
-    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+    def site_parameter_count(cls, module: nn.Module, spec: AntiPaSTOSpec) -> int:
         return int(spec.rank * (spec.rank + 1) // 2)
 
     @property
@@ -183,6 +184,6 @@ class AntiPaSTO(CoreUpdate, Steerable, Selectable):
         super().load_peft_tensors(tensors)
 
 
-def _directions(base: Any, spec: AntiPaSTOSpec) -> Basis:
+def _directions(base: LinearMap, spec: AntiPaSTOSpec) -> Basis:
     """Returns all singular directions of W, from the greatest singular value down."""
     return singular_basis(base, spec, torch.arange(checked_rank(base, spec.rank)))

@@ -10,13 +10,13 @@ Any module whose last step adds a bias can be edited: linear maps and layer norm
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Union  # noqa: UP035
+from typing import Union, cast  # noqa: UP035
 
 import torch
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, PeftLayout
-from lora_lab.adapters.maps import is_linear
+from lora_lab.adapters.maps import is_linear, sizes
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.linalg.rank import widened
 from lora_lab.linalg.updates import Update
@@ -32,18 +32,24 @@ class BitFitSpec(AdapterSpec):
     """Where adapters stand; `all` means every linear map and layer norm that has a bias."""
 
 
-class BitFit(Adapter):
+class Biased(nn.Module):
+    """What `BitFit.accepts` lets through, for annotations; its class may be any."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+class BitFit(Adapter[BitFitSpec]):
     """The shift of one module's bias."""
 
-    base: Any
-    """What `accepts` lets through: `weight` and `bias`, whatever its class."""
+    base: Biased
 
     Spec = BitFitSpec
     family = "baseline"
     paper = "Ben Zaken et al. 2021, arXiv:2106.10199"
     peft = PeftLayout(None, tensors={"bitfit_delta": "delta"})
 
-    def __init__(self, base: Any, spec: BitFitSpec):
+    def __init__(self, base: Biased, spec: BitFitSpec):
         super().__init__(base)
         self.delta = nn.Parameter(torch.zeros_like(widened(base.bias), device="cpu"))  # (width,)
 
@@ -54,8 +60,8 @@ class BitFit(Adapter):
         return known and getattr(module, "bias", None) is not None
 
     @classmethod
-    def site_parameter_count(cls, module: Any, spec: Any) -> int:
-        return len(module.bias)
+    def site_parameter_count(cls, module: nn.Module, spec: BitFitSpec) -> int:
+        return len(cast(Biased, module).bias)
 
     @property
     def bias(self) -> Tensor:
@@ -64,7 +70,7 @@ class BitFit(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shifts the base's output."""
-        y = self.base(x)
+        y: Tensor = self.base(x)
         return (y + self.delta).to(y.dtype)
 
     @torch.no_grad()
@@ -81,7 +87,8 @@ class BitFit(Adapter):
         if isinstance(base, nn.LayerNorm):
             merged: nn.Module = nn.LayerNorm(base.normalized_shape, base.eps, device="meta")
         else:
-            merged = nn.Linear(base.in_features, base.out_features, device="meta")
+            out, columns = sizes(base)
+            merged = nn.Linear(columns, out, device="meta")
         merged.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
         merged.bias = nn.Parameter(self.bias, requires_grad=False)
         return merged.train(self.training)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, InputAdapter, PeftLayout
 from lora_lab.adapters.families.blocks import block_faults, check_blocks, warn_of_dropouts, with_identities
-from lora_lab.adapters.maps import sizes
+from lora_lab.adapters.maps import LinearMap, sizes
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import AdapterSpec, least_fault, probability_fault
 from lora_lab.errors import IncompatibleError
@@ -79,7 +79,7 @@ def _read_factors(sites: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[st
     return {"boft_n_butterfly_factor": max(counts)} if counts else {}
 
 
-class BOFT(InputAdapter):
+class BOFT(InputAdapter[BOFTSpec]):
     """The rotated input and scaled output of one linear map."""
 
     Spec = BOFTSpec
@@ -93,7 +93,7 @@ class BOFT(InputAdapter):
         from_shapes=_read_factors,
     )
 
-    def __init__(self, base: Any, spec: BOFTSpec):
+    def __init__(self, base: LinearMap, spec: BOFTSpec):
         super().__init__(base)
         self.spec = spec
         size = spec.boft_block_size or self.in_features // spec.boft_block_num
@@ -105,13 +105,13 @@ class BOFT(InputAdapter):
         self.s = nn.Parameter(s, requires_grad=spec.train_scale)
 
     @classmethod
-    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+    def site_parameter_count(cls, module: nn.Module, spec: BOFTSpec) -> int:
         out, inputs = sizes(module)
         size = spec.boft_block_size or inputs // spec.boft_block_num
         return spec.boft_n_butterfly_factor * inputs * size + (out if spec.train_scale else 0)
 
     @classmethod
-    def build(cls, sites: list[Site], spec: Any) -> dict[str, Adapter]:
+    def build(cls, sites: list[Site], spec: BOFTSpec) -> dict[str, Adapter]:
         """Makes the adapters.
 
         Raises:
@@ -120,9 +120,9 @@ class BOFT(InputAdapter):
         check_blocks(sites, spec, "boft_block_size", "boft_block_num")
         factors = spec.boft_n_butterfly_factor
         for site in sites:
-            module: Any = site.module
-            size = spec.boft_block_size or module.in_features // spec.boft_block_num
-            blocks = module.in_features // size
+            inputs = sizes(site.module)[1]
+            size = spec.boft_block_size or inputs // spec.boft_block_num
+            blocks = inputs // size
             if factors > 1 and (size % 2 or blocks % 2 ** (factors - 1)):
                 most = (blocks & -blocks).bit_length() if size % 2 == 0 else 1
                 raise IncompatibleError(
@@ -130,7 +130,7 @@ class BOFT(InputAdapter):
                     f"them that 2^{factors - 1} divides; {site.path} has {blocks} of {size}, which allow at "
                     f"most {most}. Use fewer factors or other blocks."
                 )
-        adapters: dict[str, Any] = super().build(sites, spec)
+        adapters = super().build(sites, spec)
         warn_of_dropouts(adapters, spec.dropout)
         return adapters
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_lab.adapters.base import Adapter, OutputAdapter, PeftLayout
-from lora_lab.adapters.maps import matrix, sizes
+from lora_lab.adapters.maps import LinearMap, matrix, sizes
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import AdapterSpec, least_fault, probability_fault
 from lora_lab.errors import IncompatibleError, TargetError
@@ -88,7 +88,7 @@ class CLOVERSpec(AdapterSpec):
         return found
 
 
-class CLOVER(OutputAdapter):
+class CLOVER(OutputAdapter[CLOVERSpec]):
     """One small matrix for each head, on the outputs of the map that holds A.
 
     Attributes:
@@ -109,7 +109,7 @@ class CLOVER(OutputAdapter):
         None, {"clover_dS": "dS", "clover_M_inverse": "M_inverse", "clover_N_inverse": "N_inverse"}
     )
 
-    def __init__(self, base: Any, spec: CLOVERSpec, role: str | None, partner: str | None):
+    def __init__(self, base: LinearMap, spec: CLOVERSpec, role: str | None, partner: str | None):
         super().__init__(base)
         self.spec, self.role, self.partner = spec, role, partner
         self.dropout = nn.Dropout(spec.dropout) if spec.dropout else nn.Identity()

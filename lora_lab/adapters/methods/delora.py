@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, PeftLayout
 from lora_lab.adapters.families.low_rank import LowRankAdapter, filled
-from lora_lab.adapters.maps import matrix
+from lora_lab.adapters.maps import LinearMap, matrix
 from lora_lab.adapters.protocols import RankAllocatable
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import AdapterSpec, least_fault, probability_fault
@@ -116,6 +116,7 @@ class DeLoRA(LowRankAdapter, RankAllocatable):
     w: Tensor
 
     Spec = DeLoRASpec
+    spec: DeLoRASpec
     paper = "Bini et al. 2025, arXiv:2503.18225"
     peft = PeftLayout(
         "DELORA",
@@ -124,7 +125,7 @@ class DeLoRA(LowRankAdapter, RankAllocatable):
         spec=_read_config,
     )
 
-    def __init__(self, base: Any, spec: DeLoRASpec):
+    def __init__(self, base: LinearMap, spec: DeLoRASpec):
         weight = widened(matrix(base))
         (rows, columns), residual = weight.shape, spec.init == "residual"
         A = kaiming_uniform(spec.rank, columns, dtype=weight.dtype)
@@ -134,7 +135,7 @@ class DeLoRA(LowRankAdapter, RankAllocatable):
         self.register_buffer("w", torch.linalg.vector_norm(weight, dim=0))
 
     @classmethod
-    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+    def site_parameter_count(cls, module: nn.Module, spec: DeLoRASpec) -> int:
         return super().site_parameter_count(module, spec) + 1
 
     @classmethod

@@ -29,7 +29,7 @@ from lora_lab.adapters.families.low_rank import (
     write_lora_config,
 )
 from lora_lab.adapters.families.magnitude import MagnitudeAdapter, gains
-from lora_lab.adapters.maps import is_convolution, matrix, mix, pointwise, project, sizes
+from lora_lab.adapters.maps import LinearMap, is_convolution, matrix, mix, pointwise, project, sizes
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.kaiming import kaiming_uniform
 from lora_lab.linalg.norms import SMALLEST_NORM, edited_row_norms
@@ -55,7 +55,7 @@ def _write_config(spec: DoRASpec) -> dict[str, Any]:
     return {**write_lora_config(spec), "use_dora": True, **foreign}
 
 
-class DoRA(MagnitudeAdapter):
+class DoRA(MagnitudeAdapter[DoRASpec]):
     """The adapter of one linear map."""
 
     weight_square: Tensor
@@ -73,7 +73,7 @@ class DoRA(MagnitudeAdapter):
         spec=lambda config: read_lora_config(config, "dora"),
     )
 
-    def __init__(self, base: Any, spec: DoRASpec):
+    def __init__(self, base: LinearMap, spec: DoRASpec):
         super().__init__(base)
         self.spec, self.scale = spec, spec.scale
         if spec.dora_axis == "in" and is_convolution(base):
@@ -91,7 +91,7 @@ class DoRA(MagnitudeAdapter):
         self.dropout = nn.Dropout(spec.dropout)
 
     @classmethod
-    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+    def site_parameter_count(cls, module: nn.Module, spec: DoRASpec) -> int:
         out, columns = sizes(module)
         return spec.rank * (out + columns) + (out if spec.dora_axis == "out" else columns)
 

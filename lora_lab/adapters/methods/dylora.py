@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.families.low_rank import LowRankAdapter, ScaledSpec
+from lora_lab.adapters.maps import LinearMap
 from lora_lab.adapters.protocols import NestedRank
 from lora_lab.errors import ConfigError
 
@@ -42,7 +42,7 @@ class DyLoRASpec(ScaledSpec):
     rank for every step: at a rank that stays, one component is all that is ever learned."""
 
 
-class DyLoRA(LowRankAdapter, NestedRank):
+class DyLoRA(LowRankAdapter[DyLoRASpec], NestedRank):
     """The adapter of one linear map.
 
     Attributes:
@@ -55,7 +55,7 @@ class DyLoRA(LowRankAdapter, NestedRank):
     Spec = DyLoRASpec
     paper = "Valipour et al. 2022, arXiv:2210.07558"
 
-    def __init__(self, base: Any, spec: DyLoRASpec):
+    def __init__(self, base: LinearMap, spec: DyLoRASpec):
         super().__init__(base, spec)
         self.ranks: Sequence[int] = range(1, spec.rank + 1)
         self.register_buffer("used", torch.zeros_like(self.kept))

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from lora_lab.adapters.base import PeftLayout
 from lora_lab.adapters.families.magnitude import MagnitudeAdapter, gains
 from lora_lab.adapters.families.singular_basis import BasisAdapter, BasisSpec, checked_rank, singular_basis
-from lora_lab.adapters.maps import matrix, sizes
+from lora_lab.adapters.maps import LinearMap, matrix, sizes
 from lora_lab.adapters.spec import LowRankSpec
 from lora_lab.linalg.norms import SMALLEST_NORM, edited_row_norms
 from lora_lab.linalg.rank import widened
@@ -60,7 +59,7 @@ class EDoRASpec(BasisSpec, LowRankSpec):
         return found
 
 
-class EDoRA(BasisAdapter, MagnitudeAdapter):
+class EDoRA(BasisAdapter[EDoRASpec], MagnitudeAdapter[EDoRASpec]):
     """The adapter of one linear map."""
 
     Spec = EDoRASpec
@@ -73,7 +72,7 @@ class EDoRA(BasisAdapter, MagnitudeAdapter):
     weight_square: Tensor
     on_basis: Tensor
 
-    def __init__(self, base: Any, spec: EDoRASpec):
+    def __init__(self, base: LinearMap, spec: EDoRASpec):
         checked_rank(base, spec.rank)
         super().__init__(base, spec, singular_basis(base, spec, torch.arange(spec.rank)))
         self.R = nn.Parameter(spec.init_sigma * torch.randn(spec.rank, spec.rank, dtype=self.dtype))
@@ -86,7 +85,7 @@ class EDoRA(BasisAdapter, MagnitudeAdapter):
         self.dropout = nn.Dropout(spec.dropout)
 
     @classmethod
-    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+    def site_parameter_count(cls, module: nn.Module, spec: EDoRASpec) -> int:
         return spec.rank**2 + sizes(module)[0]
 
     def tensors_changed(self) -> None:

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, AdditiveAdapter, PeftLayout
+from lora_lab.adapters.maps import LinearMap
 from lora_lab.adapters.sites import Site, match_pattern
 from lora_lab.adapters.spec import AdapterSpec, least_fault
 from lora_lab.errors import IncompatibleError, TargetError
@@ -73,7 +74,7 @@ def _read_config(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write_pattern(adapters: Mapping[str, Any]) -> dict[str, Any]:
+def _write_pattern(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
     # Whole paths: PEFT knows no roles.
     return {"n_frequency_pattern": {path: len(adapter.c) for path, adapter in adapters.items()}}
 
@@ -83,7 +84,7 @@ def _spec_at(site: Site, spec: FourierFTSpec) -> FourierFTSpec:
     return spec if count is None else replace(spec, n_frequency=count)
 
 
-class FourierFT(AdditiveAdapter):
+class FourierFT(AdditiveAdapter[FourierFTSpec]):
     """The adapter of one linear map."""
 
     indices: Tensor
@@ -101,7 +102,7 @@ class FourierFT(AdditiveAdapter):
         site_config=_write_pattern,
     )
 
-    def __init__(self, base: Any, spec: FourierFTSpec):
+    def __init__(self, base: LinearMap, spec: FourierFTSpec):
         super().__init__(base)
         self.spec = spec
         m, n, count = self.out_features, self.in_features, spec.n_frequency

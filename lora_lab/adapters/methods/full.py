@@ -33,7 +33,7 @@ class FullSpec(AdapterSpec):
     """Which modules are trained; `all` trains every parameter."""
 
 
-class Full(TrainedCopy):
+class Full(TrainedCopy[FullSpec]):
     """A trained copy of one module."""
 
     Spec = FullSpec
@@ -47,12 +47,12 @@ class Full(TrainedCopy):
         return super().accepts(module) or (holds_codes(module) and not any(module.children()))
 
     @classmethod
-    def parameter_count(cls, model: nn.Module, sites: list[Site], spec: Any) -> int:
+    def parameter_count(cls, model: nn.Module, sites: list[Site], spec: FullSpec) -> int:
         """Counts tied parameters once."""
         return sum({id(p): p.numel() for site in sites for p in site.module.parameters()}.values())
 
     @classmethod
-    def build(cls, sites: list[Site], spec: Any) -> dict[str, Adapter]:
+    def build(cls, sites: list[Site], spec: FullSpec) -> dict[str, Adapter]:
         """Copies the modules; one that owns parameters beside its parts is copied with its parts.
 
         Raises:

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, InputAdapter, PeftLayout
-from lora_lab.adapters.maps import sizes
+from lora_lab.adapters.maps import LinearMap, sizes
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import IncompatibleError
@@ -52,18 +51,18 @@ class GOFTSpec(AdapterSpec):
         return found
 
 
-class GOFT(InputAdapter):
+class GOFT(InputAdapter[GOFTSpec]):
     """The rotated input of one linear map."""
 
-    theta: Any
-    G: Any
+    theta: nn.Parameter | None
+    G: nn.Parameter | None
 
     Spec = GOFTSpec
     family = "orthogonal"
     paper = "Ma et al. 2024, arXiv:2404.04316"
     peft = PeftLayout(None, {"givens_hard": "theta", "givens_soft": "G"})
 
-    def __init__(self, base: Any, spec: GOFTSpec):
+    def __init__(self, base: LinearMap, spec: GOFTSpec):
         super().__init__(base)
         self.spec = spec
         pairs = self.in_features - 1
@@ -72,20 +71,18 @@ class GOFT(InputAdapter):
         self.G = None if spec.strict_oft else nn.Parameter(identities)
 
     @classmethod
-    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+    def site_parameter_count(cls, module: nn.Module, spec: GOFTSpec) -> int:
         return (sizes(module)[1] - 1) * (1 if spec.strict_oft else 4)
 
     @classmethod
-    def build(cls, sites: list[Site], spec: Any) -> dict[str, Adapter]:
+    def build(cls, sites: list[Site], spec: GOFTSpec) -> dict[str, Adapter]:
         """Makes the adapters.
 
         Raises:
             IncompatibleError: if a site has a single input.
         """
         for site in sites:
-            module: Any = site.module
-            inputs = module.in_features
-            if inputs < 2:
+            if sizes(site.module)[1] < 2:
                 raise IncompatibleError(
                     f"adapter.targets: {site.path} has one input, which cannot be rotated; take it out."
                 )
@@ -93,8 +90,9 @@ class GOFT(InputAdapter):
 
     def pair_blocks(self) -> Float[Tensor, "pairs 2 2"]:
         """Returns the G of all pairs."""
-        if self.theta is None:
+        if self.G is not None:
             return self.G
+        assert self.theta is not None  # exactly one of the two is there
         return givens(math.pi * self.theta.tanh())
 
     def rotated(self, x: Tensor, inverse: bool = False) -> Tensor:

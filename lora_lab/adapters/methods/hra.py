@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import InputAdapter, PeftLayout
-from lora_lab.adapters.maps import sizes
+from lora_lab.adapters.maps import LinearMap, sizes
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.kaiming import kaiming_uniform
@@ -88,7 +88,7 @@ def _read_config(config: dict[str, Any]) -> dict[str, Any]:
     return {"rank": config["r"], "apply_GS": gram_schmidt, "identity_start": identity}
 
 
-class HRA(InputAdapter):
+class HRA(InputAdapter[HRASpec]):
     """The reflected input of one linear map."""
 
     Spec = HRASpec
@@ -99,7 +99,7 @@ class HRA(InputAdapter):
     start_u: Tensor | None
     spared_from_decay = ("u",)  # only its direction counts
 
-    def __init__(self, base: nn.Module, spec: HRASpec):
+    def __init__(self, base: LinearMap, spec: HRASpec):
         super().__init__(base)
         self.spec = spec
         if spec.apply_GS and spec.rank > self.in_features:
@@ -117,7 +117,7 @@ class HRA(InputAdapter):
         self.register_buffer("start_u", orthonormal_columns(u) if cancelled else None)
 
     @classmethod
-    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+    def site_parameter_count(cls, module: nn.Module, spec: HRASpec) -> int:
         return sizes(module)[1] * spec.rank
 
     def chain(self) -> Tensor:

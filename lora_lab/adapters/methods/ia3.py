@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, InputAdapter, OutputAdapter, PeftLayout
-from lora_lab.adapters.maps import sizes
+from lora_lab.adapters.maps import LinearMap, sizes
 from lora_lab.adapters.sites import Site, is_named
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import TargetError, suggest
@@ -50,7 +50,7 @@ def _at_input(site: Site, spec: IA3Spec) -> bool:
     return any(is_named(site, name) for name in spec.feedforward_modules)
 
 
-class IA3(OutputAdapter):
+class IA3(OutputAdapter[IA3Spec]):
     """The rescaled output of one linear map."""
 
     Spec = IA3Spec
@@ -59,7 +59,7 @@ class IA3(OutputAdapter):
     spared_from_decay = ("l",)
     peft = PeftLayout("IA3", {"ia3_l": "l"}, from_shapes=_read_shapes, site_config=_write_paths)
 
-    def __init__(self, base: nn.Module, spec: IA3Spec):
+    def __init__(self, base: LinearMap, spec: IA3Spec):
         super().__init__(base)
         self.l = nn.Parameter(torch.ones(self.out_features, 1, dtype=self.dtype))
 
@@ -86,14 +86,14 @@ class IA3(OutputAdapter):
         return y * self.l.flatten()
 
 
-class IA3Input(InputAdapter):
+class IA3Input(InputAdapter[IA3Spec]):
     """The rescaled input of one linear map."""
 
     Spec = IA3Spec
     peft = IA3.peft
     spared_from_decay = ("l",)
 
-    def __init__(self, base: nn.Module, spec: IA3Spec):
+    def __init__(self, base: LinearMap, spec: IA3Spec):
         super().__init__(base)
         self.l = nn.Parameter(torch.ones(1, self.in_features, dtype=self.dtype))
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -31,7 +30,7 @@ from lora_lab.adapters.families.lycoris import (
     read_lycoris_config,
     recomputed,
 )
-from lora_lab.adapters.maps import matrix, mix, project, sizes
+from lora_lab.adapters.maps import LinearMap, matrix, mix, project, sizes
 from lora_lab.linalg.rank import product_singular_values, widened
 
 
@@ -42,7 +41,7 @@ class LoHaSpec(LycorisSpec):
     method: str = "loha"
 
 
-class LoHa(LycorisAdapter):
+class LoHa(LycorisAdapter[LoHaSpec]):
     """The adapter of one linear map."""
 
     Spec = LoHaSpec
@@ -56,12 +55,12 @@ class LoHa(LycorisAdapter):
         spec=read_lycoris_config,
     )
 
-    def __init__(self, base: Any, spec: LoHaSpec):
+    def __init__(self, base: LinearMap, spec: LoHaSpec):
         super().__init__(base, spec)
         rank, out, columns, core = spec.rank, self.out_features, self.in_features, self.core
         left, right = (out, rank), (rank, columns)
         if core is not None:
-            left, right = (rank, out), (rank, base.in_channels)
+            left, right = (rank, out), (rank, base.weight.shape[1])
         lycoris = spec.init == "lycoris"
         one, tenth = (1.0, 0.1) if lycoris else (None, None)
         self.w1_a, self.w1_b = self.started(*left, spread=tenth), self.started(*right, spread=one)
@@ -75,11 +74,13 @@ class LoHa(LycorisAdapter):
         self.factored = 3 * rank**2 * (out + columns) < out * columns
 
     @classmethod
-    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+    def site_parameter_count(cls, module: nn.Module, spec: LoHaSpec) -> int:
         shape = core_shape(module, spec)
         if shape is None:
             return 2 * spec.rank * sum(sizes(module))
-        return 2 * (spec.rank * (module.out_channels + module.in_channels) + math.prod(shape))
+        out, columns = sizes(module)
+        channels = columns // math.prod(shape[2:])
+        return 2 * (spec.rank * (out + channels) + math.prod(shape))
 
     def products(self, kept: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns both pairs of factors; the first one also holds the scale, and what dropout leaves."""

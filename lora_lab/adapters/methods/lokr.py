@@ -35,7 +35,7 @@ from lora_lab.adapters.families.lycoris import (
     recomputed,
     write_lycoris_config,
 )
-from lora_lab.adapters.maps import is_convolution, mix, pointwise, project, sizes
+from lora_lab.adapters.maps import LinearMap, is_convolution, mix, pointwise, project, sizes
 from lora_lab.adapters.sites import Site
 from lora_lab.linalg.rank import product_singular_values
 
@@ -76,7 +76,7 @@ def factorization(dimension: int, factor: int) -> tuple[int, int]:
     return small, dimension // small
 
 
-class LoKr(LycorisAdapter):
+class LoKr(LycorisAdapter[LoKrSpec]):
     """The adapter of one linear map."""
 
     w1: Any
@@ -98,7 +98,7 @@ class LoKr(LycorisAdapter):
         spec=read_lycoris_config,
     )
 
-    def __init__(self, base: Any, spec: LoKrSpec):
+    def __init__(self, base: LinearMap, spec: LoKrSpec):
         super().__init__(base, spec)
         rank, kernel = spec.rank, base.weight.shape[2:]
         self.spatial = len(kernel)
@@ -124,7 +124,7 @@ class LoKr(LycorisAdapter):
         self.swapped = isinstance(base, nn.Conv1d) and self.w2 is not None
 
     @classmethod
-    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+    def site_parameter_count(cls, module: nn.Module, spec: LoKrSpec) -> int:
         out, columns = sizes(module)
         kernel = math.prod(module.kernel_size) if is_convolution(module) else 1
         rows, k = factorization(out, spec.decompose_factor)
@@ -136,9 +136,9 @@ class LoKr(LycorisAdapter):
         return first + rank * (k + q * kernel if shape is None else k + q) + math.prod(shape or (0,))
 
     @classmethod
-    def build(cls, sites: list[Site], spec: Any) -> dict[str, Adapter]:
+    def build(cls, sites: list[Site], spec: LoKrSpec) -> dict[str, Adapter]:
         """Makes the adapters. Warns, once, of sides without a divisor to split them by."""
-        adapters: dict[str, Any] = super().build(sites, spec)
+        adapters = super().build(sites, spec)
         whole = [path for path, adapter in adapters.items() if (adapter.l, adapter.p) == (1, 1)]
         if whole and spec.decompose_factor != 1:
             named = ", ".join(whole[:3]) + (f" and {len(whole) - 3} more" if len(whole) > 3 else "")

@@ -13,7 +13,6 @@ Embeddings: see `embedding`; experts stacked in one parameter: see `experts`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,7 +23,7 @@ from lora_lab.adapters.families.embedding import LowRankEmbedding
 from lora_lab.adapters.families.experts import LowRankExperts, target_parameters
 from lora_lab.adapters.families.low_rank import LowRankAdapter, read_lora_config, write_lora_config
 from lora_lab.adapters.families.starts import FROM_ZERO, SUBTRACTED, StartedSpec, start
-from lora_lab.adapters.maps import pointwise, sizes
+from lora_lab.adapters.maps import LinearMap, pointwise, sizes
 from lora_lab.adapters.protocols import Growable, RankAllocatable, Shareable
 from lora_lab.adapters.sites import Site, site_spec
 from lora_lab.errors import IncompatibleError
@@ -48,7 +47,7 @@ class LoRASpec(StartedSpec):
         return found
 
 
-class LoRA(LowRankAdapter, RankAllocatable, Growable, Shareable):
+class LoRA(LowRankAdapter[LoRASpec], RankAllocatable, Growable, Shareable):
     """The adapter of one linear map."""
 
     convolves = True
@@ -65,19 +64,19 @@ class LoRA(LowRankAdapter, RankAllocatable, Growable, Shareable):
         site_config=target_parameters,
     )
 
-    def __init__(self, base: Any, spec: LoRASpec):
+    def __init__(self, base: LinearMap, spec: LoRASpec):
         super().__init__(base, spec, start(base, spec), subtract=spec.init in SUBTRACTED)
         self.c = nn.Parameter(torch.zeros(self.out_features, dtype=self.dtype)) if spec.lora_bias else None
 
     @classmethod
-    def parameter_count(cls, model: nn.Module, sites: list[Site], spec: Any) -> int:
+    def parameter_count(cls, model: nn.Module, sites: list[Site], spec: LoRASpec) -> int:
         experts = [site for site in sites if LowRankExperts.accepts(site.module)]
         others = [site for site in sites if site not in experts]
         counts = (LowRankExperts.count(site, site_spec(spec, site)) for site in experts)
         return super().parameter_count(model, others, spec) + sum(counts)
 
     @classmethod
-    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+    def site_parameter_count(cls, module: nn.Module, spec: LoRASpec) -> int:
         if LowRankEmbedding.accepts(module):
             return LowRankEmbedding.site_parameter_count(module, spec)
         return super().site_parameter_count(module, spec) + (sizes(module)[0] if spec.lora_bias else 0)
@@ -93,7 +92,7 @@ class LoRA(LowRankAdapter, RankAllocatable, Growable, Shareable):
         return super().accepts(module) or special
 
     @classmethod
-    def at(cls, site: Site, spec: LoRASpec, *shared: Any) -> Adapter:
+    def at(cls, site: Site, spec: LoRASpec, *shared: object) -> Adapter:
         """Makes the adapter; an embedding has one of its own."""
         if LowRankExperts.accepts(site.module):
             return LowRankExperts.at(site, spec)

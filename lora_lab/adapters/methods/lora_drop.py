@@ -15,14 +15,13 @@ from torch's own generator, which gradient checkpointing sets back where it comp
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lora_lab.adapters.families.low_rank import LowRankAdapter, ScaledSpec
-from lora_lab.adapters.maps import mix, project
+from lora_lab.adapters.maps import LinearMap, mix, project
 from lora_lab.adapters.protocols import Growable, RandomlyDropped, RankAllocatable, Shareable
 from lora_lab.adapters.spec import probability_fault
 from lora_lab.errors import ConfigError
@@ -43,7 +42,7 @@ class LoRADropSpec(ScaledSpec):
         return super().faults() + probability_fault("drop_prob", self.drop_prob)
 
 
-class LoRADrop(LowRankAdapter, RankAllocatable, Growable, Shareable, RandomlyDropped):
+class LoRADrop(LowRankAdapter[LoRADropSpec], RankAllocatable, Growable, Shareable, RandomlyDropped):
     """The adapter of one linear map."""
 
     convolves = True
@@ -51,7 +50,7 @@ class LoRADrop(LowRankAdapter, RankAllocatable, Growable, Shareable, RandomlyDro
     Spec = LoRADropSpec
     paper = "Zhang 2025, arXiv:2508.17337"
 
-    def __init__(self, base: Any, spec: LoRADropSpec):
+    def __init__(self, base: LinearMap, spec: LoRADropSpec):
         super().__init__(base, spec)
         self.drop_prob = spec.drop_prob
 

@@ -31,7 +31,7 @@ class LoRAPruneSpec(ScaledSpec):
     method: str = "lora_prune"
 
 
-class LoRAPrune(LowRankAdapter, Prunable):
+class LoRAPrune(LowRankAdapter[LoRAPruneSpec], Prunable):
     """The adapter of one linear map."""
 
     convolves = True

@@ -32,7 +32,7 @@ from lora_lab.adapters.families.blocks import (
     warn_of_dropouts,
     with_identities,
 )
-from lora_lab.adapters.maps import sizes
+from lora_lab.adapters.maps import LinearMap, sizes
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import AdapterSpec, least_fault, probability_fault
 from lora_lab.errors import IncompatibleError
@@ -122,7 +122,7 @@ def block_size(inputs: int, spec: OFTSpec) -> int:
     return given if spec.oft_block_size else inputs // given
 
 
-class OFT(InputAdapter):
+class OFT(InputAdapter[OFTSpec]):
     """The rotated input of one linear map."""
 
     Spec = OFTSpec
@@ -136,7 +136,7 @@ class OFT(InputAdapter):
         spec=_read_config,
     )
 
-    def __init__(self, base: Any, spec: OFTSpec):
+    def __init__(self, base: LinearMap, spec: OFTSpec):
         super().__init__(base)
         self.spec = spec
         self.block_size = block_size(self.in_features, spec)
@@ -146,16 +146,16 @@ class OFT(InputAdapter):
         self.q = nn.Parameter(torch.zeros(rows, pairs, dtype=self.dtype))
 
     @classmethod
-    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+    def site_parameter_count(cls, module: nn.Module, spec: OFTSpec) -> int:
         inputs = sizes(module)[1]
         size = block_size(inputs, spec)
         return (1 if spec.block_share else inputs // size) * (size * (size - 1) // 2)
 
     @classmethod
-    def build(cls, sites: list[Site], spec: Any) -> dict[str, Adapter]:
+    def build(cls, sites: list[Site], spec: OFTSpec) -> dict[str, Adapter]:
         """Makes the adapters."""
         check_blocks(sites, spec, "oft_block_size", "r", spec.auto_adjust)
-        adapters: dict[str, Any] = super().build(sites, spec)
+        adapters = super().build(sites, spec)
         warn_of_dropouts(adapters, spec.dropout)
         return adapters
 

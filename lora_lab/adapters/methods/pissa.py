@@ -16,7 +16,7 @@ PEFT's own file holds A and B alone and PEFT decomposes W again; ours opens ther
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lora_lab.adapters.base import PeftLayout
 from lora_lab.adapters.families.low_rank import LowRankAdapter, read_lora_config, write_lora_config
 from lora_lab.adapters.families.starts import StartedSpec, start
-from lora_lab.adapters.maps import matrix, mix, project
+from lora_lab.adapters.maps import LinearMap, matrix, mix, project
 from lora_lab.adapters.protocols import RankAllocatable
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.rank import widened
@@ -54,7 +54,7 @@ class PiSSASpec(StartedSpec):
         return found
 
 
-class PiSSA(LowRankAdapter, RankAllocatable):
+class PiSSA(LowRankAdapter[PiSSASpec], RankAllocatable):
     """The adapter of one linear map."""
 
     start_A: Tensor
@@ -70,7 +70,7 @@ class PiSSA(LowRankAdapter, RankAllocatable):
         spec=lambda config: read_lora_config(config, "pissa"),
     )
 
-    def __init__(self, base: Any, spec: PiSSASpec):
+    def __init__(self, base: LinearMap, spec: PiSSASpec):
         if spec.mode == "residual" and not isinstance(base.weight, nn.Parameter):
             raise IncompatibleError(
                 "adapter.mode: residual holds W − s·B·A as a dense weight, which would undo the base's "

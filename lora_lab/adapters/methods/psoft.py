@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.base import PeftLayout
 from lora_lab.adapters.families.singular_basis import Basis, BasisSpec, CoreUpdate, checked_rank
-from lora_lab.adapters.maps import finite_matrix
+from lora_lab.adapters.maps import LinearMap, finite_matrix
 from lora_lab.adapters.spec import least_fault, probability_fault
 from lora_lab.linalg.orthogonal import cayley_change, neumann_change, skew
 from lora_lab.linalg.spectral import principal_part
@@ -122,7 +122,7 @@ def _read_config(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _basis(base: Any, spec: PSOFTSpec) -> Basis:
+def _basis(base: LinearMap, spec: PSOFTSpec) -> Basis:
     """Returns U, S and Vᵀ with the signs that PEFT finds: its files hold neither."""
     checked_rank(base, spec.rank)
     weight = finite_matrix(base, spec.method)
@@ -135,7 +135,7 @@ def _basis(base: Any, spec: PSOFTSpec) -> Basis:
     return U, S, V.T
 
 
-class PSOFT(CoreUpdate):
+class PSOFT(CoreUpdate[PSOFTSpec]):
     """The adapter of one linear map."""
 
     Spec = PSOFTSpec
@@ -149,7 +149,7 @@ class PSOFT(CoreUpdate):
         spec=_read_config,
     )
 
-    def __init__(self, base: Any, spec: PSOFTSpec):
+    def __init__(self, base: LinearMap, spec: PSOFTSpec):
         super().__init__(base, spec, _basis(base, spec))
         self.dropout = nn.Dropout(spec.dropout) if spec.dropout else nn.Identity()
         rank = spec.rank
@@ -166,7 +166,7 @@ class PSOFT(CoreUpdate):
         return super().turned(self.dropout(x))
 
     @classmethod
-    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+    def site_parameter_count(cls, module: nn.Module, spec: PSOFTSpec) -> int:
         rank = spec.rank
         rotation = rank * (rank - 1) // 2 if spec.psoft_orth else rank**2
         return rotation + rank * (spec.psoft_mag_a + spec.psoft_mag_b)

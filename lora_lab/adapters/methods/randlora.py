@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +30,7 @@ from lora_lab.adapters.families.projections import (
     peft_layout,
     scaled_linear,
 )
-from lora_lab.adapters.maps import sizes
+from lora_lab.adapters.maps import LinearMap, sizes
 from lora_lab.adapters.spec import zero_fault
 from lora_lab.errors import IncompatibleError
 
@@ -67,7 +66,7 @@ class RandLoRASpec(ProjectedSpec):
         return found
 
 
-class RandLoRA(ProjectedAdapter):
+class RandLoRA(ProjectedAdapter[RandLoRASpec]):
     """The adapter of one linear map."""
 
     Spec = RandLoRASpec
@@ -78,7 +77,7 @@ class RandLoRA(ProjectedAdapter):
         {"randlora_alpha": "alpha", "sparse": "sparse", "very_sparse": "very_sparse"},
     )
 
-    def __init__(self, base: Any, spec: RandLoRASpec, projections: Projections):
+    def __init__(self, base: LinearMap, spec: RandLoRASpec, projections: Projections):
         super().__init__(base, spec, projections)
         self.small, self.large = sorted((self.in_features, self.out_features))
         if spec.rank > self.small:
@@ -98,12 +97,14 @@ class RandLoRA(ProjectedAdapter):
         self.gamma = nn.Parameter(torch.full((bases, self.small), 1 / self.small, dtype=self.dtype))
 
     @classmethod
-    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+    def site_parameter_count(cls, module: nn.Module, spec: RandLoRASpec) -> int:
         small = min(sizes(module))
         return math.ceil(small / spec.rank) * (spec.rank + small)
 
     @classmethod
-    def draw(cls, rows: int, columns: int, spec: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw(
+        cls, rows: int, columns: int, spec: RandLoRASpec, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         """Draws A first, then B basis by basis, in bfloat16 unless sparse."""
         small, large = sorted((rows, columns))
         bases = math.ceil(small / spec.rank)

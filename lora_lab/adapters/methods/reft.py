@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Union  # noqa: UP035  (omegaconf reads typing.Union)
+from typing import Literal, Union, cast  # noqa: UP035  (omegaconf reads typing.Union)
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lora_lab.adapters.base import Adapter, HiddenStateAdapter, PeftLayout
 from lora_lab.adapters.families.positions import Positions, read_counts
-from lora_lab.adapters.maps import is_linear
+from lora_lab.adapters.maps import LinearMap, is_linear
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import AdapterSpec, least_fault, probability_fault
 from lora_lab.errors import IncompatibleError
@@ -147,9 +147,19 @@ class Edit(nn.Module):
             return delta
 
 
-def entry_of(block: nn.Module) -> Any:
-    """Returns a block's first linear map, or None."""
-    return next((part for part in block.modules() if is_linear(part)), None)
+def entry_of(block: nn.Module, rank: int) -> LinearMap:
+    """Returns a block's first linear map: a block reads what it adds to, so this shows their width.
+
+    Raises:
+        IncompatibleError: if there is none, or its inputs are fewer than the rank.
+    """
+    entry = next((part for part in block.modules() if is_linear(part)), None)
+    if entry is None or rank > entry.in_features:
+        raise IncompatibleError(
+            f"adapter.rank: reft edits blocks beginning with a linear map of {rank} inputs or more; "
+            f"{type(block).__name__} begins with {entry}. Lower the rank or name other targets."
+        )
+    return entry
 
 
 def edit_names(spec: ReFTSpec) -> list[str]:
@@ -158,7 +168,7 @@ def edit_names(spec: ReFTSpec) -> list[str]:
     return ["t"] if spec.share_weights or not counts else list(counts)
 
 
-class ReFT(HiddenStateAdapter):
+class ReFT(HiddenStateAdapter[ReFTSpec]):
     """The edits of one block's output: of first tokens (f), of last tokens (l), or one for all (t)."""
 
     Spec = ReFTSpec
@@ -166,27 +176,22 @@ class ReFT(HiddenStateAdapter):
     paper = "Wu et al. 2024, arXiv:2404.03592"
     identity_at_start = False
     reads_prompt_lengths = True
-    edits: Any
+    edits: Mapping[str, Edit]
     peft = PeftLayout(None, tensors={})
 
     def __init__(self, base: nn.Module, spec: ReFTSpec, positions: Positions):
         super().__init__(base)
         self.spec = spec
         self.positions = positions
-        entry = entry_of(base)
-        if entry is None or spec.rank > entry.in_features:
-            raise IncompatibleError(
-                f"adapter.rank: reft edits blocks beginning with a linear map of {spec.rank} inputs or more; "
-                f"{type(base).__name__} begins with {entry}. Lower the rank or name other targets."
-            )
-        # A block reads what it adds to: its first linear map shows the width of the hidden states.
-        self.width: int = entry.in_features
+        entry = entry_of(base, spec.rank)
+        self.width = entry.in_features
         dtype = torch.promote_types(entry.weight.dtype, torch.float32)
-        self.edits = nn.ModuleDict({name: Edit(self.width, spec, dtype) for name in edit_names(spec)})
+        edits = {name: Edit(self.width, spec, dtype) for name in edit_names(spec)}
+        self.edits = cast(Mapping[str, Edit], nn.ModuleDict(edits))
 
     @classmethod
-    def site_parameter_count(cls, module: Any, spec: Any) -> int:
-        width, rank = entry_of(module).in_features, spec.rank
+    def site_parameter_count(cls, module: nn.Module, spec: ReFTSpec) -> int:
+        width, rank = entry_of(module, spec.rank).in_features, spec.rank
         edit = (2 if spec.intervention in SOURCED else 1) * width * rank + rank
         return len(edit_names(spec)) * edit
 
@@ -198,8 +203,7 @@ class ReFT(HiddenStateAdapter):
 
     @classmethod
     def watch(cls, model: nn.Module, adapters: Mapping[str, Adapter]) -> list[RemovableHandle]:
-        positions: Any = next(iter(adapters.values())).positions
-        return positions.watch(model)
+        return cast(ReFT, next(iter(adapters.values()))).positions.watch(model)
 
     def transform_hidden(self, hidden: Tensor) -> Tensor:
         if hidden.shape[-1] != self.width:

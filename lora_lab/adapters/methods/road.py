@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, OutputAdapter, PeftLayout
-from lora_lab.adapters.maps import sizes
+from lora_lab.adapters.maps import LinearMap, sizes
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import IncompatibleError
@@ -60,7 +60,7 @@ def _write_config(spec: RoAdSpec) -> dict[str, Any]:
     return {"init_weights": spec.init == "default"}
 
 
-class RoAd(OutputAdapter):
+class RoAd(OutputAdapter[RoAdSpec]):
     """The turned output of one linear map."""
 
     Spec = RoAdSpec
@@ -75,7 +75,7 @@ class RoAd(OutputAdapter):
         spec=lambda config: {"init": "default" if config.get("init_weights", True) else "random"},
     )
 
-    def __init__(self, base: Any, spec: RoAdSpec):
+    def __init__(self, base: LinearMap, spec: RoAdSpec):
         super().__init__(base)
         self.spec = spec
         count = self.site_parameter_count(base, spec) // 2
@@ -84,7 +84,7 @@ class RoAd(OutputAdapter):
         self.alpha = nn.Parameter(1 + spread * torch.randn(count, dtype=self.dtype))
 
     @classmethod
-    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+    def site_parameter_count(cls, module: nn.Module, spec: RoAdSpec) -> int:
         return {"road_1": 1, "road_2": 2, "road_4": 4}[spec.variant] * sizes(module)[0]
 
     @classmethod

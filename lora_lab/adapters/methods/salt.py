@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -32,7 +32,7 @@ from lora_lab.adapters.families.singular_basis import (
     checked_rank,
     singular_basis,
 )
-from lora_lab.adapters.maps import sizes
+from lora_lab.adapters.maps import LinearMap, sizes
 from lora_lab.adapters.spec import least_fault
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.kaiming import kaiming_uniform
@@ -87,14 +87,14 @@ def top(spec: SALTSpec, values: int) -> int:
     return spec.rank if spec.rank is not None else max(1, int(values * (spec.ratio or 0)))
 
 
-class SALT(BasisUpdate):
+class SALT(BasisUpdate[SALTSpec]):
     """The adapter of one linear map."""
 
     Spec = SALTSpec
     paper = "Elsayed et al. 2025, arXiv:2503.16055"
     peft = PeftLayout(None, {"salt_alpha": "alpha", "salt_beta": "beta", "salt_X": "X", "salt_Y": "Y"})
 
-    def __init__(self, base: Any, spec: SALTSpec):
+    def __init__(self, base: LinearMap, spec: SALTSpec):
         values = checked_rank(base, spec.rank or 1)
         rank = top(spec, values)
         rest = values - rank
@@ -115,7 +115,7 @@ class SALT(BasisUpdate):
             self.Y = nn.Parameter(torch.zeros(spec.r_lora, rest, dtype=self.dtype))
 
     @classmethod
-    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+    def site_parameter_count(cls, module: nn.Module, spec: SALTSpec) -> int:
         values = min(sizes(module))
         rank = top(spec, values)
         return 2 * rank + 2 * spec.r_lora * (values - rank)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -27,7 +26,7 @@ from lora_lab.adapters.families.singular_basis import (
     checked_rank,
     singular_basis,
 )
-from lora_lab.adapters.maps import sizes
+from lora_lab.adapters.maps import LinearMap, sizes
 from lora_lab.adapters.sites import Site
 from lora_lab.adapters.spec import least_fault
 
@@ -59,14 +58,14 @@ def tail_of(spec: SaltEDoRASpec, values: int) -> int:
     return min(spec.rank, values - spec.rank)
 
 
-class SaltEDoRA(BasisUpdate):
+class SaltEDoRA(BasisUpdate[SaltEDoRASpec]):
     """The adapter of one linear map."""
 
     Spec = SaltEDoRASpec
     paper = "-"
     peft = PeftLayout(None, {"salt_alpha": "alpha", "salt_beta": "beta", "edora_R": "R"})
 
-    def __init__(self, base: Any, spec: SaltEDoRASpec):
+    def __init__(self, base: LinearMap, spec: SaltEDoRASpec):
         values = checked_rank(base, spec.rank)
         tail = tail_of(spec, values)
         index = torch.cat([torch.arange(spec.rank), torch.arange(values - tail, values)])
@@ -75,7 +74,7 @@ class SaltEDoRA(BasisUpdate):
         self.R = self._zeros(tail, tail) if tail else None  # None where the head has all singular values
 
     @classmethod
-    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+    def site_parameter_count(cls, module: nn.Module, spec: SaltEDoRASpec) -> int:
         return 2 * spec.rank + tail_of(spec, min(sizes(module))) ** 2
 
     def _zeros(self, *shape: int) -> nn.Parameter:
@@ -83,7 +82,7 @@ class SaltEDoRA(BasisUpdate):
 
     @classmethod
     def build(cls, sites: list[Site], spec: SaltEDoRASpec) -> dict[str, Adapter]:
-        adapters: dict[str, Any] = super().build(sites, spec)
+        adapters = super().build(sites, spec)
         whole = [path for path, adapter in adapters.items() if adapter.R is None]
         if whole:
             log.info("adapter.rank: leaves no singular value for a tail in %s", ", ".join(whole))

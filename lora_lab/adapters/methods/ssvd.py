@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.base import PeftLayout
 from lora_lab.adapters.families.singular_basis import BasisSpec, CoreUpdate, checked_rank, singular_basis
-from lora_lab.adapters.maps import sizes
+from lora_lab.adapters.maps import LinearMap, sizes
 from lora_lab.adapters.spec import least_fault
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.orthogonal import cayley, skew
@@ -76,7 +76,7 @@ def rotated_values(spec: SSVDSpec, values: int) -> int:
     return spec.rank or int(values * (spec.rotation_ratio or 0))
 
 
-class SSVD(CoreUpdate):
+class SSVD(CoreUpdate[SSVDSpec]):
     """The adapter of one linear map."""
 
     Spec = SSVDSpec
@@ -87,7 +87,7 @@ class SSVD(CoreUpdate):
 
     theta: Any
 
-    def __init__(self, base: Any, spec: SSVDSpec):
+    def __init__(self, base: LinearMap, spec: SSVDSpec):
         values = checked_rank(base, spec.rank or 1)
         rank = rotated_values(spec, values)
         if not rank:
@@ -103,7 +103,7 @@ class SSVD(CoreUpdate):
         self.dsigma = nn.Parameter(torch.zeros(rank, dtype=self.dtype))
 
     @classmethod
-    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+    def site_parameter_count(cls, module: nn.Module, spec: SSVDSpec) -> int:
         k = rotated_values(spec, min(sizes(module)))
         return k + (k**2 if spec.rotation == "free" else k * (k - 1) // 2)
 

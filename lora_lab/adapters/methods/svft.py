@@ -19,7 +19,7 @@ Singular vectors are unique up to signs only, so that U, Vh and the pattern are 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lora_lab.adapters.base import AdditiveAdapter, PeftLayout
-from lora_lab.adapters.maps import finite_matrix, matrix, sizes
+from lora_lab.adapters.maps import LinearMap, finite_matrix, matrix, sizes
 from lora_lab.adapters.protocols import RankAllocatable
 from lora_lab.adapters.spec import AdapterSpec, least_fault
 from lora_lab.errors import IncompatibleError
@@ -74,7 +74,7 @@ class SVFTSpec(AdapterSpec):
         return found
 
 
-class SVFT(AdditiveAdapter, RankAllocatable):
+class SVFT(AdditiveAdapter[SVFTSpec], RankAllocatable):
     """The adapter of one linear map. Every pair of the pattern is a component."""
 
     U: Tensor
@@ -89,7 +89,7 @@ class SVFT(AdditiveAdapter, RankAllocatable):
     paper = "Lingam et al. 2024, arXiv:2405.19597"
     peft = PeftLayout(None, {f"svft_{name}": name for name in ("c", "rows", "cols", "U", "Vh")})
 
-    def __init__(self, base: Any, spec: SVFTSpec):
+    def __init__(self, base: LinearMap, spec: SVFTSpec):
         super().__init__(base)
         self.spec = spec
         least = min(matrix(base).shape)
@@ -108,7 +108,7 @@ class SVFT(AdditiveAdapter, RankAllocatable):
         self.tensors_changed()
 
     @classmethod
-    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+    def site_parameter_count(cls, module: nn.Module, spec: SVFTSpec) -> int:
         q = min(sizes(module)) if spec.rank is None else spec.rank
         return number_of_pairs(spec, q)
 

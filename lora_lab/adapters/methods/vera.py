@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +28,7 @@ from lora_lab.adapters.families.projections import (
     peft_layout,
     scaled_linear,
 )
-from lora_lab.adapters.maps import sizes
+from lora_lab.adapters.maps import LinearMap, sizes
 from lora_lab.adapters.spec import zero_fault
 
 
@@ -50,24 +49,26 @@ class VeRASpec(ProjectedSpec):
         return super().faults() + zero_fault("d_initial", self.d_initial)
 
 
-class VeRA(ProjectedAdapter):
+class VeRA(ProjectedAdapter[VeRASpec]):
     """The adapter of one linear map."""
 
     Spec = VeRASpec
     paper = "Kopiczko et al. 2023, arXiv:2310.11454"
     peft = peft_layout("vera", {name: name for name in ("lambda_b", "lambda_d")}, {"d_initial": "d_initial"})
 
-    def __init__(self, base: Any, spec: VeRASpec, projections: Projections):
+    def __init__(self, base: LinearMap, spec: VeRASpec, projections: Projections):
         super().__init__(base, spec, projections)
         self.lambda_b = nn.Parameter(torch.zeros(self.out_features, dtype=self.dtype))
         self.lambda_d = nn.Parameter(torch.full((spec.rank,), spec.d_initial, dtype=self.dtype))
 
     @classmethod
-    def site_parameter_count(cls, module: Any, spec: Any) -> int:
+    def site_parameter_count(cls, module: nn.Module, spec: VeRASpec) -> int:
         return sizes(module)[0] + spec.rank
 
     @classmethod
-    def draw(cls, rows: int, columns: int, spec: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw(
+        cls, rows: int, columns: int, spec: VeRASpec, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         """Draws A first, then B, in float32 whatever the model's type."""
 
         def uniform(height: int, width: int) -> Tensor:

@@ -53,7 +53,7 @@ class Compaction(Controller):
         return self._done
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         if not self.step_ended(trainer) or self._done:
             return
@@ -79,7 +79,7 @@ class Compaction(Controller):
             used[owner] = used[owner] | flags if owner in used else flags
         return {path: used[owners.get(path, path)].nonzero().flatten() for path in self.controlled}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         return {"done": self._done}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

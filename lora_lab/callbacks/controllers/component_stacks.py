@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from lora_lab.adapters.protocols import Prunable
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,14 @@ class ComponentStacks:
     Components are counted through the model, adapter after adapter.
 
     Args:
-        adapters: adapters that are `Prunable`, by path.
+        adapters: by path.
 
     Attributes:
         sizes: number of components of each adapter.
         count: number of all.
     """
 
-    def __init__(self, adapters: Mapping[str, Any]):
+    def __init__(self, adapters: Mapping[str, Prunable]):
         self.adapters = dict(adapters)
         self.sizes = [len(adapter.kept) for adapter in adapters.values()]
         self.count = sum(self.sizes)

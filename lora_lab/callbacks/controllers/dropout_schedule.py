@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import lightning as L
 
@@ -95,7 +95,7 @@ class DropoutSchedule(Controller):
         return (1 - share) * self.first_prob + share * self.spec.end_prob
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
         if self.step_begins(trainer, batch_idx):
             for adapter in self.controlled.values():

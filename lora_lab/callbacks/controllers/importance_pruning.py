@@ -154,7 +154,7 @@ class ImportancePruning(SensitivityController):
         return step < self.end and self.spec.importance == "sensitivity"
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         if not self.step_ended(trainer):
             return
@@ -185,6 +185,8 @@ class ImportancePruning(SensitivityController):
         if self.spec.importance == "sensitivity":
             return self.sensitivity_scores()
         row = widened(torch.cat([tensor.flatten() for tensor in self.stacks.tensors()]))
+        coefficients: Tensor
+        vectors: Tensor
         coefficients, vectors = row.new_ones(2, self.stacks.count)
         has_coefficient = torch.zeros_like(vectors, dtype=torch.bool)
         for stack, numbers in self.stacks.parts(row):
@@ -227,7 +229,7 @@ class ImportancePruning(SensitivityController):
         each = zip(self.controlled, scores.split(self.stacks.sizes), strict=True)
         return found | {f"importance/{path}": float(own.mean()) for path, own in each}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         return super().state_dict() | {"scores": self._scores, "threshold": self._threshold}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

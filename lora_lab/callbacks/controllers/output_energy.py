@@ -11,11 +11,12 @@ import torch.distributed as distributed
 from jaxtyping import Float64
 from torch import Tensor, nn
 
+from lora_lab.adapters import Adapter
 from lora_lab.data import TaskData
 from lora_lab.errors import ConfigError
 from lora_lab.training.module import FineTuner
 
-Measure = Callable[[str, Any, Tensor, Tensor | None], None]
+Measure = Callable[[str, Adapter, Tensor, Tensor | None], None]
 """Takes path, adapter, its input and the flags of real tokens (batch, time); None where all inputs count."""
 
 
@@ -46,7 +47,10 @@ def training_sample(trainer: Any, ratio: float, controller: str) -> Iterator[Map
 
 @torch.no_grad()
 def over_inputs(
-    module: FineTuner, adapters: Mapping[str, Any], batches: Iterable[Mapping[str, Tensor]], measure: Measure
+    module: FineTuner,
+    adapters: Mapping[str, Adapter],
+    batches: Iterable[Mapping[str, Tensor]],
+    measure: Measure,
 ) -> None:
     """Calls `measure` for each adapter and batch.
 
@@ -81,7 +85,7 @@ def over_inputs(
 
 
 def output_energy(
-    module: FineTuner, adapters: Mapping[str, Any], batches: Iterable[Mapping[str, Tensor]]
+    module: FineTuner, adapters: Mapping[str, Adapter], batches: Iterable[Mapping[str, Tensor]]
 ) -> Float64[Tensor, " adapters"]:
     """Returns Σ_x ‖ΔW x‖² of each adapter, over all real tokens x of all processes' batches.
 
@@ -92,7 +96,7 @@ def output_energy(
     """
     sums = dict.fromkeys(adapters, torch.zeros((), dtype=torch.float64, device=module.device))
 
-    def measure(path: str, adapter: Any, x: Tensor, mask: Tensor | None) -> None:
+    def measure(path: str, adapter: Adapter, x: Tensor, mask: Tensor | None) -> None:
         squares = adapter.delta_output(adapter.cast(x)).double().square()
         sums[path] = sums[path] + (squares if mask is None else squares * mask.unsqueeze(-1)).sum()
 

@@ -133,7 +133,7 @@ class OutputEvaluation(Controller):
         return bool(self.importance)
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         if self.step_ended(trainer) and not self.settled and trainer.global_step >= self.warmup:
             assert isinstance(pl_module, FineTuner)
@@ -208,7 +208,7 @@ class OutputEvaluation(Controller):
         importance = {f"importance/{path}": value for path, value in self.importance.items()}
         return {"budget/kept": kept, "budget/threshold": self.spec.threshold, **importance}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         return {"importance": self.importance}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

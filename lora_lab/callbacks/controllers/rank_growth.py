@@ -141,7 +141,7 @@ class RankGrowth(SensitivityController):
         return step < self.last
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         if not self.step_ended(trainer):
             return
@@ -231,7 +231,7 @@ class RankGrowth(SensitivityController):
             found["importance/mean"] = sum(self._importance.values()) / len(self._importance)
         return found | {f"importance/{path}": value for path, value in self._importance.items()}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         own = {"done": self._done, "moved": self._moved, "importance": self._importance, "ages": self._ages}
         return super().state_dict() | own
 

@@ -123,7 +123,7 @@ class RankPruning(Controller):
                     tensor.grad.movedim(axis, -1).masked_fill_(dead, 0)
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         if not self.step_ended(trainer):
             return
@@ -164,7 +164,7 @@ class RankPruning(Controller):
     def statistics(self) -> dict[str, float]:
         return {"budget/kept": sum(self._alive.values()), "importance/threshold": self._threshold}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         return {"done": self._done, "threshold": self._threshold}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

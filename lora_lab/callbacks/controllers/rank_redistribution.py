@@ -103,7 +103,7 @@ class RankRedistribution(Controller):
         sample = training_sample(trainer, self.spec.sample_ratio, self.name)
         products: dict[str, Tensor] = {}
 
-        def measure(path: str, adapter: Any, x: Tensor, mask: Tensor | None) -> None:
+        def measure(path: str, adapter: object, x: Tensor, mask: Tensor | None) -> None:
             # In double, or sums in another order, as more processes make them, would turn the directions.
             rows = (x.flatten(0, -2) if mask is None else x[mask.bool()]).double()
             product = rows.T @ rows

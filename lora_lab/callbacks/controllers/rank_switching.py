@@ -247,7 +247,7 @@ class RankSwitching(Controller):
         self._set(self.resting_rank)
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
         # At every batch: a validation may stand between two whose gradients make one step.
         self._active = self._current if self.spec.adaptive else self.draw(trainer.global_step)
@@ -266,7 +266,7 @@ class RankSwitching(Controller):
             self._pending = self._measure()
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         if self.step_ended(trainer) and self.spec.adaptive and self._due(trainer.global_step):
             self.decide(self._pending)
@@ -303,7 +303,7 @@ class RankSwitching(Controller):
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        outputs: Any,
+        outputs: object,
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
@@ -347,7 +347,7 @@ class RankSwitching(Controller):
         measured = {} if self._measured is None else {f"rank/{self.spec.policy}": self._measured}
         return {"rank/active": self._active, **measured}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         losses = {rank: [float(loss) for loss in losses] for rank, losses in self._losses.items()}
         return {"index": self._index, "measured": self._measured, "losses": losses}
 

@@ -83,7 +83,7 @@ class SensitivityController(Controller):
             scores[stack.places.to(scores.device)] += numbers.mean(2)
         return scores
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         return {"averages": {kind: self.stacks.by_name(row) for kind, row in self._averages.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

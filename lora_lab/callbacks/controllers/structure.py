@@ -14,15 +14,16 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lora_lab.adapters import AdapterSet
+from lora_lab.adapters.protocols import Growable, Prunable
 
 
 @torch.no_grad()
-def select_components(trainer: L.Trainer, adapter: Any, index: Int[Tensor, " k"]) -> None:
+def select_components(trainer: L.Trainer, adapter: Prunable, index: Int[Tensor, " k"]) -> None:
     """Makes an adapter consist of some of its components, with their gradients and optimizer state.
 
     Args:
         trainer: gives the optimizers.
-        adapter: it is `Prunable`.
+        adapter: whose components.
         index: the components, in rising order.
     """
     for parameter, axis in adapter.rank_components():
@@ -34,13 +35,13 @@ def select_components(trainer: L.Trainer, adapter: Any, index: Int[Tensor, " k"]
 
 @torch.no_grad()
 def extend_components(
-    trainer: L.Trainer, adapter: Any, count: int, init: Mapping[str, Tensor] | None = None
+    trainer: L.Trainer, adapter: Growable, count: int, init: Mapping[str, Tensor] | None = None
 ) -> None:
     """Adds components to an adapter; their gradients and optimizer state are zero.
 
     Args:
         trainer: gives the optimizers.
-        adapter: it is `Growable`.
+        adapter: what grows.
         count: how many.
         init: see `Growable.extend_components`.
     """
