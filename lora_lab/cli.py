@@ -96,6 +96,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.set_defaults(command=_evaluate)
 
+    report = commands.add_parser("report", help="show what a study or any runs have found")
+    report.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="STUDY|RUN",
+        help="the folder of one study; or folders of runs, or folders that hold some",
+    )
+    report.add_argument("--html", type=Path, metavar="FILE", help="one page that needs no network")
+    report.add_argument("--markdown", type=Path, metavar="FILE", help="the same with a picture beside it")
+    report.add_argument("--csv", type=Path, metavar="FILE", help="a row for each cell")
+    report.set_defaults(command=_report)
+
     source = "the folder of a finished run, or of an adapter"
     merge = commands.add_parser("merge", help="write base and adapter as one plain model")
     merge.add_argument("source", metavar="RUN|ADAPTER", type=Path, help=source)
@@ -202,6 +215,19 @@ def _evaluate(options: argparse.Namespace) -> None:
     from lora_lab.report.tables import metrics_table
 
     Console().print(metrics_table(evaluate(options.run, options.overrides), str(options.run)))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from lora_lab.report.pages import report
+
+    found = report(options.paths)
+    files = {"html": options.html, "markdown": options.markdown, "csv": options.csv}
+    found.write(**files)
+    console = Console()
+    console.print(found.terminal(), highlight=False)
+    for path in files.values():
+        if path:
+            console.print(f"Written: {path}", soft_wrap=True, highlight=False)
 
 
 def _merge(options: argparse.Namespace) -> None:

@@ -104,13 +104,11 @@ def analyse(
     resampled, count = None, None
     if examples:
         found = _example_table(values, metric, examples)
-        resampled = found if isinstance(found, str) else Resampled.draw(found)
-        if isinstance(resampled, str):
-            notes.append(f"Test examples are not resampled: {resampled}.")
-            resampled = None
-        elif resampled is None:
+        if isinstance(found, str):
+            notes.append(f"Test examples are not resampled: {found}.")
+        elif (resampled := Resampled.draw(found)) is None:
             notes.append("Test examples are not resampled: cells were tested on different ones.")
-        elif not isinstance(found, str):
+        else:
             count = max((len(rows) for rows in found.values()), default=None)
     cells = []
     for name, rows in results.groupby("cell", sort=False):

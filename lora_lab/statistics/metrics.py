@@ -33,7 +33,7 @@ def example_values(rows: pd.DataFrame, metric: str) -> NDArray[np.float64] | Non
     """Returns a metric for each example, where the metric of a data set is the mean of these.
 
     Args:
-        rows: columns label, prediction and loss, one row for each example.
+        rows: one row for each example: label, loss, and prediction (classes) or score (numbers).
         metric: its name with or without the split.
 
     Returns:
@@ -43,8 +43,8 @@ def example_values(rows: pd.DataFrame, metric: str) -> NDArray[np.float64] | Non
     if name == "loss":
         return rows["loss"].to_numpy(dtype=float)
     if name == "accuracy":
-        return (rows["label"] == rows["prediction"]).to_numpy(dtype=float)
+        return np.asarray(rows["label"] == rows["prediction"], dtype=float)
     if name in ("mse", "mae"):
-        errors = rows["prediction"].to_numpy(dtype=float) - rows["label"].to_numpy(dtype=float)
+        errors = rows["score"].to_numpy(dtype=float) - rows["label"].to_numpy(dtype=float)
         return errors**2 if name == "mse" else abs(errors)
     return None

@@ -137,8 +137,9 @@ def test_metrics_of_examples_are_means_of_metrics():
     rows = pd.DataFrame({"label": [1, 0, 2], "prediction": [1, 1, 2], "loss": [0.1, 0.9, 0.2]})
     assert example_values(rows, "test/accuracy").tolist() == [1, 0, 1]
     assert example_values(rows, "test/loss").tolist() == [0.1, 0.9, 0.2]
-    assert example_values(rows, "test/mse").tolist() == [0, 1, 0]
-    assert example_values(rows, "mae").tolist() == [0, 1, 0]
+    scored = rows.assign(score=[1.5, 3.0, 2.0])
+    assert example_values(scored, "test/mse").tolist() == [0.25, 9, 0]
+    assert example_values(scored, "mae").tolist() == [0.5, 3, 0]
     assert example_values(rows, "test/f1") is None
 
 

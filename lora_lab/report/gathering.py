@@ -1,0 +1,349 @@
+"""Reading what a report shows: the folder of a study, or any run folders."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import yaml
+from numpy.typing import NDArray
+
+from lora_lab.errors import CheckpointError
+from lora_lab.tasks import TASKS
+
+STUDY, RESULTS, VALIDATIONS = "study.yaml", "results.csv", "validations.csv"
+RECORD, CONFIG, METRICS, EXAMPLES = "run.json", "config.yaml", "metrics.csv", "test_examples.parquet"
+CURVES = ("train/loss", "rank/mean", "rank/effective_mean", "sparsity/mean")
+"""What is drawn over steps, beside the validations."""
+RANK = "rank/"
+CURVE_COLUMNS = ["cell", "seed", "step", "metric", "value"]
+APART = ("seed", "name", "run", "output", "continues", "tracking")
+"""Keys in which runs of one cell may differ."""
+
+
+@dataclass
+class Gathered:
+    """All that a report shows."""
+
+    title: str
+    metric: str
+    runs: pd.DataFrame
+    """One row for each run: cell, phase (tune or compare), seed, status, error, metrics, costs."""
+    folders: Sequence[Path | None]
+    """Where each of these runs lies; None where its folder is not here."""
+    commands: Sequence[str]
+    question: str | None = None
+    baseline: str | None = None
+    margin: float | None = None
+    seeds: Sequence[int] = ()
+    """Of the comparison, as the study names them."""
+    validations: pd.DataFrame | None = None
+    """Columns cell, phase, seed, step, metric, value; None where the runs' own files have them."""
+    differences: Sequence[Mapping[str, Any]] = ()
+    """For each cell: in which keys it differs from the baseline beyond the grid."""
+    tuning: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """For each cell: the value that its search chose, and all that it tried."""
+    matches: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """For each cell: the size that was chosen to match a number of parameters."""
+
+    @property
+    def compared(self) -> pd.DataFrame:
+        """The runs that are compared."""
+        return self.runs[self.runs["phase"] == "compare"]
+
+    @cached_property
+    def records(self) -> list[Mapping[str, Any]]:
+        """What each run that lies here says of its machine and versions."""
+        return [record for folder in self.folders if folder and (record := _record(folder))]
+
+    @cached_property
+    def examples(self) -> dict[tuple[str, int], pd.DataFrame]:
+        """(cell, seed) → a row for each test example."""
+        found = {}
+        for (_, run), folder in zip(self.runs.iterrows(), self.folders, strict=True):
+            if run["phase"] == "compare" and folder and (folder / EXAMPLES).is_file():
+                found[str(run["cell"]), int(run["seed"])] = _parquet(folder / EXAMPLES)
+        return found
+
+    @cached_property
+    def logged(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Curves of the compared runs (cell, seed, step, metric, value), and their modules' last ranks.
+
+        The latter have columns cell, seed, module and rank.
+        """
+        # Lists of arrays, since a pandas operation for each run and metric takes minutes for 1,000 runs.
+        keys, steps, values, ranks = [], [], [], []
+        for cell, seed, phase, folder in zip(
+            self.runs["cell"], self.runs["seed"], self.runs["phase"], self.folders, strict=True
+        ):
+            if phase != "compare" or folder is None:
+                continue
+            rows = _logged(folder / METRICS)
+            for name, column in rows.items():
+                if name in CURVES or name.startswith("validation/"):
+                    known = ~np.isnan(column)
+                    keys.append((cell, seed, name))
+                    steps.append(rows["step"][known])
+                    values.append(column[known])
+                elif _is_rank_of_module(name) and (last := column[~np.isnan(column)]).size:
+                    ranks.append((cell, seed, name.removeprefix(RANK), last[-1]))
+        curves = pd.DataFrame(columns=CURVE_COLUMNS)
+        if keys:
+            frame = pd.DataFrame(keys, columns=["cell", "seed", "metric"])
+            curves = frame.loc[frame.index.repeat([len(column) for column in values])].reset_index(drop=True)
+            curves = curves.assign(step=np.concatenate(steps), value=np.concatenate(values))
+        return curves, pd.DataFrame(ranks, columns=["cell", "seed", "module", "rank"])
+
+
+def gather(paths: Sequence[Path]) -> Gathered:
+    """Reads one study, or any number of run folders and folders of such.
+
+    Raises:
+        CheckpointError: if a path holds neither, if a study stands beside something else, or if a file
+            cannot be read.
+    """
+    studies = [path for path in paths if (path / STUDY).is_file()]
+    if studies and len(paths) > 1:
+        raise CheckpointError(
+            f"{studies[0]}: is a study, and a report shows one study or any number of runs; name it alone."
+        )
+    return read_study(studies[0]) if studies else read_runs(paths)
+
+
+def read_study(folder: Path) -> Gathered:
+    """Reads a study's folder, as far as its runs have come.
+
+    Raises:
+        CheckpointError: if it has no results yet, or a file cannot be read.
+    """
+    if not (folder / RESULTS).is_file():
+        raise CheckpointError(f"{folder}: has no results yet; lora-lab ablate makes its runs.")
+    study = _yaml(folder / STUDY)
+    missing = [name for name in ("metric", "baseline", "name") if not study.get(name)]
+    try:
+        runs = pd.read_csv(folder / RESULTS)
+        validations = folder / VALIDATIONS
+        learned = pd.read_csv(validations) if validations.is_file() else None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: its results cannot be read ({error}).") from error
+    missing += [name for name in ("cell", "phase", "seed", "status", "run") if name not in runs]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: is no study that lora-lab ablate wrote: {', '.join(missing)} missing"
+        )
+    if study["metric"] not in runs:
+        raise CheckpointError(
+            f"{folder}: no run has logged {study['metric']} yet; lora-lab ablate finishes its runs."
+        )
+    source = folder / str(study.get("source", "STUDY.yaml"))
+    return Gathered(
+        title=str(study["name"]),
+        metric=str(study["metric"]),
+        runs=runs.assign(cell=runs["cell"].astype(str)),
+        folders=[path if (path := folder / str(run)).is_dir() else None for run in runs["run"]],
+        commands=[
+            f"lora-lab ablate {shlex.quote(_short(source))}",
+            f"lora-lab report {shlex.quote(_short(folder))}",
+        ],
+        question=study.get("question"),
+        baseline=str(study["baseline"]),
+        margin=study.get("equivalence"),
+        seeds=study.get("seeds") or (),
+        differences=_json(folder / "differences.json") or (),
+        tuning=_json(folder / "tuning.json") or {},
+        matches={
+            name: facts["match"] for name, facts in (study.get("cells") or {}).items() if facts.get("match")
+        },
+        validations=learned,
+    )
+
+
+def read_runs(paths: Sequence[Path]) -> Gathered:
+    """Reads run folders; runs whose configs differ in nothing but the seed are one cell.
+
+    Raises:
+        CheckpointError: if a path holds no run, no run has a metric, or a file cannot be read.
+    """
+    folders = sorted({folder for path in paths for folder in _run_folders(path)})
+    records = {folder: _record(folder) for folder in folders}
+    settings = {folder: _settings(folder, records[folder]) for folder in folders}
+    names = _cell_names(settings)
+    metric = _common_metric(records.values())
+    rows, seen = [], set[tuple[str, int]]()
+    for folder in folders:
+        record, seed = records[folder], int(records[folder].get("seed", 0))
+        cell = names[folder] if (names[folder], seed) not in seen else f"{names[folder]} ({folder.name})"
+        seen.add((cell, seed))
+        milliseconds = record.get("median_step_milliseconds")
+        row = {
+            "cell": cell,
+            "phase": "compare",
+            "seed": seed,
+            "status": record["status"],
+            "error": record.get("error"),
+            "run": _short(folder),
+            "trained_parameters": record.get("trainable_parameters"),
+            "adapter_parameters": record.get("method_parameters"),
+            "step_seconds": None if milliseconds is None else milliseconds / 1000,
+            "peak_megabytes": record.get("peak_memory_megabytes"),
+            "seconds": record.get("wall_seconds"),
+            **{k: v for k, v in (record.get("metrics") or {}).items() if not k.startswith("train/")},
+        }
+        rows.append(row)
+    shown = folders[:3]
+    return Gathered(
+        title=" + ".join(sorted({str(record.get("experiment")) for record in records.values()})[:3]),
+        metric=metric,
+        runs=pd.DataFrame(rows),
+        folders=folders,
+        commands=[
+            *(f"lora-lab train {shlex.quote(_short(folder / CONFIG))}" for folder in shown),
+            *([f"… and {len(folders) - len(shown)} more"] if len(folders) > len(shown) else []),
+            f"lora-lab report {shlex.join(map(_short, paths))}",
+        ],
+        differences=_differences(names, settings),
+    )
+
+
+def _run_folders(path: Path) -> list[Path]:
+    found = [path] if (path / RECORD).is_file() else [record.parent for record in path.rglob(RECORD)]
+    if not found:
+        raise CheckpointError(
+            f"{path}: holds neither a study nor runs. Name the folder of a study, of a run, or one that "
+            "holds runs."
+        )
+    return found
+
+
+def _common_metric(records: Iterable[Mapping[str, Any]]) -> str:
+    """Returns the metric by which most runs can be compared: their task's own, of test before validation."""
+    logged = [set(record.get("metrics") or {}) for record in records]
+    names = [f"{split}/{task.monitor}" for split in ("test", "validation") for task in TASKS.values()]
+    counts = {name: sum(name in metrics for metrics in logged) for name in [*names, "validation/loss"]}
+    best = max(counts, key=lambda name: counts[name])
+    if not counts[best]:
+        raise CheckpointError("None of these runs has finished; there is nothing to compare yet.")
+    return best
+
+
+def _settings(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what decides a run's result, flat, by keys with dots."""
+    config = (
+        _yaml(folder / CONFIG) if (folder / CONFIG).is_file() else {"adapter": {"method": record["method"]}}
+    )
+    return _flat({name: value for name, value in config.items() if name not in APART})
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _cell_names(settings: Mapping[Path, Mapping[str, Any]]) -> dict[Path, str]:
+    """Names each run by its method and what else it does not share with the other runs of this method."""
+    method = "adapter.method"
+    groups: dict[Any, list[Path]] = {}
+    for folder, found in settings.items():
+        groups.setdefault(found.get(method), []).append(folder)
+    names = {}
+    for kind, folders in groups.items():
+        differing = _differing([settings[folder] for folder in folders])
+        for folder in folders:
+            parts = [str(kind)]
+            parts += [f"{key.rpartition('.')[2]}={settings[folder].get(key)}" for key in differing]
+            names[folder] = " ".join(parts)
+    return names
+
+
+def _differing(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    keys = dict.fromkeys(key for settings in found for key in settings)
+    return [key for key in keys if any(found[0].get(key) != settings.get(key) for settings in found)]
+
+
+def _differences(
+    names: Mapping[Path, str], settings: Mapping[Path, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Returns, as a study does, in which keys each cell differs from the first one."""
+    cells = {name: settings[folder] for folder, name in reversed(list(names.items()))}
+    first, *others = dict.fromkeys(names.values())
+    found = []
+    for cell in others:
+        mine, theirs = cells[cell], cells[first]
+        values = {key: [theirs[key], mine[key]] for key in theirs if key in mine and theirs[key] != mine[key]}
+        found.append({"cell": cell, "baseline": first, "keys": sorted(values), "values": values})
+    return found
+
+
+def _is_rank_of_module(name: str) -> bool:
+    known = (f"{RANK}effective", f"{RANK}stable", f"{RANK}mean", f"{RANK}total")
+    return name.startswith(RANK) and not name.startswith(known)
+
+
+def _short(path: Path) -> str:
+    """Returns a path from where one stands, if it lies below."""
+    path, here = path.resolve(), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def _logged(path: Path) -> dict[str, NDArray[np.float64]]:
+    """Reads the columns of `metrics.csv`; a last line that a killed process left half is dropped."""
+    if not path.is_file():
+        return {}
+    try:
+        text = path.read_bytes()
+        lines = pa.BufferReader(text[: text.rfind(b"\n") + 1])
+        table = pyarrow.csv.read_csv(lines, pyarrow.csv.ReadOptions(use_threads=False))
+        columns = {name: table[name].cast(pa.float64()).to_numpy() for name in table.column_names}
+    except (OSError, pa.ArrowInvalid) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}).") from error
+    return columns if "step" in columns else {}
+
+
+def _parquet(path: Path) -> pd.DataFrame:
+    try:
+        return pyarrow.parquet.read_table(path, use_threads=False).to_pandas()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}).") from error
+
+
+def _record(folder: Path) -> Mapping[str, Any]:
+    record = _json(folder / RECORD)
+    if record is not None and not (isinstance(record, dict) and "status" in record):
+        raise CheckpointError(f"{folder / RECORD}: is no record of a run.")
+    return record or {}
+
+
+def _json(path: Path) -> Any:
+    """Reads a JSON file; None where there is none."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}).") from error
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        found = yaml.load(path.read_text(encoding="utf-8"), loader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}).") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: holds no settings.")
+    return found
