@@ -104,11 +104,9 @@ def cost(gathered: Gathered, analysis: Analysis, column: str) -> tuple[Drawing, 
     Returns:
         The drawing and the cells of the front, from the cheapest on.
     """
-    if column not in gathered.compared:
+    if column not in gathered.costs:
         return None
-    costs = (
-        pd.to_numeric(gathered.compared[column], errors="coerce").groupby(gathered.compared["cell"]).median()
-    )
+    costs = gathered.costs[column]
     points = [
         (float(costs[cell.name]), cell.mean, cell)
         for cell in analysis.cells

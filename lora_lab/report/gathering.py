@@ -25,6 +25,8 @@ STUDY, RESULTS, VALIDATIONS = "study.yaml", "results.csv", "validations.csv"
 RECORD, CONFIG, METRICS, EXAMPLES = "run.json", "config.yaml", "metrics.csv", "test_examples.parquet"
 CURVES = ("train/loss", "rank/mean", "rank/effective_mean", "sparsity/mean")
 """What is drawn over steps, beside the validations."""
+COSTS = ("trained_parameters", "peak_megabytes", "step_seconds")
+"""What is drawn against the metric."""
 RANK = "rank/"
 CURVE_COLUMNS = ["cell", "seed", "step", "metric", "value"]
 APART = ("seed", "name", "run", "output", "continues", "tracking")
@@ -56,10 +58,17 @@ class Gathered:
     matches: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """For each cell: the size that was chosen to match a number of parameters."""
 
-    @property
+    @cached_property
     def compared(self) -> pd.DataFrame:
         """The runs that are compared."""
         return self.runs[self.runs["phase"] == "compare"]
+
+    @cached_property
+    def costs(self) -> pd.DataFrame:
+        """The median over runs of each of `COSTS` that is known, with one row for each cell."""
+        known = [name for name in COSTS if name in self.compared]
+        numbers = self.compared[known].apply(pd.to_numeric, errors="coerce")
+        return numbers.groupby(self.compared["cell"]).median()
 
     @cached_property
     def records(self) -> list[Mapping[str, Any]]:

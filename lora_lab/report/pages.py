@@ -18,9 +18,9 @@ from rich.text import Text
 from lora_lab.documents.writing import write_text
 from lora_lab.errors import IncompatibleError
 from lora_lab.report import figures
+from lora_lab.report.comparison import markdown_table
 from lora_lab.report.drawing import THEMES, alone
 from lora_lab.report.gathering import Gathered, gather
-from lora_lab.report.comparison import markdown_table
 from lora_lab.report.wording import Numbers, outcome, verdict
 from lora_lab.statistics import Analysis, CellSummary, analyse, higher_is_better
 
@@ -224,11 +224,8 @@ def _ends(name: str, interval: Any) -> dict[str, float | None]:
 
 
 def _prices(gathered: Gathered, cell: CellSummary) -> dict[str, float | None]:
-    own = gathered.compared[gathered.compared["cell"] == cell.name]
-    medians = {
-        name: pd.to_numeric(own[name], errors="coerce").median() for name in figures.COSTS if name in own
-    }
-    return {name: float(value) if np.isfinite(value) else None for name, value in medians.items()}
+    found = gathered.costs.loc[cell.name]
+    return {str(name): float(price) if np.isfinite(price) else None for name, price in found.items()}
 
 
 def _table(gathered: Gathered, analysis: Analysis) -> Section:
