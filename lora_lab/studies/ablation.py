@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from lora_lab.errors import StudyError
+from lora_lab.data import build_data
+from lora_lab.errors import DataError, StudyError
 from lora_lab.experiment.folder import Record, RunFolder
+from lora_lab.models.build import build_tokenizer
 from lora_lab.studies.cells import Cell, Job, Study, jobs_of
 from lora_lab.studies.display import Board, end_lines
 from lora_lab.studies.executors import Executor
@@ -141,14 +144,16 @@ def ablate(study: Study, executor: Callable[[Path], Executor], console: Console 
 
     Raises:
         StudyError: if runs have failed; the others are made before.
+        DataError: if runs that had finished before were trained on other data.
         CheckpointError: if another process is at work on the study, or its folder cannot be written to.
         Interruption, KeyboardInterrupt: if the process was asked to end; all runs can be continued then.
     """
     console = console or Console()
     stop = StopRequest()
     with RunFolder(study.folder).owned("give the study another name=…"), stop.watched():
-        write_study(study)
         progress = Progress(study, study.folder)
+        check_data(progress)
+        write_study(study)
         workers = executor(study.folder / "logs")
         try:
             _run_all(progress, workers, console)
@@ -168,6 +173,26 @@ def ablate(study: Study, executor: Callable[[Path], Executor], console: Console 
             + "\n".join(told)
         )
     return progress
+
+
+def check_data(progress: Progress) -> None:
+    """Makes sure that runs which are not made again had the data of today.
+
+    Raises:
+        DataError: if a run had others.
+    """
+    today: dict[str, str] = {}
+    for job, record in progress.records.items():
+        config = job.config
+        key = json.dumps([asdict(config.data), asdict(config.model)], sort_keys=True)
+        if key not in today:
+            data = build_data(config.data, build_tokenizer(config.model), config.model.task, config.seed)
+            today[key] = data.fingerprint
+        if record.get("data_fingerprint") != today[key]:
+            raise DataError(
+                f"{job.folder.path}: was trained on other data: a file, or how it is read, has changed. "
+                "Give the study another name=…, or bring the former data back."
+            )
 
 
 def _run_all(progress: Progress, executor: Executor, console: Console) -> None:

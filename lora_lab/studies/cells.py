@@ -439,12 +439,10 @@ def _study_faults(
     elif split == "test":
         for cell in cells:
             data = cell.config.data
-            if any(getattr(data, name, "") is None for name in ("test", "test_split")) and not getattr(
-                data, "test_fraction", None
-            ):
+            if not (data.has_test_split or data.test_fraction):
                 found.append(
-                    f"{path}: metric: no run logs '{spec.metric}', as data.source {data.source} names no "
-                    "test rows; name them, or compare by a validation metric"
+                    f"{path}: metric: no run logs '{spec.metric}', as data.source {data.source} has no "
+                    "test rows; name them, set data.test_fraction, or compare by a validation metric"
                 )
                 break
     return found

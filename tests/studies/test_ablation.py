@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from lora_lab.cli import main
-from lora_lab.errors import CheckpointError, StudyError
+from lora_lab.errors import CheckpointError, DataError, StudyError
 from lora_lab.studies import ablate, read_study
 from lora_lab.studies.ablation import Progress
 from lora_lab.studies.executors import Executor, LocalExecutor
@@ -157,6 +157,20 @@ def test_a_run_that_fails_stops_no_other_and_is_tried_again(tmp_path):
     ablate(read_study(found.source), lambda logs: again)
     assert [job.cell for job in again.made] == ["ia3"]
     assert set(results(found)["status"]) == {"finished"}
+
+
+def test_runs_on_other_data_are_not_taken_for_those_of_today(tmp_path):
+    table = tmp_path / "rows.csv"
+    table.write_text("text,label\n" + "".join(f"film {i},{'good' if i % 2 else 'bad'}\n" for i in range(40)))
+    data = {"source": "files", "train": str(table), "label": "label", "test_fraction": 0.2}
+    experiment = STUDY["experiment"] | QUICK | {
+        "model": {"name": "random:bert"}, "data": data, "adapter": {"method": "lora", "targets": ["query"]},
+    }  # fmt: skip
+    found = study(tmp_path, experiment=experiment, seeds=[0], metric="test/accuracy")
+    ablate(found, Inline)
+    table.write_text(table.read_text().replace("film 7,", "film seven,"))
+    with pytest.raises(DataError, match=r"lora-seed0-\w+: was trained on other data"):
+        ablate(read_study(found.source), Inline)
 
 
 def test_a_run_that_diverges_is_a_result(tmp_path):

@@ -118,7 +118,7 @@ BAD = {
                 "adapter": {"method": "lora"},
             }
         },
-        "names no test rows",
+        "has no test rows; name them, set data.test_fraction, or compare by a validation metric",
     ),
     "seeds twice": ({"seeds": [0, 1, 0]}, "seeds: 0 stands twice"),
     "no seeds": ({"seeds": []}, "seeds: give at least one seed"),
