@@ -65,6 +65,7 @@ BASES: dict[str, dict[str, Any]] = {
     "PROMPT_TUNING": {"num_virtual_tokens": 4},
     "PREFIX_TUNING": {"num_virtual_tokens": 4},
     "P_TUNING": {"num_virtual_tokens": 4, "encoder_hidden_size": 16},
+    "RANDLORA": {"r": 4, "randlora_alpha": 8},
     "ROAD": {"group_size": 8},
     "TRAINABLE_TOKENS": {"token_indices": [3, 5]},
     "VBLORA": {"num_vectors": 8, "vector_length": 8},

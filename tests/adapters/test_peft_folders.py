@@ -138,6 +138,10 @@ OPENS = {
         tiny_llama,
         lora(target_modules=[], target_parameters=["q_proj.weight"], rank_pattern={"q_proj": 9}),
     ),
+    "loha with a start that only PEFT knows": (
+        tiny_llama,
+        peft.LoHaConfig(r=3, target_modules=["q_proj"], init_weights="abba"),
+    ),
     "loha with patterns": (
         tiny_llama,
         peft.LoHaConfig(r=3, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2}),

@@ -151,6 +151,8 @@ def write_lycoris_config(spec: LycorisSpec) -> dict[str, Any]:
 
 def read_lycoris_config(config: dict[str, Any]) -> dict[str, Any]:
     """Returns our other fields for PEFT's."""
-    init = next(own for own, name in STARTS.items() if name == config.get("init_weights", True))
+    # What else is true starts as `true` does, in PEFT; the file holds the end of it.
+    given = config.get("init_weights", True)
+    init = next((own for own, name in STARTS.items() if name == given), "default")
     patterns = {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
     return {**patterns, "init": init}
