@@ -268,10 +268,7 @@ def _matching(
 def _names_or_holds(name: str, path: str, roles: Mapping[str, RoleSite]) -> bool:
     """Whether a word of `exclude` means a module or one around it."""
     if name.startswith("regex:"):
-        try:
-            return re.fullmatch(name.removeprefix("regex:"), path) is not None
-        except re.error as error:
-            raise TargetError(f"adapter.exclude: '{name}' is no regular expression: {error}.") from None
+        return match_regex(name.removeprefix("regex:"), path, "exclude", whole=True)
     if path in roles and roles[path].role == name:
         return True
     return any(ends_with(path[: end.start()], name) for end in re.finditer(r"\.|$", path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import (  # omegaconf reads typing.Union
     Any,
     ClassVar,
@@ -112,7 +112,7 @@ class AdapterSpec:
             found.append("targets: is empty; name at least one role, module or pattern")
         if self.layers is not None and (not self.layers or min(self.layers) < 0):
             found.append(f"layers: needs indices >= 0, or null for all layers; got {self.layers}")
-        return found + choice_faults(self)
+        return found + choice_faults(self) + _width_faults(self)
 
     def for_site(self, values: dict[str, Any]) -> Self:
         """Returns this spec with the values that the `…_pattern` fields give for one site.
@@ -181,6 +181,15 @@ def choice_faults(spec: object) -> list[str]:
         f"{name}: must be one of {', '.join(get_args(hint))}; got {getattr(spec, name)!r}"
         for name, hint in get_type_hints(type(spec)).items()
         if get_origin(hint) is Literal and getattr(spec, name) not in get_args(hint)
+    ]
+
+
+def _width_faults(spec: Any) -> list[str]:
+    """Returns the fault of every whole number that fits no seed or size: it has more than 63 bits."""
+    return [
+        f"{item.name}: must be a whole number below 2^63; got one of {abs(value).bit_length()} bits"
+        for item in fields(spec)
+        if isinstance(value := getattr(spec, item.name), int) and abs(value) >= 2**63
     ]
 
 

@@ -203,6 +203,11 @@ def test_single_parameters_of_experts_are_left_out_or_have_their_own_rank_and_a_
     assert torch.equal(logits(again), expected)
 
 
+def test_a_pattern_to_exclude_that_is_none_is_refused():
+    with pytest.raises(TargetError, match=r"adapter.exclude: '\(' is no regular expression"):
+        inject(tiny_llama(), LoRA(rank=2, targets=["q_proj"], exclude=["regex:("]))
+
+
 @pytest.mark.parametrize("name", ["experts.nothing", "down_proj.weight"])
 def test_what_no_parameter_of_the_experts_is_called_is_refused(name):
     with pytest.raises(TargetError, match=f"exclude: '{name}'"):

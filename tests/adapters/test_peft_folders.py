@@ -222,6 +222,7 @@ def test_a_parameter_of_a_transposed_map_is_refused_though_it_is_square(tmp_path
         ({"r": 3}, "have 4 components, and the config says 3"),
         ({"r": 3_000_000}, "asks for adapters of"),
         ({"r": -1}, "rank"),
+        ({"r": 10**30}, "below 2\\^63"),
         ({"r": 4.5}, "rank"),
         ({"r": [4]}, "rank"),
         ({"r": None}, "rank"),
