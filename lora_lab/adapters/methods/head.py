@@ -8,12 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Union  # noqa: UP035  (omegaconf reads typing.Union)
 
-from lora_lab.adapters.methods.full import Full
-from lora_lab.adapters.spec import AdapterSpec
+from lora_lab.adapters.methods.full import Full, FullSpec
 
 
 @dataclass
-class HeadSpec(AdapterSpec):
+class HeadSpec(FullSpec):
     """The head baseline has no options of its own."""
 
     method: str = "head"
