@@ -101,7 +101,8 @@ def analyse(
         str(cell): dict(zip(rows["seed"].astype(int), rows["value"].astype(float), strict=True))
         for cell, rows in finished.sort_values("seed").groupby("cell", sort=False)
     }
-    resampled, count = None, None
+    resampled: Resampled | None = None
+    count = None
     if examples:
         found = _example_table(values, metric, examples)
         if isinstance(found, str):
