@@ -21,6 +21,7 @@ from typing import Any
 import pandas as pd
 import peft
 import torch
+from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
@@ -235,7 +236,7 @@ def measure(kind: str, option: str, options: Mapping[str, Any], name: str) -> di
 
 def _written(kind: str, options: Mapping[str, Any], name: str, inputs: Any, folder: str) -> Tensor:
     """Lets PEFT write a folder; returns its logits."""
-    config = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
     fields = {field.name for field in dataclasses.fields(config)}
     tasks = {
         "causal_lm": "CAUSAL_LM",
@@ -294,7 +295,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         known = pd.read_csv(given.out, keep_default_na=False).to_dict("records")
         rows = [{str(name): value for name, value in row.items()} for row in known]
     done = {(row["type"], row["option"], row["model"]) for row in rows}
-    key: Callable[[dict[str, Any]], Any] = lambda row: (row["type"], row["option"], row["model"])  # noqa: E731
+    key: Callable[[Mapping[str, Any]], tuple[str, str, str]] = lambda row: (
+        row["type"],
+        row["option"],
+        row["model"],
+    )  # noqa: E731
     for kind, option, options in sorted(variants(), key=lambda variant: variant[:2]):
         if given.types and kind not in given.types:
             continue

@@ -11,7 +11,7 @@ base's memory once more; tied parameters stay tied.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Union  # noqa: UP035
+from typing import Any, ClassVar, Union  # noqa: UP035
 
 from torch import nn
 
@@ -33,10 +33,10 @@ class FullSpec(AdapterSpec):
     """Which modules are trained; `all` trains every parameter."""
 
 
-class Full(TrainedCopy[FullSpec]):
+class Full(TrainedCopy[AdapterSpec]):
     """A trained copy of one module."""
 
-    Spec = FullSpec
+    Spec: ClassVar[type[AdapterSpec]] = FullSpec
     family = "baseline"
     paper = "-"
     peft = PeftLayout(None, tensors={})
@@ -47,12 +47,12 @@ class Full(TrainedCopy[FullSpec]):
         return super().accepts(module) or (holds_codes(module) and not any(module.children()))
 
     @classmethod
-    def parameter_count(cls, model: nn.Module, sites: list[Site], spec: FullSpec) -> int:
+    def parameter_count(cls, model: nn.Module, sites: list[Site], spec: AdapterSpec) -> int:
         """Counts tied parameters once."""
         return sum({id(p): p.numel() for site in sites for p in site.module.parameters()}.values())
 
     @classmethod
-    def build(cls, sites: list[Site], spec: FullSpec) -> dict[str, Adapter]:
+    def build(cls, sites: list[Site], spec: AdapterSpec) -> dict[str, Adapter]:
         """Copies the modules; one that owns parameters beside its parts is copied with its parts.
 
         Raises:
