@@ -14,7 +14,7 @@ import dataclasses
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -295,11 +295,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         known = pd.read_csv(given.out, keep_default_na=False).to_dict("records")
         rows = [{str(name): value for name, value in row.items()} for row in known]
     done = {(row["type"], row["option"], row["model"]) for row in rows}
-    key: Callable[[Mapping[str, Any]], tuple[str, str, str]] = lambda row: (
-        row["type"],
-        row["option"],
-        row["model"],
-    )  # noqa: E731
+
+    def key(row: Mapping[str, Any]) -> tuple[str, str, str]:
+        return row["type"], row["option"], row["model"]
+
     for kind, option, options in sorted(variants(), key=lambda variant: variant[:2]):
         if given.types and kind not in given.types:
             continue
