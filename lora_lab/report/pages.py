@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -224,7 +224,7 @@ def _ends(name: str, interval: Any) -> dict[str, float | None]:
 
 
 def _prices(gathered: Gathered, cell: CellSummary) -> dict[str, float | None]:
-    found = gathered.costs.loc[cell.name]
+    found = cast("pd.Series[float]", gathered.costs.loc[cell.name])
     return {str(name): float(price) if np.isfinite(price) else None for name, price in found.items()}
 
 
