@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from scipy.stats import ttest_1samp
 
 from lora_lab.config import compose
 from lora_lab.experiment import run_all
@@ -43,6 +44,38 @@ def test_the_quickstarts_figures_are_those_of_its_results():
     assert len(rows) == 2
     for cell in [cell.strip() for row in rows for cell in row.split("|")[2:-1]]:
         assert cell in text, cell
+
+
+def comparison_rows(results: pd.DataFrame) -> list[list[str]]:
+    """Returns the rows of method_comparison's table; the last has a paired 95 % interval over seeds."""
+    runs = results[results["phase"] == "compare"]
+    test = runs.pivot(index="seed", columns="cell", values="test/accuracy")
+    rows = []
+    for cell in runs["cell"].unique():
+        own = runs[runs["cell"] == cell]
+        difference = ""
+        if cell != "lora":
+            paired = test[cell] - test["lora"]
+            low, high = ttest_1samp(paired, 0).confidence_interval()
+            difference = f"{paired.mean():+.3f} ({low:+.3f} to {high:+.3f})"
+        rows.append(
+            [
+                f"`{cell}`",
+                f"{own['adapter_parameters'].iloc[0]:,}",
+                f"{own['optimization.learning_rate'].iloc[0]:g}",
+                f"{own['validation/accuracy'].mean():.3f}",
+                spread(own["test/accuracy"]),
+                difference,
+            ]
+        )
+    return rows
+
+
+def test_method_comparisons_figures_are_those_of_its_results():
+    folder = EXPERIMENTS / "method_comparison"
+    text = (folder / "README.md").read_text()
+    for row in comparison_rows(pd.read_csv(folder / "results.csv")):
+        assert f"| {' | '.join(row)} |" in text
 
 
 def test_sum_to_products_figures_are_those_of_its_results():
