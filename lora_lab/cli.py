@@ -242,14 +242,15 @@ def _export(options: argparse.Namespace) -> None:
     from lora_lab.report.tables import conversion_table
 
     form, limits = options.form, (options.rank, options.energy, options.active_rank)
-    Console().print(conversion_table(export(options.source, options.out, form, *limits, options.base)))
+    made = export(options.source, options.out, form, *limits, options.base)
+    Console().print(conversion_table(str(made.folder), made.ranks, made.errors))
 
 
 def _combine(options: argparse.Namespace) -> None:
     from lora_lab.artifacts import combine
     from lora_lab.report.tables import conversion_table
 
-    mixed = combine(
+    made = combine(
         options.sources,
         options.out,
         options.weights,
@@ -261,7 +262,7 @@ def _combine(options: argparse.Namespace) -> None:
         options.heads,
         options.base,
     )
-    Console().print(conversion_table(mixed))
+    Console().print(conversion_table(str(made.folder), made.ranks, made.errors))
 
 
 def _ablate(options: argparse.Namespace) -> None:

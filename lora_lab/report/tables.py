@@ -14,7 +14,6 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_lab.adapters import METHODS
-from lora_lab.artifacts import Converted
 from lora_lab.callbacks import CONTROLLERS
 from lora_lab.report.descriptions import REQUIRED, describe, known
 
@@ -50,14 +49,14 @@ def metrics_table(metrics: Mapping[str, float], title: str) -> Table:
     return table
 
 
-def conversion_table(converted: Converted) -> Table:
-    """Shows the rank of each module in a new LoRA, and what was lost."""
-    table = Table(title=str(converted.folder), title_justify="left", box=SIMPLE)
+def conversion_table(title: str, ranks: Mapping[str, int], errors: Mapping[str, float]) -> Table:
+    """Shows the rank of each module in a new adapter, and what was lost."""
+    table = Table(title=title, title_justify="left", box=SIMPLE)
     table.add_column("module", overflow="fold")
     table.add_column("rank", justify="right")
     table.add_column("relative error", justify="right")
-    for path, rank in converted.ranks.items():
-        table.add_row(path, str(rank), f"{converted.errors[path]:.2g}")
+    for path, rank in ranks.items():
+        table.add_row(path, str(rank), f"{errors[path]:.2g}")
     return table
 
 
