@@ -103,7 +103,7 @@ def save_adapter(
         with new_folder(folder) as fresh:
             save_file(tensors, fresh / TENSORS, metadata={"format": "pt"})
             (fresh / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-            own = {"adapter": asdict(spec)} | {name: told for name, told in structure.items() if told}
+            own = {"adapter": asdict(spec)} | {name: value for name, value in structure.items() if value}
             # Apart: a name may look like a reference to another value.
             names = yaml.safe_dump({CLASSES: list(label_names)}, allow_unicode=True) if label_names else ""
             (fresh / OWN).write_text(OmegaConf.to_yaml(OmegaConf.create(own)) + names, encoding="utf-8")

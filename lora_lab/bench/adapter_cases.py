@@ -66,7 +66,7 @@ class Shapes:
 
 
 def bert(width: int = 768, inner: int = 3072, layers: int = 3, heads: int = 12) -> nn.Module:
-    """Makes the blocks of a BERT, of the base model's shapes unless told otherwise."""
+    """Makes the blocks of a BERT, of the base model's shapes unless others are given."""
     sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
     silent: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = BertConfig(vocab_size=8, num_attention_heads=heads, **sizes, **silent)

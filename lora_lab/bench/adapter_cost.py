@@ -216,11 +216,11 @@ def run(
     Returns:
         The cases that were not measured, with the reason.
     """
-    told = about(["torch", "transformers", "peft"], device)
+    machine = about(["torch", "transformers", "peft"], device)
     skipped: dict[str, str] = {}
     known = [name for name in methods if CASES[name].method in METHODS]
     skipped |= {name: "no method of ours yet" for name in methods if name not in known}
-    columns = [*told, "shapes", "method", "side", "round", "measure", "value"]
+    columns = [*machine, "shapes", "method", "side", "round", "measure", "value"]
     with output.open("w", encoding="utf-8", newline="") as file, Progress(transient=True) as progress:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
@@ -228,7 +228,7 @@ def run(
         for place, sizes in shapes.items():
             for name in known:
                 progress.update(bar, description=f"{name}, {place}")
-                keys = told | {"shapes": place, "method": name}
+                keys = machine | {"shapes": place, "method": name}
                 try:
                     rows = list(measure(CASES[name], sizes, rounds, device, lambda: progress.advance(bar)))
                 except DisagreementError as error:

@@ -1,4 +1,4 @@
-"""What becomes of folders that PEFT writes: one row for each of its types, options and a few models.
+"""How folders that PEFT writes open here: one row for each of its types, options and a few models.
 
     python -m lora_lab.bench.peft_folders --out experiments/peft_folders/results.csv
 

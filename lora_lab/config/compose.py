@@ -280,7 +280,7 @@ def _keep_shared_fields(
 ) -> None:
     """Takes out of each layer the fields of its kind that the chosen kind does not have alike.
 
-    A layer's kind is the last that it or an earlier layer names. What goes is told: the user set it.
+    A layer's kind is the last that it or an earlier layer names. What goes is reported, as the user set it.
     """
     names: list[str | None] = []
     for layer in layers:

@@ -60,7 +60,7 @@ def texts_of(table: Table, column: str, required: bool = True) -> list[str]:
             what = "has half of a character (a lone surrogate such as \\ud83d, often from a text cut short)"
         else:
             continue
-        raise DataError(f"{table.origin}: row {row}: text column '{column}' {what}; mend or remove the row")
+        raise DataError(f"{table.origin}: row {row}: text column '{column}' {what}; fix or remove the row")
     return values.tolist()
 
 
@@ -76,12 +76,12 @@ def class_name(value: Any) -> str:
     if not pd.api.types.is_scalar(value):
         raise ValueError(f"holds {shown(value)}; a class is a name or a whole number")
     if pd.isna(value) or (isinstance(value, str) and not value.strip()):
-        raise ValueError("is empty; mend or remove the row")
+        raise ValueError("is empty; fix or remove the row")
     if isinstance(value, float | np.floating) and abs(float(value)) > EXACT:
         raise ValueError(f"holds {value}, which is not exact at this size; write it as text or whole number")
     name = str(value).strip()
     if _half_character(name):
-        raise ValueError(f"holds {shown(name)}, which has half of a character; mend or remove the row")
+        raise ValueError(f"holds {shown(name)}, which has half of a character; fix or remove the row")
     if re.fullmatch(r"-[0-9]+(\.[0-9]*)?", name):
         raise ValueError(f"holds {name}; negative labels often stand for hidden ones. Remove such rows")
     if re.fullmatch(r"[0-9]+\.0*", name):

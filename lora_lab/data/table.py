@@ -97,7 +97,7 @@ def read_json_lines(path: Path) -> pd.DataFrame:
                 record = json.loads(line, object_pairs_hook=_unique_keys)
             except (ValueError, RecursionError) as fault:  # ValueError: also a number of too many digits
                 raise DataError(
-                    f"{path}: line {number} is not valid JSON ({fault}); mend or remove it"
+                    f"{path}: line {number} is not valid JSON ({fault}); fix or remove it"
                 ) from None
             if not isinstance(record, dict):
                 raise DataError(

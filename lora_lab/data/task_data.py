@@ -247,9 +247,9 @@ class TaskData(L.LightningDataModule):
         for earlier in ("train", "validation"):
             shared = self._counts(f"also_in_{earlier}")
             if shared:
-                told = ", ".join(f"{n:,} of {self.sizes[name]:,} in {name}" for name, n in shared)
+                counts = ", ".join(f"{n:,} of {self.sizes[name]:,} in {name}" for name, n in shared)
                 found.append(
-                    f"rows whose texts are also in {earlier}: {told}. A score on them says little about new "
+                    f"rows whose texts are also in {earlier}: {counts}. A score on them says little of new "
                     "texts."
                 )
         return found

@@ -118,7 +118,7 @@ def drawing(title: str, size: tuple[float, float] = (4.4, 3.1)) -> Iterator[Draw
     """Yields an empty drawing under the style of the pages.
 
     Args:
-        title: what a reader who does not see it is told.
+        title: text for readers who cannot see it.
         size: width and height in inches; 4.4 is the width of a phone.
     """
     with matplotlib.rc_context(STYLE):

@@ -1,4 +1,4 @@
-"""A study from its lock to its end: which runs are due, what has become of them, what is told."""
+"""A study from its lock to its end: which runs are due, their outcomes, and the output."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BEAT = 1.0
 
 @dataclass
 class Progress:
-    """The runs of a study, and what has become of them."""
+    """The runs of a study and their outcomes."""
 
     study: Study
     folder: Path | None
@@ -167,10 +167,10 @@ def ablate(study: Study, executor: Callable[[Path], Executor], console: Console 
         if outcome.status in ("failed", "interrupted")
     }
     if failed:
-        told = [f"  {job.folder.path}: {outcome.error}" for job, outcome in failed.items()]
+        lines = [f"  {job.folder.path}: {outcome.error}" for job, outcome in failed.items()]
         raise StudyError(
             f"{len(failed)} of {progress.total()} runs failed; the same command tries them again:\n"
-            + "\n".join(told)
+            + "\n".join(lines)
         )
     return progress
 

@@ -294,7 +294,7 @@ def _cells(
 ) -> list[tuple[str, dict[str, Any], Layer]]:
     """Returns name, grid keys with plain values, and settings of each cell."""
     found = []
-    # One source for all, so that a fault of what they have in common is told once.
+    # One source for all, so that a fault of what they have in common is reported once.
     for values in itertools.product(*grid.values()) if grid else ():
         own = dict(zip(grid, values, strict=True))
         varied = [key for key in grid if len(grid[key]) > 1] or list(grid)
@@ -323,9 +323,9 @@ def _cells(
 def _composed(
     cells: Sequence[tuple[str, dict[str, Any], Layer]], base: list[Layer], spec: StudySpec, faults: list[str]
 ) -> list[Cell]:
-    """Composes all cells that can be composed; a fault that several of them have is told once."""
+    """Composes all cells that can be composed; a fault that several of them have is reported once."""
     found: list[Cell] = []
-    told: dict[str, list[str]] = {}
+    found_in: dict[str, list[str]] = {}
     for name, keys, layer in cells:
         layers = [*base, layer]
         resets: list[str] = []
@@ -333,10 +333,10 @@ def _composed(
             config = compose_layers(layers, tell=resets.append)
         except ConfigError as error:
             for line in str(error).split("\n"):
-                told.setdefault(line, []).append(name)
+                found_in.setdefault(line, []).append(name)
             continue
         found.append(Cell(name, keys, layers, config, resets))
-    for line, names in told.items():
+    for line, names in found_in.items():
         which = "every cell" if len(names) == len(cells) > 1 else f"cell {few(names)}"
         faults.append(f"{line} ({which})")
     alike: dict[str, list[str]] = {}
@@ -392,7 +392,7 @@ def _tuning_faults(tuning: Tuning, cells: Sequence[Cell], path: Path) -> list[st
         tuning.higher_is_better = better_when_higher(tuning.by, task)
     if tuning.key in OWN_KEYS or tuning.key.partition(".")[0] in ("tracking", "output", "data", "model"):
         return [*found, f"{path}: tune.key: '{tuning.key}' is nothing that a search on validation may choose"]
-    told: dict[str, list[str]] = {}
+    found_in: dict[str, list[str]] = {}
     for cell in cells:
         own = flat(cell.layers[-1].settings)
         if under(tuning.key, own) or any(under(key, [tuning.key]) for key in own):
@@ -405,8 +405,8 @@ def _tuning_faults(tuning: Tuning, cells: Sequence[Cell], path: Path) -> list[st
                 cell.tuned(tuning.key, value)
             except ConfigError as error:
                 for line in str(error).split("\n"):
-                    told.setdefault(line, []).append(cell.name)
-    return found + [f"{line} (cell {few(list(dict.fromkeys(names)))})" for line, names in told.items()]
+                    found_in.setdefault(line, []).append(cell.name)
+    return found + [f"{line} (cell {few(list(dict.fromkeys(names)))})" for line, names in found_in.items()]
 
 
 def _study_faults(

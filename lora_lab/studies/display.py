@@ -185,7 +185,7 @@ def differences(study: Study) -> Iterator[str]:
 
 
 def end_lines(progress: Progress) -> Iterator[Any]:
-    """Yields what is told when all runs have ended."""
+    """Yields what is printed when all runs have ended."""
     study = progress.study
     table = Table(box=SIMPLE, title=study.spec.question)
     table.add_column("cell")

@@ -1,4 +1,4 @@
-"""What a worker process does: one run after the other, until it is told to end or its study has died."""
+"""What a worker process does: one run after the other, until it is asked to end or its study has died."""
 
 from __future__ import annotations
 

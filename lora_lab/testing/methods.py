@@ -284,8 +284,8 @@ def starts_as_the_identity(case: Case) -> None:
 def the_formula_counts_what_is_trained(case: Case) -> None:
     """`parameter_count` is the number of trained parameters, task heads aside."""
     model, spec = case.model(), case.spec
-    told = parameter_count(model, spec)
-    assert told == inject(model, spec).trainable_count(saved=False)
+    counted = parameter_count(model, spec)
+    assert counted == inject(model, spec).trainable_count(saved=False)
 
 
 @torch.no_grad()
@@ -510,10 +510,10 @@ def double_precision_stays_double(case: Case) -> None:
 def number_trained(case: Case) -> None:
     """The formula and the adapters have as many numbers as were worked out by hand."""
     model = One()
-    told = parameter_count(model, case.spec)
+    counted = parameter_count(model, case.spec)
     adapters = inject(model, case.spec)
-    assert told == adapters.trainable_count()
-    assert case.variant.trained in (None, told)
+    assert counted == adapters.trainable_count()
+    assert case.variant.trained in (None, counted)
     assert adapters.base_count() == 24 * 16 + 16
 
 

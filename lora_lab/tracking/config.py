@@ -88,5 +88,5 @@ def has_api_key() -> bool:
     except WandbError as error:
         raise ConfigError(
             f"tracking.wandb: W&B's own settings are at fault ({error}). "
-            "Mend them, or use tracking.wandb=offline."
+            "Fix them, or use tracking.wandb=offline."
         ) from error

@@ -89,7 +89,7 @@ class FineTuner(L.LightningModule):
         self.evaluation = nn.ModuleDict({stage: self.new_metrics() for stage in ("validation", "test")})
         prompts = any(adapter.reads_prompt_lengths for adapter in adapters)
         self._hidden = {"labels"} if prompts else {"labels", "prompt_lengths"}
-        # Grouped here too, so that what does not fit is told before anything is trained or written.
+        # Grouped here too, so that what does not fit is refused before anything is trained or written.
         parameter_groups(adapters, self.optimization)
         # Of each of this process's batches in the step under way: sum of losses, and number of labels.
         self._losses: list[Tensor] = []
@@ -255,8 +255,8 @@ class FineTuner(L.LightningModule):
     def _log_evaluation(self, stage: str) -> None:
         parts: Any = self.evaluation[stage]
         # torchmetrics has joined the processes' counts already; sync_dist only spares Lightning's warning.
-        told = {f"{stage}/{name}": value for name, value in self.results(parts).items()}
-        self.log_dict(told, prog_bar=stage == "validation", sync_dist=True)
+        logged = {f"{stage}/{name}": value for name, value in self.results(parts).items()}
+        self.log_dict(logged, prog_bar=stage == "validation", sync_dist=True)
         parts["loss"].reset()
         parts["metrics"].reset()
 
