@@ -148,7 +148,7 @@ class OpenRun:
         self.record |= end_record(trainer, callbacks, metrics)
         if trainer.is_global_zero:
             self.record["adapter_file_bytes"] = (self.folder.adapter / TENSORS).stat().st_size
-        summarise(self.loggers, {name: self.record[name] for name in SUMMARY_AT_END})
+            summarise(self.loggers, {name: self.record[name] for name in SUMMARY_AT_END})
         close_loggers(self.loggers)
         self.record["status"] = "finished"
         if trainer.is_global_zero:
