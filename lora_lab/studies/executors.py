@@ -10,7 +10,7 @@ import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -115,9 +115,12 @@ class LocalExecutor(Executor):
         workers = [worker for worker in self._workers if worker]
         try:
             for worker in workers:
-                worker.connection.close()  # an idle worker ends
                 if worker.job and worker.process.pid and worker.process.is_alive():
                     os.kill(worker.process.pid, signal.SIGTERM)
+                # An idle worker ends. It may not see the connection closed: forks hold each other's ends.
+                with suppress(OSError):
+                    worker.connection.send(None)
+                worker.connection.close()
             deadline = time.monotonic() + GRACE
             for worker in workers:
                 worker.process.join(max(0.0, deadline - time.monotonic()))

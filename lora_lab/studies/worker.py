@@ -50,21 +50,24 @@ def execute(config: ExperimentConfig) -> Outcome:
 
 
 def serve(connection: Connection, log: Path, study: int) -> None:
-    """Runs what comes over the connection and answers with its outcome, until the other end is closed.
+    """Runs what comes over the connection and answers with its outcome, until there is none.
 
     Args:
-        connection: gives configs, takes outcomes.
+        connection: gives configs, None at the end, and takes outcomes.
         log: file that gets all that is printed.
         study: the study's process.
     """
     # Ctrl-C at the terminal reaches the study too, which asks its workers to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork has the study's handler
     with _printed_to(log):
         threading.Thread(target=_end_with, args=(study,), daemon=True).start()
         while True:
             try:
                 config = connection.recv()
             except (EOFError, OSError):
+                return
+            if config is None:
                 return
             forget_peak_memory()
             outcome = execute(config)
