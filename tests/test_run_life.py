@@ -7,7 +7,7 @@ import resource
 import signal
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import lightning as L
 import psutil
@@ -377,7 +377,8 @@ def test_a_service_of_wandb_that_hangs_is_waited_for_no_longer_than_said(config,
 
     act_at(monkeypatch, 3, stop)
     monkeypatch.setattr("lora_lab.tracking.loggers.ANSWER_SECONDS", 1.5)
-    wandb.teardown()
+    with suppress(Exception):  # an earlier test may have ended the service
+        wandb.teardown()
     begun = time.monotonic()
     with pytest.warns(UserWarning, match=r"tracking: W&B failed") as caught:
         result = run(compose(config, ["run=one", "tracking.wandb=offline"]))

@@ -7,6 +7,7 @@ import pytest
 from lora_lab.adapters import METHODS
 from lora_lab.callbacks import CONTROLLERS
 from lora_lab.config import compose
+from lora_lab.studies import read_study
 
 ROOT = Path(__file__).parent.parent
 FILL = {
@@ -15,7 +16,8 @@ FILL = {
     "adapters": "adapter: {method: lora}\n",
 }
 FRAGMENTS = sorted((ROOT / "configs").rglob("*.yaml"))
-EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.yaml"))
+STUDIES = sorted((ROOT / "experiments").rglob("study.yaml"))
+EXPERIMENTS = sorted({*(ROOT / "experiments").rglob("*.yaml")} - {*STUDIES})
 
 
 @pytest.mark.parametrize("path", FRAGMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -41,12 +43,17 @@ def test_an_experiment_composes(path):
     assert compose(path).name == path.parent.name
 
 
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_study_composes(path):
+    assert read_study(path).name == path.parent.name
+
+
 def test_each_config_opens_with_its_purpose():
-    assert not [path for path in FRAGMENTS + EXPERIMENTS if not path.read_text().startswith("# ")]
+    assert not [path for path in FRAGMENTS + EXPERIMENTS + STUDIES if not path.read_text().startswith("# ")]
 
 
 def test_each_experiment_tells_its_command_and_what_to_expect():
-    for path in EXPERIMENTS:
+    for path in EXPERIMENTS + STUDIES:
         head = path.read_text()
         assert "# Command:" in head, path
         assert "# Expect:" in head, path
