@@ -30,7 +30,7 @@ from lora_lab.adapters.maps import LinearMap, is_convolution, is_linear, matrix,
 from lora_lab.adapters.sites import Site, site_spec
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import IncompatibleError
-from lora_lab.linalg.rank import narrows, widened
+from lora_lab.linalg.rank import narrows, singular_values, widened
 from lora_lab.linalg.updates import Update
 
 SpecT = TypeVar("SpecT", bound=AdapterSpec, default=Any)
@@ -371,7 +371,7 @@ class LinearAdapter(Adapter[SpecT]):
 
     def singular_values(self) -> Float[Tensor, " k"]:
         """Returns the singular values of W' − W in falling order."""
-        return torch.linalg.svdvals(self.delta_weight())
+        return singular_values(self.delta_weight())
 
     def cast(self, x: Tensor) -> Tensor:
         """Casts an activation to the adapter's type, unless autocast chooses the types."""

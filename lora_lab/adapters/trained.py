@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from lora_lab.adapters.base import Adapter, SpecT
 from lora_lab.adapters.maps import LinearMap, is_linear, matrix
-from lora_lab.linalg.rank import widened
+from lora_lab.linalg.rank import singular_values, widened
 from lora_lab.linalg.updates import Update
 
 
@@ -86,7 +86,7 @@ class TrainedCopy(Adapter[SpecT]):
         """Returns the singular values of what training changed, for a linear map."""
         if not is_linear(self.base):
             return None
-        return torch.linalg.svdvals(widened(matrix(self.trained)) - widened(matrix(self.base)))
+        return singular_values(widened(matrix(self.trained)) - widened(matrix(self.base)))
 
     @torch.no_grad()
     def update(self) -> Update:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel
 
@@ -46,8 +46,7 @@ class Source:
             return build_model(self.model)
         config = compose(self.run / "config.yaml", stored=True)
         config.model = self.model
-        model: Any = build_parts(config)[0]
-        return model
+        return cast(PreTrainedModel, build_parts(config)[0])
 
 
 def open_source(path: Path, base: str | None = None, dtype: str | None = None) -> Source:

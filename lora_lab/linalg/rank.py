@@ -16,6 +16,12 @@ def narrows(old: torch.dtype, new: torch.dtype) -> bool:
     return floats and new.itemsize < torch.float32.itemsize <= old.itemsize
 
 
+def singular_values(matrix: Float[Tensor, "out in"]) -> Float[Tensor, " least"]:
+    """Returns the singular values of a matrix in falling order."""
+    values: Tensor = torch.linalg.svdvals(matrix)
+    return values
+
+
 def product_singular_values(
     left: Float[Tensor, "out k"], right: Float[Tensor, "k in"]
 ) -> Float[Tensor, " least"]:

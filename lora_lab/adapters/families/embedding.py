@@ -72,14 +72,15 @@ class LowRankEmbedding(Adapter[ScaledSpec], RankAllocatable, Growable):
 
     def forward(self, tokens: Int[Tensor, "*tokens"]) -> Float[Tensor, "*tokens width"]:
         """Looks up base and update; the padding token's column gets no gradient, like the base's row."""
-        y, base = self.base(tokens), self.base
+        y: Tensor = self.base(tokens)
+        base = self.base
         columns = F.embedding(tokens, self.A.T, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
         return (y + F.linear(columns * self.scale, self.B)).to(y.dtype)
 
     @torch.no_grad()
     def merged_module(self) -> nn.Module:
         base = self.base
-        merged = nn.Embedding.from_pretrained(
+        merged: nn.Module = nn.Embedding.from_pretrained(
             self.weight, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq
         )
         return merged.train(base.training)

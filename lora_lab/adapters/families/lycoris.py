@@ -126,7 +126,8 @@ def recomputed(function: Callable[..., Tensor], x: Tensor, *others: Tensor | Non
     """Calls a function that draws nothing, and again in the backward pass: nothing it computes is kept."""
     if x.numel() < WORTH_RECOMPUTING:
         return function(x, *others)
-    return checkpoint(function, x, *others, use_reentrant=False, preserve_rng_state=False)
+    result: Tensor = checkpoint(function, x, *others, use_reentrant=False, preserve_rng_state=False)
+    return result
 
 
 # PEFT's config ------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from lora_lab.adapters.base import AdditiveAdapter, LinearAdapter
 from lora_lab.adapters.maps import LinearMap, finite_matrix, matrix, mix, project
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.errors import CheckpointError, IncompatibleError
-from lora_lab.linalg.rank import product_singular_values, widened
+from lora_lab.linalg.rank import product_singular_values, singular_values, widened
 from lora_lab.linalg.spectral import singular_triplets
 
 Basis = tuple[Float[Tensor, "out k"], Float[Tensor, " k"], Float[Tensor, "k in"]]
@@ -207,4 +207,4 @@ class CoreUpdate(BasisUpdate[BasisT]):
 
     def singular_values(self) -> Float[Tensor, " k"]:
         """Returns the singular values of C, which stands between orthonormal vectors."""
-        return torch.linalg.svdvals(self.core())
+        return singular_values(self.core())

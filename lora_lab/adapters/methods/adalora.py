@@ -126,8 +126,10 @@ class AdaLoRA(LowRankAdapter, RankAllocatable, Shareable):
         spec = adapters[0].spec
         if not spec.orth_reg_weight:
             return 0.0
-        errors = row_overlaps(rows for own in adapters for rows in (own.A, own.B.T))
-        return spec.orth_reg_weight * (errors.square().sum() if spec.orth_reg_squared else errors.mean())
+        errors: Tensor = row_overlaps(rows for own in adapters for rows in (own.A, own.B.T))
+        error: Tensor = errors.square().sum() if spec.orth_reg_squared else errors.mean()
+        weight: float = spec.orth_reg_weight
+        return weight * error
 
     def without_gradient_at_start(self) -> tuple[str, ...]:
         """Returns A and B without a penalty: while Λ is zero, nothing else reaches them."""

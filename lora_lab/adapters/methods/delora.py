@@ -155,7 +155,7 @@ class DeLoRA(LowRankAdapter, RankAllocatable):
 
     def _left(self, A: Tensor, B: Tensor, strength: Tensor) -> Float[Tensor, "out rank"]:
         """Returns B with λ / rank and both norms on its columns; Δ is its product with A diag(w)."""
-        norms = A.norm(dim=1).clamp(min=SMALLEST_NORM) * B.norm(dim=0).clamp(min=SMALLEST_NORM)
+        norms: Tensor = A.norm(dim=1).clamp(min=SMALLEST_NORM) * B.norm(dim=0).clamp(min=SMALLEST_NORM)
         return B * (strength / self.spec.rank / norms)
 
     def factors(self) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:

@@ -151,7 +151,7 @@ class LoKr(LycorisAdapter[LoKrSpec]):
 
     def W1(self) -> Float[Tensor, "l p"]:
         """Returns s W1."""
-        W1 = self.w1 if self.w1_a is None else self.w1_a @ self.w1_b
+        W1: Tensor = self.w1 if self.w1_a is None else self.w1_a @ self.w1_b
         return self.spec.scale * W1
 
     def W2(self) -> tuple[Float[Tensor, "k rank"] | None, Float[Tensor, "rank columns"]]:

@@ -212,7 +212,8 @@ class ReFT(HiddenStateAdapter[ReFTSpec]):
                 f"and puts out {hidden.shape[-1]}; hidden states keep their width. Name other targets."
             )
         if not self.positions.counts:
-            return (hidden + self.edits["t"](hidden)).to(hidden.dtype)
+            shift: Tensor = self.edits["t"](hidden)
+            return (hidden + shift).to(hidden.dtype)
         edited = hidden
         for name, (index, used) in self.positions.slots_of(hidden).items():
             rows = index.to(hidden.device)[..., None].expand(-1, -1, self.width)  # (batch, slots, width)

@@ -148,7 +148,7 @@ class SALT(BasisUpdate[SALTSpec]):
     def penalty(self) -> Tensor | float:
         if not self.spec.reg_multiplier:
             return 0.0
-        norm = torch.linalg.vector_norm(self.shift())
+        norm: Tensor = torch.linalg.vector_norm(self.shift())
         if self.X is not None and self.Y is not None:
             norm = norm + product_norm(self.X, self.Y)
         return self.spec.reg_multiplier * norm

@@ -32,6 +32,7 @@ from lora_lab.adapters.protocols import RankAllocatable
 from lora_lab.adapters.spec import AdapterSpec, least_fault
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.fourier import first_of_permutation
+from lora_lab.linalg.rank import singular_values
 from lora_lab.linalg.spectral import fixed_signs, principal_part
 
 
@@ -142,7 +143,7 @@ class SVFT(AdditiveAdapter[SVFTSpec], RankAllocatable):
 
     def singular_values(self) -> Float[Tensor, " k"]:
         """Returns the singular values of M, as U and V are orthonormal."""
-        return torch.linalg.svdvals(self.core())
+        return singular_values(self.core())
 
     @torch.no_grad()
     def keep_components(self, keep: Bool[Tensor, " K"]) -> None:
