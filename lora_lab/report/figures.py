@@ -121,6 +121,8 @@ def cost(gathered: Gathered, analysis: Analysis, column: str) -> tuple[Drawing, 
         prices = [price for price, _, _ in points]
         if min(prices) > 0 and max(prices) / min(prices) > 8:
             axes.set_xscale("log")
+        else:
+            axes.ticklabel_format(axis="x", useOffset=False)
         line = [points[place] for place in front]
         axes.plot(
             [price for price, _, _ in line], [mean for _, mean, _ in line], color=COLOURS["c0"], linewidth=1.1

@@ -137,7 +137,8 @@ def read_study(folder: Path) -> Gathered:
     """
     if not (folder / RESULTS).is_file():
         raise CheckpointError(f"{folder}: has no results yet; lora-lab ablate makes its runs.")
-    study = _yaml(folder / STUDY)
+    # Results may be kept beside the file that the study was made from, which need not say its own name.
+    study = {"name": folder.resolve().name, **_yaml(folder / STUDY)}
     missing = [name for name in ("metric", "baseline", "name") if not study.get(name)]
     try:
         runs = pd.read_csv(folder / RESULTS)
@@ -154,7 +155,7 @@ def read_study(folder: Path) -> Gathered:
         raise CheckpointError(
             f"{folder}: no run has logged {study['metric']} yet; lora-lab ablate finishes its runs."
         )
-    source = folder / str(study.get("source", "STUDY.yaml"))
+    source = folder / str(study.get("source", STUDY))
     return Gathered(
         title=str(study["name"]),
         metric=str(study["metric"]),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pandas as pd
@@ -212,6 +213,14 @@ def test_a_study_reports_without_its_runs_folders_searches_and_examples(folder, 
     assert "folders of the runs are not here" in found.markdown()
     assert "stores none" not in found.verdict
     assert found.html()
+
+
+def test_results_beside_the_file_that_a_study_was_made_from_are_reported():
+    folder = Path(__file__).parents[2] / "experiments" / "method_comparison"
+    found = report([folder])
+    assert found.cells["cell"].tolist() == ["dora", "lora", "hra", "oft"]
+    assert "dora is as good as lora within" in found.verdict
+    assert "method_comparison/study.yaml" in found.markdown()
 
 
 def test_runs_of_no_study_are_cells_without_a_baseline(tmp_path):
