@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -124,8 +125,8 @@ def as_lora(adapters: AdapterSet, found: Mapping[str, Update]) -> AdapterSet:
         targets=exact_targets(list(found), dict(model.named_modules())),
         rank=general,
         alpha=float(general),  # a scale of 1
-        rank_pattern={f"^{_escaped(path)}": rank for path, rank in others.items()},
-        alpha_pattern={f"^{_escaped(path)}": float(rank) for path, rank in others.items()},
+        rank_pattern={f"^{re.escape(path)}": rank for path, rank in others.items()},
+        alpha_pattern={f"^{re.escape(path)}": float(rank) for path, rank in others.items()},
         modules_to_save=list(trained),
         lora_bias=any(update.bias is not None for update in found.values()),
     )
@@ -147,10 +148,6 @@ def store(adapters: AdapterSet, folder: Path, source: Source) -> None:
     """Writes adapters with the names of the base that they belong to, and of its classes."""
     name, task = source.model.source().public_name, TASKS[source.model.task]
     save_adapter(adapters, folder, name, task.peft_type, read_label_names(source.adapter))
-
-
-def _escaped(path: str) -> str:
-    return path.replace(".", r"\.")
 
 
 def _activate(adapters: AdapterSet, rank: int) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -147,20 +147,31 @@ def read_json(path: Path) -> Any:
 
 def plain(tree: object) -> Any:
     """Returns a document with the values of its scalars, as a usual YAML reader gives it."""
-    if isinstance(tree, Scalar):
-        return tree.value
-    if isinstance(tree, Mapping):
-        return {name: plain(value) for name, value in tree.items()}
-    return [plain(value) for value in tree] if isinstance(tree, list) else tree
+    return _with_scalars(tree, lambda scalar: scalar.value)
 
 
 def texts(tree: object) -> Any:
     """Returns a document with the texts of its scalars as they were written."""
+    return _with_scalars(tree, lambda scalar: scalar.text)
+
+
+def _with_scalars(tree: object, read: Callable[[Scalar], object]) -> Any:
     if isinstance(tree, Scalar):
-        return tree.text
+        return read(tree)
     if isinstance(tree, Mapping):
-        return {name: texts(value) for name, value in tree.items()}
-    return [texts(value) for value in tree] if isinstance(tree, list) else tree
+        return {name: _with_scalars(value, read) for name, value in tree.items()}
+    return [_with_scalars(value, read) for value in tree] if isinstance(tree, list) else tree
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested mappings by keys between dots; an empty mapping is a value."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
 
 
 def references(tree: object) -> list[str]:

@@ -18,6 +18,7 @@ import pyarrow.parquet
 import yaml
 from numpy.typing import NDArray
 
+from lora_lab.documents.reading import flat
 from lora_lab.errors import CheckpointError
 from lora_lab.tasks import TASKS
 
@@ -251,17 +252,7 @@ def _settings(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     config = (
         _yaml(folder / CONFIG) if (folder / CONFIG).is_file() else {"adapter": {"method": record["method"]}}
     )
-    return _flat({name: value for name, value in config.items() if name not in APART})
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+    return flat({name: value for name, value in config.items() if name not in APART})
 
 
 def _cell_names(settings: Mapping[Path, Mapping[str, Any]]) -> dict[Path, str]:

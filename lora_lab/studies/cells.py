@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from lora_lab.config.compose import COMMAND_LINE, Layer, compose_layers, parse_overrides, read_layers
 from lora_lab.config.schema import ExperimentConfig
-from lora_lab.documents.reading import plain, references, texts
+from lora_lab.documents.reading import flat, plain, references, texts
 from lora_lab.documents.structured import fill
 from lora_lab.errors import ConfigError, LabError, suggest
 from lora_lab.experiment.folder import RunFolder
@@ -503,17 +503,6 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
         for name in reversed(key.split(".")):
             value = {name: value}
         found = _merged(found, value)
-    return found
-
-
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested settings by keys between dots; an empty mapping is a value."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
     return found
 
 

@@ -17,9 +17,10 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from lora_lab.documents.reading import flat
 from lora_lab.documents.writing import write_text
 from lora_lab.experiment.folder import Record
-from lora_lab.studies.cells import Job, Study, flat
+from lora_lab.studies.cells import Job, Study
 from lora_lab.studies.worker import Outcome
 from lora_lab.tracking import read_metrics
 
