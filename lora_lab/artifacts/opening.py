@@ -67,10 +67,7 @@ def open_source(path: Path, base: str | None = None, dtype: str | None = None) -
     record = None
     if run is not None:
         folder = RunFolder(run)
-        record, adapter = folder.read(), folder.adapter
-        if record is None or record["status"] != "finished":
-            state = "nothing" if record is None else f"'{record['status']}'"
-            raise CheckpointError(f"{run}: is no finished run, its status is {state}. Let it finish first.")
+        record, adapter = folder.finished(), folder.adapter
         model = compose(folder.config, stored=True).model
     else:
         adapter, model = path, _named_base(path, base)

@@ -19,7 +19,7 @@ from lora_lab.adapters.storage import load_adapter, read_label_names, save_adapt
 from lora_lab.config.compose import compose
 from lora_lab.config.schema import ExperimentConfig
 from lora_lab.data import TaskData, build_data
-from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError
+from lora_lab.errors import ConfigError, IncompatibleError
 from lora_lab.experiment.callbacks import RunCallbacks as _Callbacks, progress_bars
 from lora_lab.experiment.environment import process_rank
 from lora_lab.experiment.folder import RunFolder
@@ -119,10 +119,7 @@ def evaluate(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
     """
     quiet_libraries()
     folder = RunFolder(path)
-    record = folder.read()
-    if record is None or record["status"] != "finished":
-        state = "no run" if record is None else f"a run whose status is '{record['status']}'"
-        raise CheckpointError(f"{path}: holds {state}; name the folder of a finished run.")
+    record = folder.finished()
     config = compose(folder.config, overrides, stored=True)
     own = compose(folder.config, stored=True)
     for part in ("adapter", "controllers", "optimization", "tracking"):

@@ -52,14 +52,9 @@ def source_of(config: ExperimentConfig) -> RunFolder | None:
     if config.continues is None:
         return None
     folder = RunFolder(Path(config.continues))
-    record = folder.read()
-    if record is None or record["status"] != "finished" or not folder.checkpoint.is_file():
-        state = "no run" if record is None else f"a run that is {record['status']}"
-        if record is not None and record["status"] == "finished":
-            state = "a run without a checkpoint"
-        raise CheckpointError(
-            f"continues: {folder.path} holds {state}. Name the folder of a finished run with its checkpoint."
-        )
+    folder.finished()
+    if not folder.checkpoint.is_file():
+        raise CheckpointError(f"continues: {folder.path} has no checkpoint. Name a finished run with one.")
     if config.controllers:
         raise ConfigError(
             "continues: controllers fit their schedules to the length of a run, so a run with controllers "

@@ -128,6 +128,18 @@ class RunFolder:
             raise CheckpointError(f"{self.record}: is no record of a run. Choose another name with run=…")
         return record
 
+    def finished(self) -> Record:
+        """Returns the record of the finished run in the folder.
+
+        Raises:
+            CheckpointError: if there is none.
+        """
+        record = self.read()
+        if record is None or record["status"] != "finished":
+            state = "no run" if record is None else f"a run whose status is '{record['status']}'"
+            raise CheckpointError(f"{self.path}: holds {state}. Name the folder of a finished run.")
+        return record
+
     def write(self, record: Record) -> None:
         """Writes the record, whole or not at all; JSON has null for numbers that are not finite.
 
