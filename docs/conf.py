@@ -37,5 +37,5 @@ GoogleDocstring._parse_attribute_docstring = lambda self: list(self._lines)
 # Strict: a reference to something of lora_lab's that does not exist is a warning, and the build treats
 # warnings as errors. Other projects' names are not looked up: the build needs no network.
 nitpicky = True
-# Types of ours that are no public names stand in signatures all the same.
+# Our types that are not public names also occur in signatures.
 nitpick_ignore_regex = [(r"py:.*", r"(?!lora_lab).*"), (r"py:class", r"lora_lab\.\w+\..*")]

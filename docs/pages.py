@@ -25,7 +25,7 @@ ARXIV = "https://arxiv.org/abs/"
 
 
 def write_pages(folder: Path) -> None:
-    """Writes everything anew into a folder."""
+    """Writes everything again into a folder."""
     shutil.rmtree(folder, ignore_errors=True)
     found = known().values()
     pages = {f"{group(description)}/{description.name}": page(description) for description in found}
@@ -117,13 +117,13 @@ def reference() -> dict[str, str]:
                 members = "\n   :members:" if kind == "class" else ""
                 parts.append(f"```{{eval-rst}}\n.. auto{kind}:: {place}.{name}{members}\n```")
         pages[f"reference/{place}"] = "\n\n".join(parts) + "\n"
-    lead = "The names to import, by the place to import them from. Whatever is not here may change."
+    lead = "The names to import, by the place to import them from. Names that are not listed here may change."
     pages["reference/index"] = f"# Reference\n\n{lead}\n\n{toctree(public)}"
     return pages
 
 
 def toctree(names, hidden: bool = False) -> str:
-    """Returns a table of contents of documents beside the page."""
+    """Returns a table of contents of documents next to the page."""
     option = ":hidden:\n" if hidden else ":maxdepth: 1\n"
     return f"```{{toctree}}\n{option}\n" + "\n".join(names) + "\n```\n"
 

@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the folder of one study; or folders of runs, or folders that hold some",
     )
     report.add_argument("--html", type=Path, metavar="FILE", help="one page that needs no network")
-    report.add_argument("--markdown", type=Path, metavar="FILE", help="the same with a picture beside it")
+    report.add_argument("--markdown", type=Path, metavar="FILE", help="the same with a picture next to it")
     report.add_argument("--csv", type=Path, metavar="FILE", help="a row for each cell")
     report.set_defaults(command=_report)
 

@@ -62,7 +62,7 @@ class Registry(Mapping[str, type[Kind]]):
         return len(self._all())
 
     def add(self, kind: type[Kind]) -> type[Kind]:
-        """Adds a class under its id. The same class, run again in a notebook, say, replaces itself.
+        """Adds a class under its id. The same class, run again for example in a notebook, replaces itself.
 
         Returns:
             The class, so that this serves as a decorator.
@@ -140,7 +140,7 @@ def register(kind: Class) -> Class:
         if isinstance(kind, type) and issubclass(kind, table.base):
             table.add(kind)
             return kind
-    raise ConfigError(f"register: {kind!r} is no class that inherits lora_lab.Adapter or Controller.")
+    raise ConfigError(f"register: {kind!r} is not a class that inherits lora_lab.Adapter or Controller.")
 
 
 def _path(kind: type) -> str:

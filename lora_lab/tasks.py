@@ -51,11 +51,11 @@ class Task:
 
     @property
     def causal(self) -> bool:
-        """Whether the text itself is learned, from left to right, and needs no labels beside it."""
+        """Whether the text itself is learned, from left to right, and needs no labels."""
         return self.labels == "tokens"
 
     def outputs(self, classes: int) -> int:
-        """Returns the size of the model's output for so many classes; 0 where it is the vocabulary."""
+        """Returns the size of the model's output for this many classes; 0 if it is the vocabulary."""
         return {"classes": classes, "numbers": 1, "tokens": 0}[self.labels]
 
     def count(self, labels: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class Task:
         return (~labels.isnan() if labels.is_floating_point() else labels != IGNORED).sum()
 
     def loss(self, predictions: Tensor, labels: Tensor) -> Tensor:
-        """Returns an aligned pair's mean loss over the labels that count, a scalar; 0 where none does."""
+        """Returns an aligned pair's mean loss over the labels that count, a scalar; 0 if none does."""
         return self.total(predictions, labels) / divisor(self.count(labels))
 
     def sums(
@@ -112,7 +112,7 @@ class MeanLoss(Metric):
     (`torchmetrics.MeanMetric` leaves out what is not a number.)
 
     Args:
-        weighted: whether labels have weights, so that their count is no whole number.
+        weighted: whether labels have weights, so that their count is not a whole number.
     """
 
     total: Tensor

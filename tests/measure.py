@@ -1,4 +1,4 @@
-"""How large the house is, of this working tree or of any commit: parts, imports, lines, options.
+"""How large the package is, of this working tree or of any commit: parts, imports, lines, options.
 
     python tests/measure.py             # this tree
     python tests/measure.py 5e82270     # a commit
@@ -92,7 +92,7 @@ def floors(arrows: set[tuple[str, str]]) -> int:
 
 
 def options(trees: dict[Path, ast.Module], folder: str) -> list[tuple[str, str]]:
-    """Returns (method, field) for every field that a method's spec adds, but for `method` itself."""
+    """Returns (method, field) for every field that a method's spec adds, except `method` itself."""
     found = []
     for relative, tree in trees.items():
         for node in tree.body:

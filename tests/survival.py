@@ -1,6 +1,6 @@
 """Kills training runs, really and at random moments, and checks that nothing is lost and no record is false.
 
-    python -m tests.survival 200 summary.json        # so many kills; 15 to 30 minutes on one core
+    python -m tests.survival 200 summary.json        # number of kills; 15 to 30 minutes on one core
 
 Each run is a process of its own, forked from this one, which has imported everything: that saves the start.
 It is killed with SIGKILL or SIGTERM, alone or with its process group, again and again until one of its
@@ -129,7 +129,7 @@ class Trials:
         return self.folder / "survival" / run
 
     def record(self, run: str) -> dict:
-        """Returns a run's record, empty where there is none."""
+        """Returns a run's record, empty if there is none."""
         path = self.path(run) / "run.json"
         return json.loads(path.read_text()) if path.is_file() else {}
 
@@ -140,7 +140,7 @@ class Trials:
             self.faults.append(f"{run}: {what}\n{output.read_text()[-2000:] if output.is_file() else ''}")
 
     def check_finished(self, run: str) -> None:
-        """Checks that a run which says `finished` has everything that the one which nobody killed has."""
+        """Checks that a run which says `finished` has everything that a run that nobody killed has."""
         ours, theirs = self.path(run), self.path("whole")
         mine, other = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (ours, theirs))
         same = mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine)
@@ -276,7 +276,7 @@ def history(folder: Path) -> list[dict]:
 
 
 def survive(folder: Path, kills: int, seed: int = 0, report: Path | None = None) -> Trials:
-    """Kills runs so many times and returns what was seen."""
+    """Kills runs this many times and returns what was seen."""
     trials = Trials(folder, random.Random(seed))
     (folder / "x.yaml").write_text(CONFIG)
     begun = time.monotonic()

@@ -1,4 +1,4 @@
-"""Rules of the house that no single module can check."""
+"""Rules of the package that no single module can check."""
 
 import ast
 import re
@@ -83,7 +83,7 @@ def test_table_files_configs_and_readme_rows_agree(table, folder, names_itself, 
         path.stem: re.findall(names_itself, path.read_text(), flags=re.MULTILINE)
         for path in (PACKAGE / folder).rglob("*.py")
     }
-    # Helpers may lie beside them: they name no method or controller.
+    # Helpers may lie next to them: they name no method or controller.
     assert {stem: name for stem, name in found.items() if name} == {name: [name] for name in names}
     assert {path.stem for path in (ROOT / "configs" / configs).glob("*.yaml")} == names
     text = (ROOT / "README.md").read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]

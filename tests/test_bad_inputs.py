@@ -55,7 +55,7 @@ OVERRIDES = {
     "unknown method": ("adapter.method=lorra", "no method 'lorra'; did you mean 'lora'?"),
     "unknown data source": ("data.source=huub", "no source 'huub'; did you mean 'hub'?"),
     "wrong type": ("adapter.rank=two", "adapter.rank: Value 'two'"),
-    "not a setting": ("rank", "'rank' is no setting; write key=value"),
+    "not a setting": ("rank", "'rank' is not a setting; write key=value"),
     "rank 0": ("adapter.rank=0", "adapter.rank: must be at least 1; got 0"),
     "dropout 1": ("adapter.dropout=1.0", "adapter.dropout: must lie in [0, 1); got 1.0"),
     "alpha 0": ("adapter.alpha=0", "adapter.alpha: must be finite and not 0"),
@@ -66,9 +66,9 @@ OVERRIDES = {
     "no such model folder": ("model.name=./nowhere", "nowhere"),
     "task without labels to match": ("model.task=regression", "label"),
     "no target matched": ("adapter.targets=[qery]", "bert has no 'qery' (its roles are query, key, value"),
-    "target is no regular expression": ("adapter.targets=['regex:(']", "is no regular expression"),
+    "target is not a regular expression": ("adapter.targets=['regex:(']", "is not a regular expression"),
     "target the method cannot edit": ("adapter.targets=[LayerNorm]", "a LayerNorm, which lora cannot edit"),
-    "target inside the head": ("adapter.targets=[classifier]", "which is trained whole"),
+    "target inside the head": ("adapter.targets=[classifier]", "which is fully trained"),
     "layer out of range": ("adapter.layers=[7]", "have no layer [7]; their layers are [0, 1]"),
     "pattern that matches nothing": ("adapter.rank_pattern={kye: 3}", "'kye' matches no adapted module"),
     "module to save that is not there": ("adapter.modules_to_save=[hed]", "no module 'hed'"),
@@ -182,7 +182,7 @@ def test_a_validation_label_that_training_does_not_know_is_told(place, capsys):
 def test_a_missing_config_and_broken_yaml_are_told(place, capsys):
     assert "no file" in refused(capsys, "train", str(place / "nowhere.yaml"))
     (place / "broken.yaml").write_text("adapter: {method: lora")
-    assert "is no valid YAML" in refused(capsys, "train", str(place / "broken.yaml"))
+    assert "is not valid YAML" in refused(capsys, "train", str(place / "broken.yaml"))
 
 
 def test_an_output_that_is_a_file_is_told(place, capsys):

@@ -82,8 +82,8 @@ def made(base=Adapter, **attributes) -> type:
         (made(Spec=TwiceSpec), "missing: family, paper, peft"),
         (made(LoRA, Spec=NeedySpec), "a dataclass with a default for every field"),
         (made(Controller, name="few"), "missing: Spec"),
-        (dict, "is no class that inherits"),
-        (TwiceSpec(), "is no class that inherits"),
+        (dict, "is not a class that inherits"),
+        (TwiceSpec(), "is not a class that inherits"),
     ],
 )
 def test_what_cannot_be_registered_is_refused(register, kind, message):

@@ -82,7 +82,7 @@ def folder_of(config: Path, run: str) -> Path:
 
 
 def stop_after(process: subprocess.Popen, folder: Path, rows: int, how: signal.Signals) -> None:
-    """Sends the signal when the run has logged so many rows, of which the last checkpoint knows fewer."""
+    """Sends the signal when the run has logged this many rows, of which the last checkpoint knows fewer."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         metrics = folder / "metrics.csv"

@@ -372,7 +372,7 @@ def test_a_service_of_wandb_that_hangs_is_waited_for_no_longer_than_said(config,
     """It is stopped, not ended: without a limit the end of the run would wait for it for ever."""
 
     def stop():
-        # The newest: an earlier test may have left one that nobody talks to any more.
+        # The newest: an earlier test may have left one that nobody talks to any longer.
         services = [c for c in psutil.Process().children() if c.name() == "wandb-core"]
         max(services, key=psutil.Process.create_time).suspend()
 

@@ -33,7 +33,7 @@ class OfflineRun:
     media: list[Path] = field(default_factory=list)
     """Files of tables and images."""
     exit_code: int | None = None
-    """None where the run was never ended."""
+    """None if the run was never ended."""
 
 
 def offline_folders(folder: Path) -> list[Path]:

@@ -2,8 +2,8 @@
 
     python experiments/dylora_inference_ranks/run.py
 
-Writes results.csv and ranks.png beside this file and prints the README's table. Finished runs are not trained
-again, and interrupted ones continue.
+Writes results.csv and ranks.png next to this file and prints the README's table. Finished runs are not
+trained again, and interrupted ones continue.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Trains LoRA and the head baseline with three seeds each and writes results.csv beside this file.
+"""Trains LoRA and the head baseline with three seeds each and writes results.csv next to this file.
 
     python experiments/quickstart/compare.py
 

@@ -2,7 +2,7 @@
 
     python experiments/sum_to_product/run.py
 
-Writes results.csv and losses.png beside this file. Finished runs are not trained again.
+Writes results.csv and losses.png next to this file. Finished runs are not trained again.
 """
 
 from pathlib import Path

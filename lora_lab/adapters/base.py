@@ -1,4 +1,4 @@
-"""What an adapter is: a trainable edit of one module of a frozen model, standing in that module's place.
+"""What an adapter is: a trainable edit of one module of a frozen model, put in its place.
 
 A method states its mathematics once, as `adapted_weight` or one of its fast forms:
 
@@ -9,7 +9,7 @@ A method states its mathematics once, as `adapted_weight` or one of its fast for
     HiddenStateAdapter  h' = f(h)         on the output of a whole block
 
 The base is never written to. An adapter's tensors are float32 where the base is in half precision or
-quantised, else of the base's type, and so are modules trained whole. That stays so when the model is cast:
+quantised, else of the base's type, and so are fully trained modules. That stays so when the model is cast:
 after `model.half()` the base is float16 and what is trained is float32.
 """
 
@@ -42,7 +42,7 @@ class PeftLayout:
     """How a method's tensors and options are named in PEFT's two files."""
 
     peft_type: str | None
-    """PEFT's name of the method; None where PEFT has no such method and only lora_lab opens the folder."""
+    """PEFT's name of the method; None if PEFT has no such method and only lora_lab opens the folder."""
 
     tensors: Mapping[str, str]
     """PEFT's tensor name → attribute of the adapter; attributes that are None are left out."""
@@ -54,7 +54,7 @@ class PeftLayout:
     """Spec → the method's other fields of `adapter_config.json`."""
 
     spec: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda config: {}
-    """Fields of an `adapter_config.json` of this `peft_type` → the other fields of our spec; None where the
+    """Fields of an `adapter_config.json` of this `peft_type` → the other fields of our spec; None if the
     file means another of our methods (PEFT calls LoRA, DoRA and PiSSA all LORA)."""
 
     shared: Callable[[Any], Mapping[str, Tensor]] = lambda adapter: {}
@@ -74,14 +74,14 @@ class PeftLayout:
         return {name: getattr(spec, own) for name, own in self.fields.items()} | self.config(spec)
 
     def read(self, config: dict[str, Any]) -> dict[str, Any] | None:
-        """Returns our spec's fields for a config of PEFT's, None where it means another of our methods."""
+        """Returns our spec's fields for a PEFT config, None if it means another of our methods."""
         others = self.spec(config)
         same = {own: config[name] for name, own in self.fields.items() if name in config}
         return None if others is None else same | others
 
 
 class Adapter(nn.Module, Generic[SpecT]):
-    """A trainable edit of one module of a frozen model; stands in that module's place."""
+    """A trainable edit of one module of a frozen model; replaces it."""
 
     Spec: ClassVar[type[AdapterSpec]]
     family: ClassVar[str]
@@ -93,14 +93,14 @@ class Adapter(nn.Module, Generic[SpecT]):
     spared_from_decay: ClassVar[tuple[str, ...]] = ()
     """Names of the trained tensors for which 0 is not "no change"."""
     trained_faster: ClassVar[tuple[str, ...]] = ()
-    """Names of the tensors that LoRA+ trains at the greater rate: B, and vectors beside it."""
+    """Names of the tensors that LoRA+ trains at the larger rate: B, and vectors next to it."""
     reads_prompt_lengths: ClassVar[bool] = False
     """Whether the model must be called with `prompt_lengths` (batch,); `watch` takes them out of the call."""
     peft: ClassVar[PeftLayout]
 
     base: nn.Module
     spec: SpecT = cast(Any, None)
-    """The spec that holds at this site; None where no option matters once the adapter is made."""
+    """The spec that holds at this site; None if no option matters once the adapter is made."""
 
     def __init__(self, base: nn.Module):
         super().__init__()
@@ -142,18 +142,18 @@ class Adapter(nn.Module, Generic[SpecT]):
 
     @classmethod
     def parameter_count(cls, model: nn.Module, sites: list[Site], spec: SpecT) -> int:
-        """Returns how many numbers the adapters at these sites train at the start, without making them.
+        """Returns how many parameters the adapters at these sites train at the start, without making them.
 
         Args:
             model: the model of the sites, not yet adapted.
-            sites: where the adapters would stand.
+            sites: where the adapters would be placed.
             spec: the method's spec, which fits the sites.
         """
         return sum(cls.site_parameter_count(site.module, site_spec(spec, site)) for site in sites)
 
     @classmethod
     def site_parameter_count(cls, module: nn.Module, spec: SpecT) -> int:
-        """Returns how many numbers the adapter of one module trains: a formula of the spec and its sizes.
+        """Returns how many parameters the adapter of one module trains: a formula of the spec and its sizes.
 
         Args:
             module: what `accepts` lets through; `maps.sizes` gives (out, in).
@@ -166,7 +166,7 @@ class Adapter(nn.Module, Generic[SpecT]):
         """Makes the adapters for these sites, by path. The default makes one each and shares nothing.
 
         Args:
-            sites: where the adapters will stand.
+            sites: where the adapters will be placed.
             spec: the method's spec; `site_spec` gives the one that holds at a site.
         """
         return {site.path: cls.at(site, site_spec(spec, site)) for site in sites}
@@ -194,20 +194,20 @@ class Adapter(nn.Module, Generic[SpecT]):
 
     @property
     def rank(self) -> int | None:
-        """The rank now in use; None where the word has no meaning for the method."""
+        """The rank now in use; None if the word has no meaning for the method."""
         return getattr(self.spec, "rank", None)
 
     def singular_values(self) -> Float[Tensor, " k"] | None:
-        """Returns the singular values of W' − W in falling order; None where no matrix is edited."""
+        """Returns the singular values of W' − W in descending order; None if no matrix is edited."""
         return None
 
     @property
     def rests_by_chance(self) -> bool:
-        """Whether a training step may leave a trained tensor without a gradient, by the method's own dice."""
+        """Whether random choices of the method may leave a trained tensor without a gradient in a step."""
         return False
 
     def penalty(self) -> Tensor | float:
-        """Returns a term for the training loss (an orthogonality penalty, say); 0 for most methods."""
+        """Returns a term for the training loss, such as an orthogonality penalty; 0 for most methods."""
         return 0.0
 
     @classmethod
@@ -235,7 +235,7 @@ class Adapter(nn.Module, Generic[SpecT]):
         """Returns W' − W in thin factors, and b' − b.
 
         Raises:
-            IncompatibleError: if it is no linear map that the adapter edits.
+            IncompatibleError: if it is not a linear map that the adapter edits.
         """
         raise IncompatibleError(
             f"{type(self).__name__} on a {type(self.base).__name__} has no update of a matrix, which factors "
@@ -254,7 +254,7 @@ class Adapter(nn.Module, Generic[SpecT]):
         return self._parameters_named(self.spared_from_decay)
 
     def loraplus_parameters(self) -> list[nn.Parameter]:
-        """Returns the tensors that LoRA+ trains at the greater rate."""
+        """Returns the tensors that LoRA+ trains at the larger rate."""
         return self._parameters_named(self.trained_faster)
 
     def _parameters_named(self, names: tuple[str, ...]) -> list[nn.Parameter]:
@@ -262,7 +262,7 @@ class Adapter(nn.Module, Generic[SpecT]):
 
     @classmethod
     def file_names(cls) -> set[str]:
-        """Returns every name that a tensor of one adapter may have in a file of PEFT's."""
+        """Returns every name that a tensor of one adapter may have in a PEFT file."""
         return set(cls.peft.tensors)
 
     def peft_tensors(self) -> dict[str, Tensor]:
@@ -370,7 +370,7 @@ class LinearAdapter(Adapter[SpecT]):
         return shift if shift.any() else None
 
     def singular_values(self) -> Float[Tensor, " k"]:
-        """Returns the singular values of W' − W in falling order."""
+        """Returns the singular values of W' − W in descending order."""
         return singular_values(self.delta_weight())
 
     def cast(self, x: Tensor) -> Tensor:
@@ -393,7 +393,7 @@ class LinearAdapter(Adapter[SpecT]):
 
 
 class AdditiveAdapter(LinearAdapter[SpecT]):
-    """W' = W + ΔW, hence y = base(x) + x ΔWᵀ."""
+    """W' = W + ΔW, so y = base(x) + x ΔWᵀ."""
 
     def delta_weight(self) -> Float[Tensor, "out in"]:
         """Returns ΔW."""
@@ -414,7 +414,7 @@ class AdditiveAdapter(LinearAdapter[SpecT]):
 
 
 class InputAdapter(LinearAdapter[SpecT]):
-    """W' = W T, hence y = base(T x)."""
+    """W' = W T, so y = base(T x)."""
 
     def transform_input(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... in"]:
         """Returns T x for every row of x."""
@@ -431,7 +431,7 @@ class InputAdapter(LinearAdapter[SpecT]):
 
 
 class OutputAdapter(LinearAdapter[SpecT]):
-    """W' = S W and b' = S b, hence y = S base(x)."""
+    """W' = S W and b' = S b, so y = S base(x)."""
 
     def transform_output(self, y: Float[Tensor, "... out"]) -> Float[Tensor, "... out"]:
         """Returns S y for every row of y."""
@@ -452,7 +452,7 @@ class OutputAdapter(LinearAdapter[SpecT]):
 
 
 class HiddenStateAdapter(Adapter[SpecT]):
-    """h' = f(h) on a block's output. Not a map of weights, hence never mergeable."""
+    """h' = f(h) on a block's output. Not a map of weights, so never mergeable."""
 
     mergeable = False
 

@@ -28,7 +28,7 @@ from lora_lab.models.quantization import QuantizedLinear
 P = TypeVar("P")
 
 USUAL_NAMES = ("head", "heads", "fc", "output", "out", "logits", "decoder")
-"""Names under which models that are none of transformers' hold their last map."""
+"""Names under which models that are not from transformers hold their last map."""
 
 OWNERS = "owners"
 """Name in a state of the numbers of the adapters whose tensors are used, one for each adapter."""
@@ -48,7 +48,7 @@ def inject(model: nn.Module, spec: AdapterSpec, seed: int = 0) -> AdapterSet:
         The set of adapters now in the model.
 
     Raises:
-        ConfigError: if the spec is at fault.
+        ConfigError: if the spec is invalid.
         TargetError: if the targets do not fit the model.
         IncompatibleError: if the model holds adapters already.
     """
@@ -56,7 +56,7 @@ def inject(model: nn.Module, spec: AdapterSpec, seed: int = 0) -> AdapterSet:
 
 
 def place(model: nn.Module, spec: AdapterSpec, seed: int = 0, untied: bool = False) -> AdapterSet:
-    """Does what `inject` does; with `untied`, modules trained whole share no parameters that they shared."""
+    """Does what `inject` does; with `untied`, fully trained modules share no parameters that they shared."""
     method = _method_of(spec)
     for path, module in model.named_modules():
         if isinstance(module, Adapter):
@@ -84,7 +84,7 @@ def place(model: nn.Module, spec: AdapterSpec, seed: int = 0, untied: bool = Fal
 
 
 def parameter_count(model: nn.Module, spec: AdapterSpec) -> int:
-    """Returns how many numbers the method of a spec would train on a model, task heads aside.
+    """Returns how many parameters the method of a spec would train on a model, task heads aside.
 
     A formula of the method gives it, before any adapter is made. `spec.size_field` names the field to change
     for another count; it need not rise with that field.
@@ -94,7 +94,7 @@ def parameter_count(model: nn.Module, spec: AdapterSpec) -> int:
         spec: the method's spec.
 
     Raises:
-        ConfigError: if the spec is at fault.
+        ConfigError: if the spec is invalid.
         TargetError: if the targets do not fit the model.
     """
     method = _method_of(spec)
@@ -108,12 +108,12 @@ def parameter_counts(
 
     Args:
         model: the model, not yet adapted.
-        spec: the method's spec, free of faults.
-        field: the field to change, `spec.size_field` say.
+        spec: the method's spec, valid.
+        field: the field to change, for example `spec.size_field`.
         values: its values.
 
     Raises:
-        ConfigError: if the spec is at fault.
+        ConfigError: if the spec is invalid.
         TargetError: if the targets do not fit the model.
     """
     method = _method_of(spec)
@@ -129,7 +129,7 @@ def parameter_counts(
 
 
 def _method_of(spec: AdapterSpec) -> type[Adapter]:
-    """Returns the method of a spec that is free of faults."""
+    """Returns the method of a spec that is valid."""
     if spec.method not in METHODS:
         raise ConfigError(f"adapter.method: no method '{spec.method}'{suggest(spec.method, METHODS)}")
     faults = spec.faults()
@@ -155,7 +155,7 @@ def _warn_of_second_names(model: nn.Module, adapters: Mapping[str, Adapter]) -> 
 
 
 def _warn_of_frozen_head(model: nn.Module, spec: AdapterSpec, adapters: Mapping[str, Adapter]) -> None:
-    """Warns where a model that is none of transformers' may end in a fresh head, which would stay frozen."""
+    """Warns where a model that is not from transformers may end in a fresh head, which would stay frozen."""
     if hasattr(model, "config") or spec.modules_to_save is not None:
         return
     children = [
@@ -220,7 +220,7 @@ class AdapterSet:
         model: the adapted model.
         spec: the spec they were made from.
         adapters: the method's adapters, by path of the module they stand for.
-        saved: the modules trained whole beside them (task heads), by path.
+        saved: the fully trained modules next to them (task heads), by path.
         owners: path of each adapter that uses another's tensors → the other's path; see `share`.
     """
 
@@ -253,7 +253,7 @@ class AdapterSet:
         return iter(self.adapters.items())
 
     def everything(self) -> Iterator[Adapter]:
-        """Iterates over the adapters and the modules trained whole."""
+        """Iterates over the adapters and the fully trained modules."""
         return iter(self._all.values())
 
     def implementing(self, protocol: type[P]) -> dict[str, P]:
@@ -300,7 +300,7 @@ class AdapterSet:
         }
 
     def trainable_count(self, saved: bool = True) -> int:
-        """Returns how many numbers are trained; without `saved`, those of the method alone."""
+        """Returns how many parameters are trained; without `saved`, those of the method alone."""
         heads = tuple(f"{path}.trained." for path in self.saved)
         return sum(
             p.numel() for name, p in self.named_parameters().items() if saved or not name.startswith(heads)
@@ -340,7 +340,7 @@ class AdapterSet:
     def restart(self, seed: int) -> None:
         """Puts the adapters' trained tensors where `inject` starts them; what is shared or dropped stays so.
 
-        Each is built anew at its own site, hence this is for methods like LoRA, whose adapters have nothing
+        Each is built again at its own site, so this is for methods like LoRA, whose adapters have nothing
         in common from the start.
 
         Args:
@@ -371,7 +371,7 @@ class AdapterSet:
         optimizer is built after it.
 
         Raises:
-            CheckpointError: if names, shapes or kinds of numbers differ; no number is changed then.
+            CheckpointError: if names, shapes or dtypes differ; no number is changed then.
         """
         given = dict(state)
         owners = self._owners_in(given)
@@ -417,7 +417,7 @@ class AdapterSet:
     # Merging and removing -----------------------------------------------------------------------------
 
     def merge(self) -> nn.Module:
-        """Puts plain modules with the merged weights in the adapters' places, for good.
+        """Puts plain modules with the merged weights in the adapters' places, permanently.
 
         Returns:
             The model, without a trace of lora_lab in it.
@@ -523,7 +523,7 @@ def load_tensors(
         write: whether to copy after checking.
 
     Raises:
-        CheckpointError: if names, shapes or kinds of numbers differ.
+        CheckpointError: if names, shapes or dtypes differ.
     """
     faults = [f"has no '{name}'" for name in own.keys() - given.keys()]
     faults += [f"has '{name}', which this model does not" for name in given.keys() - own.keys()]

@@ -5,7 +5,7 @@ pass can tell which, so that gradients are looked at when an optimizer has made 
 loop in plain Python or a trainer. An adapter lives once a number in one of its gradients is not zero. Of the
 others:
 
-    no gradient, though parts beside it have one          the model passes it by    fails after the first step
+    no gradient, though parts around it have one          the model passes it by    fails after the first step
     the same in a list whose other items have gradients   a rare expert, a layer    a warning after PATIENCE
                                                           that is left out at times
     anything else, also one dead tensor of an adapter     may be chance             fails after PATIENCE steps
@@ -41,7 +41,7 @@ class Liveness:
     Args:
         model: the adapted model.
         adapters: its adapters, by path.
-        saved: the modules trained whole beside them, by path.
+        saved: the fully trained modules next to them, by path.
     """
 
     def __init__(self, model: nn.Module, adapters: Mapping[str, Adapter], saved: Mapping[str, Adapter]):
@@ -54,7 +54,7 @@ class Liveness:
         """Optimizer steps in which nothing had."""
         self.decided = False
         self._alive: dict[str, set[str]] = {}  # path → names of the tensors whose gradient was not zero once
-        self._connected: set[str] = set()  # paths that had a gradient once, of whatever numbers
+        self._connected: set[str] = set()  # paths that had a gradient once, of any numbers
 
     def observe(self, optimized: Iterable[nn.Parameter]) -> None:
         """Looks at the gradients of a step just made.

@@ -37,8 +37,8 @@ class LinearMap(nn.Module):
 def is_linear(module: nn.Module) -> TypeGuard[LinearMap]:
     """Whether a module is a linear map: y = x Wᵀ + b with a floating (out, in) `weight`.
 
-    A quantised map lends its weight dequantised. A class of its own has to compute what its weight says: some
-    use the weight of an `nn.Linear` in groups.
+    A quantised map returns its weight dequantised. A class of its own has to compute what its weight says:
+    some use the weight of an `nn.Linear` in groups.
     """
     if not (hasattr(module, "in_features") and hasattr(module, "out_features")):
         return False
@@ -71,7 +71,7 @@ def stacked(module: nn.Module) -> dict[str, nn.Parameter]:
     """Returns the matrices that a module of experts holds as parameters of its own, by name.
 
     Those are (experts, …, …) in a module of experts, and the (experts, in) weight of a router, whose
-    module is no linear map. Any other module has none.
+    module is not a linear map. Any other module has none.
     """
     own = dict(module.named_parameters(recurse=False))
     if is_router(module):
@@ -159,7 +159,7 @@ def pointwise(base: nn.Module, values: Tensor) -> Tensor:
 def with_weight(
     base: LinearMap, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
 ) -> nn.Module:
-    """Returns a plain, frozen module like the base with these values, of the base's type of numbers."""
+    """Returns a plain, frozen module like the base with these values, of the base's dtype."""
     new: nn.Module
     if isinstance(base, Convolution):
         shape = (base.in_channels, base.out_channels, base.kernel_size, base.stride, base.padding)

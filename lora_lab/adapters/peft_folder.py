@@ -1,4 +1,4 @@
-"""What a folder written by PEFT means: its tensors say where adapters stand, its config gives numbers only.
+"""What a folder written by PEFT means: its tensors say where adapters are, its config gives numbers only.
 
 PEFT's `target_modules`, `modules_to_save` and patterns are shorthands that its own rules resolve, and that
 can name less or more than a file holds. So places, saved modules and trained biases are read from the names
@@ -6,7 +6,7 @@ and shapes in the safetensors header, before anything of their size is made:
 
     base_model.model.<path>.<name of the method>      the adapter at <path>
     base_model.model.<path>.base_layer.<name>         a copy of the base's tensor, or its trained bias
-    base_model.model.<path>.<name>                    a module trained whole, or a trained bias
+    base_model.model.<path>.<name>                    a fully trained module, or a trained bias
     base_model.<name>                                 what all adapters share
 
 Of the parameters that `target_parameters` names in one module, each is wrapped around the one before: the
@@ -44,7 +44,7 @@ TWICE = (".modules_to_save.", ".original_module.")
 Shapes = Mapping[str, tuple[int, ...]]
 
 HARMLESS = frozenset(
-    # Who, when and from what; and where adapters stand, which the tensors say.
+    # Who, when and from what; and where adapters are placed, which the tensors say.
     "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
     "target_modules feedforward_modules modules_to_save layers_to_transform "
     "layers_pattern exclude_modules bias "
@@ -57,12 +57,12 @@ HARMLESS = frozenset(
     # Options of options that are off, and of another library's parallel maps.
     "megatron_config megatron_core qalora_group_size".split()
 )
-"""Fields of PEFT's configs that change nothing in what a file computes, where no method reads them."""
+"""Fields of PEFT configs that change nothing in what a file computes, where no method reads them."""
 
 
 @dataclass(frozen=True)
 class PeftFolder:
-    """What a folder of PEFT's holds, in terms of one model."""
+    """What a PEFT folder holds, in terms of one model."""
 
     spec: AdapterSpec
     """Method, exact places and numbers."""
@@ -73,7 +73,7 @@ class PeftFolder:
     biases: Mapping[str, str]
     """Name in the file of the trained bias of an adapted map → the map's path."""
     beside: Mapping[str, str]
-    """Name of a tensor of a module trained whole that the file leaves out → its path in the base."""
+    """Name of a tensor of a fully trained module that the file leaves out → its path in the base."""
 
     def check_copies(self, model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
         """Checks that copies of the base's tensors are this base's.
@@ -139,7 +139,7 @@ class PeftFolder:
 
 
 def understand(model: nn.Module, config: Mapping[str, Any], shapes: Shapes, source: str) -> PeftFolder:
-    """Reads a folder of PEFT's for a model.
+    """Reads a PEFT folder for a model.
 
     Args:
         model: the base, not yet adapted.
@@ -173,7 +173,7 @@ def understand(model: nn.Module, config: Mapping[str, Any], shapes: Shapes, sour
     experts = [path for path in sites if stacked(modules[path])]
     if biases and (method.Spec().method != "lora" or experts):
         raise IncompatibleError(
-            f"bias: {config.get('bias')!r} trains biases beside {method.Spec().method}"
+            f"bias: {config.get('bias')!r} trains biases in addition to {method.Spec().method}"
             f"{f' on the experts of {experts[0]}' if experts else ''}, which has no counterpart in lora_lab; "
             "only files of LoRA on linear maps are opened with it."
         )
@@ -279,10 +279,10 @@ def _method(config: Mapping[str, Any]) -> tuple[type[Adapter], dict[str, Any]]:
         for name in sorted(config.keys() - read.seen - HARMLESS - patterns):
             if config[name]:
                 raise IncompatibleError(
-                    f"{name}: {config[name]!r} of PEFT's config has no counterpart in lora_lab."
+                    f"{name}: {config[name]!r} of the PEFT config has no counterpart in lora_lab."
                 )
         return method, own
-    raise IncompatibleError(f"peft_type: this kind of PEFT's '{kind}' is none of our methods.")
+    raise IncompatibleError(f"peft_type: this kind of PEFT '{kind}' is none of our methods.")
 
 
 def _fields(method: type[Adapter]) -> set[str]:
@@ -305,7 +305,7 @@ def _sort(
     sites: Collection[str],
     source: str,
 ) -> tuple[list[str], dict[str, str], dict[str, str], dict[str, str]]:
-    """Sorts the tensors of no adapter: saved modules, copies of the base, biases and what is beside them."""
+    """Sorts the tensors of no adapter: saved modules, copies of the base, biases and what is next to them."""
     saved: list[str] = []
     copies, biases, beside = dict[str, str](), dict[str, str](), dict[str, str]()
     wanted = [str(name) for name in config.get("modules_to_save") or []]
@@ -315,7 +315,7 @@ def _sort(
     if inner is not None:
         raise IncompatibleError(
             f"modules_to_save: {wanted} names {inner} and a module around it. PEFT wraps both, computes with "
-            "one and may store the other. Make the adapter anew with names of which none is inside another."
+            "one and may store the other. Make the adapter again with names of which none is inside another."
         )
     for name in names:
         if any(part in name for part in TWICE):

@@ -1,4 +1,4 @@
-"""What controllers may ask of an adapter: interfaces that a method inherits beside its base class.
+"""What controllers may ask of an adapter: interfaces that a method inherits besides its base class.
 
 They are classes and not `typing.Protocol`s, for a method may have the functions and still not mean it:
 DyLoRA's components can be silenced like LoRA's, but its ranks would then not be what they are called.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class Prunable:
-    """A sum of rank-one components that can be scored one by one, and taken away for good.
+    """A sum of rank-one components that can be scored one by one, and removed permanently.
 
     Attributes:
         kept: (rank,), flags of the components that are left; a persistent buffer.
@@ -56,7 +56,7 @@ class Prunable:
         Of adapters that share tensors, each must be given the same choice.
 
         Args:
-            index: the components, in rising order.
+            index: the components, in ascending order.
         """
         for name, axis in self.components.items():
             tensor = getattr(self, name)
@@ -94,7 +94,7 @@ class Growable(Prunable):
     """A `Prunable` adapter to which more components can be added while it trains."""
 
     def new_components(self, count: int) -> dict[str, Tensor]:
-        """Returns the start of so many more components, drawn from torch's generator.
+        """Returns the start of this many more components, drawn from torch's generator.
 
         By name of the tensor, `count` long on the axis that counts components, `kept` excepted. They add
         exactly zero to the update, and their first step can change that.
@@ -151,7 +151,7 @@ class Droppable:
         raise NotImplementedError
 
     def drop(self) -> None:
-        """Switches the adapter off for good: it adds exactly zero from now on."""
+        """Switches the adapter off permanently: it adds exactly zero from now on."""
         raise NotImplementedError
 
     @property
@@ -164,7 +164,7 @@ class Shareable(Droppable):
     """Its update is a function of its trained tensors alone, so that adapters of one shape may share them."""
 
     def share_key(self) -> Hashable | None:
-        """Returns a key that is equal for adapters that may share; None where this one may not."""
+        """Returns a key that is equal for adapters that may share; None if this one may not."""
         raise NotImplementedError
 
     def share(self, owner: Shareable) -> None:
@@ -205,11 +205,11 @@ class Selectable:
         raise NotImplementedError
 
     def directions(self) -> tuple[Float[Tensor, "out k"], Float[Tensor, " k"], Float[Tensor, "k in"]]:
-        """Returns all that there are: U, S and Vᵀ, from the greatest singular value down."""
+        """Returns all that there are: U, S and Vᵀ, from the largest singular value down."""
         raise NotImplementedError
 
     def choose(self, indices: Int[Tensor, " rank"]) -> None:
-        """Takes the directions of these indices, in rising order; only before training."""
+        """Takes the directions of these indices, in ascending order; only before training."""
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""Where adapters stand: from what the user calls a place to the modules of a model."""
+"""Where adapters are placed: from what the user calls a place to the modules of a model."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ SPLIT_FIRST = (
     "Split the attention first, by `model.split_fused: true` or in Python `lora_lab.split_attention(model)`; "
     "it then has linear layers `query`, `key`, `value` and `output` to target."
 )
-"""The way out where `nn.MultiheadAttention` stands in the way."""
+"""What to do where `nn.MultiheadAttention` prevents adapters."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """A place in a model where an adapter may stand."""
+    """A place in a model where an adapter may be placed."""
 
     path: str
     """Path of the module in the model, `model.layers.3.self_attn.q_proj`."""
 
     module: nn.Module
-    """The frozen module that stands there."""
+    """The frozen module at that place."""
 
     role: str | None = None
     """What the module does (`query`), where the architecture is known."""
@@ -80,7 +80,7 @@ def find_sites(
 
     Raises:
         TargetError: if a target matches nothing, or something that the method cannot edit; if a layer does
-            not exist; if a target lies inside a module that is trained whole.
+            not exist; if a target lies inside a module that is fully trained.
     """
     modules = {path: module for path, module in model.named_modules() if path}
     roles = {found.path: found for found in find_roles(model)}
@@ -139,7 +139,7 @@ def find_sites(
 
 
 def saved_modules(model: nn.Module, spec: AdapterSpec) -> list[str]:
-    """Returns the paths of the modules to train whole: those asked for, or else the model's fresh task head.
+    """Returns the paths of the modules to train fully: those asked for, or else the model's fresh task head.
 
     Raises:
         TargetError: if a name in `modules_to_save` matches no module, or one that cannot be trained.
@@ -174,7 +174,7 @@ def exact_targets(paths: list[str], modules: Mapping[str, nn.Module]) -> str | l
 
 
 def match_regex(pattern: str, path: str, field: str, whole: bool = False) -> bool:
-    """Tells whether a pattern matches a path from its start (or the whole of it), in bounded time.
+    """Returns whether a pattern matches a path from its start (or the whole of it), in bounded time.
 
     Args:
         pattern: a regular expression, perhaps somebody else's.
@@ -183,13 +183,13 @@ def match_regex(pattern: str, path: str, field: str, whole: bool = False) -> boo
         whole: whether the match must reach the path's end.
 
     Raises:
-        TargetError: if it is no regular expression, or takes more than a second.
+        TargetError: if it is not a regular expression, or takes more than a second.
     """
     try:
         match = regex.fullmatch if whole else regex.match
         return match(pattern, path, timeout=1.0) is not None
     except regex.error as error:
-        raise TargetError(f"adapter.{field}: '{pattern}' is no regular expression: {error}.") from None
+        raise TargetError(f"adapter.{field}: '{pattern}' is not a regular expression: {error}.") from None
     except TimeoutError:
         raise TargetError(
             f"adapter.{field}: '{pattern}' takes more than a second on '{path}'; write a simpler pattern."
@@ -298,13 +298,13 @@ def _refuse_impossible(
         )
     if _inside(path, saved):
         raise TargetError(
-            f"adapter.targets: '{target}' matches {path}, which is trained whole (modules_to_save: {saved}). "
+            f"adapter.targets: '{target}' matches {path}, which is fully trained (modules_to_save: {saved}). "
             "Take it out of one of the two."
         )
 
 
 def _computed_past(path: str, model: nn.Module, accepts: Callable[[nn.Module], bool]) -> str | None:
-    """Names the module around this one that reads its weight without calling it; None where there is none."""
+    """Names the module around this one that reads its weight without calling it; None if there is none."""
     ends = [0, *(dot.start() for dot in re.finditer(r"\.", path))]
     for around in (model.get_submodule(path[:end]) for end in ends):
         attention, name = around, "nn.MultiheadAttention, which"
@@ -353,7 +353,7 @@ def _check_patterns(spec: AdapterSpec, sites: list[Site]) -> None:
 
 
 def ends_with(path: str, name: str) -> bool:
-    """Tells whether a path is `name` or ends in it after a dot."""
+    """Returns whether a path is `name` or ends in it after a dot."""
     return path == name or path.endswith(f".{name}")
 
 

@@ -44,7 +44,7 @@ FOREIGN_NAMES = {
 
 @dataclass
 class AdapterSpec:
-    """What every method shares: where its adapters stand and which whole modules are trained beside them."""
+    """The options of every method: where adapters are placed, and which whole modules are trained as well."""
 
     method: str = ""
     """Name of the method, a key of METHODS."""
@@ -59,8 +59,8 @@ class AdapterSpec:
     """Fields that a stored spec may still hold, each with the one value that means today's method."""
 
     targets: Union[str, list[str]] = field(default_factory=lambda: ["query", "value"])  # noqa: UP007
-    """Where adapters stand: roles (`query`), module names or path endings (`q_proj`, `mlp.down_proj`), one
-    pattern for whole paths (`regex:.*layers\\.[0-3]\\..*q_proj`), `all-linear` (every linear map except
+    """Where adapters are placed: roles (`query`), module names or path endings (`q_proj`, `mlp.down_proj`),
+    one pattern for whole paths (`regex:.*layers\\.[0-3]\\..*q_proj`), `all-linear` (every linear map except
     heads), or `all` (every module the method can edit)."""
 
     exclude: list[str] = field(default_factory=list)
@@ -70,12 +70,12 @@ class AdapterSpec:
     """Indices of the blocks to adapt, counted from 0; null means all."""
 
     modules_to_save: list[str] | None = None
-    """Modules trained whole and stored beside the adapters, by path or path ending; null means the model's
+    """Fully trained modules, stored with the adapters, by path or path ending; null means the model's
     freshly initialised task head, [] means none."""
 
     @property
     def size_field(self) -> str | None:
-        """Name of the field that sets how many numbers are trained, `rank` say; None where none does."""
+        """Name of the field that sets the number of trained parameters, such as `rank`; None if none does."""
         return None
 
     @classmethod
@@ -102,7 +102,7 @@ class AdapterSpec:
         return False
 
     def for_stored(self) -> Self:
-        """Returns the spec to place adapters with whose tensors a file gives, whatever they started from."""
+        """Returns the spec for adapters whose tensors a file gives: their start does not matter."""
         return self
 
     def faults(self) -> list[str]:

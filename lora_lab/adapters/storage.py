@@ -268,7 +268,7 @@ def _read_own(path: Path) -> dict[str, Any]:
     if not isinstance(own, dict) or not isinstance(own.get("adapter"), dict):
         raise CheckpointError(f"{path}: {UNREADABLE} (it has no `adapter` with fields). {READ_INSTEAD}")
     if references({name: value for name, value in own.items() if name != CLASSES}):
-        raise CheckpointError(f"{path}: {UNREADABLE} ('{references(own)[0]}' is no value). {READ_INSTEAD}")
+        raise CheckpointError(f"{path}: {UNREADABLE} ('{references(own)[0]}' is not a value). {READ_INSTEAD}")
     return own
 
 
@@ -304,8 +304,8 @@ def _structure(
             adapters.adapters[name]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: `shared` or `dropped` names what is no adapter of this model ({error}). Use the model "
-            "that it was made with."
+            f"{path}: `shared` or `dropped` names something that is not an adapter of this model ({error}). "
+            "Use the model that it was made with."
         ) from error
     return shared, dropped
 
@@ -314,18 +314,18 @@ def _read_foreign(model: nn.Module, path: Path, shapes: Mapping[str, tuple[int, 
     try:
         config = read_json(path)
         if not isinstance(config, dict):
-            raise CheckpointError(f"{path}: is missing or no config of PEFT (it holds no object).")
+            raise CheckpointError(f"{path}: is missing or not a PEFT config (it holds no object).")
         return understand(model, config, shapes, str(path))
     except DocumentError as error:
-        raise CheckpointError(f"{path}: is missing or no config of PEFT ({error}).") from error
+        raise CheckpointError(f"{path}: is missing or not a PEFT config ({error}).") from error
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(
-            f"{path}: is missing or no config of PEFT ({type(error).__name__}: {error})."
+            f"{path}: is missing or not a PEFT config ({type(error).__name__}: {error})."
         ) from error
 
 
 def _apart(model: nn.Module, spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> bool:
-    """Tells whether the file holds two different tensors for one parameter that two saved modules share.
+    """Returns whether the file holds two different tensors for one parameter that two saved modules share.
 
     PEFT trains each module of `modules_to_save` apart, tied or not.
     """
@@ -339,7 +339,7 @@ def _apart(model: nn.Module, spec: AdapterSpec, tensors: Mapping[str, Tensor]) -
 
 
 def _warn_of_experts_names(adapters: AdapterSet) -> None:
-    """Warns of maps beside stacked experts that PEFT takes for the experts, by the names these had before."""
+    """Warns of maps near stacked experts that PEFT takes for the experts, by the former names of these."""
     kind = getattr(getattr(adapters.model, "config", None), "model_type", None)
     renamed = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {}) | {"mixtral": "mixtral"}
     if _layout(adapters).peft_type != "LORA" or renamed.get(kind) not in ("mixtral", "qwen2_moe"):

@@ -1,4 +1,4 @@
-"""Modules trained whole in place of their frozen originals: full fine-tuning, and task heads."""
+"""Fully trained modules in place of their frozen originals: full fine-tuning, and task heads."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A mixture of stored adapters as one LoRA.
 
-The sum of weighted updates is exact in ΔW itself, whatever methods and ranks they have; where it is cut to a
+The sum of weighted updates is exact in ΔW itself, for any methods and ranks; where it is cut to a
 rank, the error is measured. The others change single numbers of ΔW before they add:
 
     weighted         Σ wᵢ ΔWᵢ
@@ -9,11 +9,11 @@ rank, the error is measured. The others change single numbers of ΔW before they
     magnitude_prune  of each source the largest numbers alone, the rest 0
     dare             of each number a draw: 0 with probability 1 − density, else divided by density
                      (Yu et al. 2024, arXiv:2311.03099)
-    ties             the largest numbers of each source; of these, those of the sign that has the greater sum;
+    ties             the largest numbers of each source; of these, those of the sign that has the larger sum;
                      of these the mean (Yadav et al. 2023, arXiv:2306.01708)
 
 The largest numbers are those of all modules of a source together, as TIES has it, not of each matrix. PEFT
-trims factor by factor or matrix by matrix; its `linear` adds A and B, which is no sum of updates.
+trims factor by factor or matrix by matrix; its `linear` adds A and B, which is not a sum of updates.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def combine(
         energy: the share of each mixture's squared norm to keep, in (0, 1].
         density: the share of numbers that `ties`, `dare` and `magnitude_prune` keep, in [0, 1].
         seed: of the draws of `dare`.
-        heads: whose modules trained whole (task heads) the mixture has: the number of a source, counted from
-            1, or their weighted average; None where no two sources differ in them.
+        heads: whose fully trained modules (task heads) the mixture has: the number of a source, counted from
+            1, or their weighted average; None if no two sources differ in them.
         base: the base model, as `model.name`.
 
     Raises:
@@ -230,7 +230,7 @@ def _head(
             "them. Say whose the mixture has: --heads 1 (the first source's), 2, …, or average"
         )
     if any(own.keys() != trained[-1].keys() for own in trained):
-        raise IncompatibleError("the adapters train different modules whole; only adapters of one head mix.")
+        raise IncompatibleError("the adapters fully train different modules; only adapters of one head mix.")
     if heads != "average":
         if not 1 <= heads <= len(sources):
             raise ConfigError(f"--heads: must be a source's number, 1 to {len(sources)}; got {heads}")

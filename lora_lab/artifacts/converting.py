@@ -109,7 +109,7 @@ def updates(adapters: AdapterSet) -> dict[str, Update]:
 
 @torch.no_grad()
 def as_lora(adapters: AdapterSet, found: Mapping[str, Update]) -> AdapterSet:
-    """Puts plain LoRA of given updates in the places of adapters; modules trained whole are kept.
+    """Puts plain LoRA of given updates in the places of adapters; fully trained modules are kept.
 
     Args:
         adapters: what stands in the model; it is removed.

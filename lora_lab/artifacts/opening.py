@@ -38,7 +38,7 @@ class Source:
         """Returns the base model, not adapted.
 
         Raises:
-            LabError: if the model or the data that say its number of classes cannot be had.
+            LabError: if the model or the data that say its number of classes cannot be loaded.
         """
         if names := read_label_names(self.adapter):
             return build_model(self.model, len(names), label_names=names)

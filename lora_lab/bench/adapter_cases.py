@@ -108,7 +108,7 @@ class Case:
     saved: float
     """Goal for the bytes kept between forward and backward, on BERT's shapes."""
     stacked: bool = field(default=False, kw_only=True)
-    """Whether our files hold frozen tensors beside the learned ones, which alone PEFT's modules hold."""
+    """Whether our files hold frozen tensors besides the learned ones, which alone PEFT's modules hold."""
 
     def spec(self, shapes: Shapes) -> AdapterSpec:
         """Returns our spec."""
@@ -153,7 +153,8 @@ CASES = {
     "psoft": Case("psoft", R16, "PsoftConfig", {"r": 16}, 1.00, 1.01, stacked=True),
     "vera": Case("vera", {"rank": 256}, "VeraConfig", {"r": 256}, 1.02, 0.57),
     "fourierft": Case("fourierft", {"scaling": 15.0}, "FourierFTConfig", {"scaling": 15.0}, 0.54, 0.42),
-    # With the default alpha of 640 the updates drown W, and rounding decides where attention goes.
+    # With the default alpha of 640 the updates are far larger than W, and rounding decides where attention
+    # goes.
     "randlora": Case(
         "randlora",
         {"rank": 32, "alpha": 8.0},

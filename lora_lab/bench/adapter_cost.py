@@ -5,7 +5,7 @@
 
 Three models of one base take turns: `limit`, which is frozen and only passes gradients on to its embeddings;
 PEFT's adapters on all linear maps; and ours with the same numbers in them. They have to agree before anything
-is measured. One thread and CPU time: wall time would count whatever else the machine does. A CPU's speed
+is measured. One thread and CPU time: wall time would also count what else the machine does. A CPU's speed
 drifts, so that only ratios within a round count; bytes are exact. Needs PEFT, `pip install lora_lab[dev]`.
 """
 
@@ -37,7 +37,7 @@ from lora_lab.bench.step_cost import peak_bytes, saved_bytes, seconds
 from lora_lab.errors import LabError
 
 TOLERANCE = 1e-5
-"""How far the two sides may be apart, relative to the greatest number."""
+"""How far the two sides may be apart, relative to the largest number."""
 
 Row = dict[str, Any]
 
@@ -145,7 +145,7 @@ def measure_once(case: Case, shapes: Shapes, sides: dict[str, Side], device: tor
     for name, side in sides.items():
         side.fresh()
         yield {"side": name, "measure": "saved_bytes", "value": saved_bytes(side.forward, side.module)}
-        side.step()  # warm: what a first step allocates for good is not its peak
+        side.step()  # warm: what a first step allocates permanently is not its peak
         side.fresh()
         yield {"side": name, "measure": "peak_bytes", "value": peak_bytes(side.step, device)}
     with tempfile.TemporaryDirectory() as folder:
@@ -173,7 +173,7 @@ def measure_round(
 
 
 def _setup_seconds(name: str, case: Case, shapes: Shapes, device: torch.device) -> tuple[float, float]:
-    """Returns the times of injecting adapters into a fresh model, and of merging them for good."""
+    """Returns the times of injecting adapters into a fresh model, and of merging them permanently."""
     task, made = shapes.task().to(device), list[Any]()
     if name == "ours":
         injected = seconds(lambda: made.append(inject(task, case.spec(shapes))), device)
@@ -219,7 +219,7 @@ def run(
     machine = about(["torch", "transformers", "peft"], device)
     skipped: dict[str, str] = {}
     known = [name for name in methods if CASES[name].method in METHODS]
-    skipped |= {name: "no method of ours yet" for name in methods if name not in known}
+    skipped |= {name: "no method here yet" for name in methods if name not in known}
     columns = [*machine, "shapes", "method", "side", "round", "measure", "value"]
     with output.open("w", encoding="utf-8", newline="") as file, Progress(transient=True) as progress:
         writer = csv.DictWriter(file, columns, lineterminator="\n")

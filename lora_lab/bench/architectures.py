@@ -50,7 +50,7 @@ def measure(task: str, model_type: str) -> list[dict[str, Any]]:
                 model = tiny_model(task, model_type).eval()
                 inputs = tiny_inputs(model)
                 _logits(model, inputs)
-        except Exception as error:  # whatever an architecture of others raises is its reason
+        except Exception as error:  # what an architecture raises is the reason
             return [{**row, "targets": "", "outcome": "not built", "message": _line(error)}]
         spec = LoRASpec(rank=2) if targets is None else LoRASpec(rank=2, targets=targets)
         try:
@@ -104,7 +104,7 @@ def _logits(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
 
 @contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Raises TimeoutError inside after so many seconds of computing."""
+    """Raises TimeoutError inside after this many seconds of computing."""
 
     def late(number: int, frame: object) -> None:
         raise TimeoutError(f"computes longer than {seconds} s")

@@ -35,7 +35,7 @@ from lora_lab.errors import LabError
 from lora_lab.models.conversion import linearise
 
 TOLERANCE = 5e-5
-"""Greatest difference of logits, in units of the greatest logit, that still counts as equal."""
+"""Largest difference of logits, in units of the largest logit, that still counts as equal."""
 SECONDS = 60
 
 MODELS: dict[str, tuple[str, str, list[str]]] = {
@@ -139,7 +139,7 @@ SKIPPED = frozenset(
 def variants() -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Gives type, option (`field=value`, "" for the defaults) and all options that are set.
 
-    A type that no method of ours is called gets its defaults alone: no option of it is ever read.
+    A type that no method here is called gets its defaults alone: no option of it is ever read.
     """
     ours = {method.peft.peft_type for method in METHODS.values()}
     for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items():

@@ -54,5 +54,5 @@ def train(
 
 
 def rounded(row: dict[str, Any]) -> dict[str, Any]:
-    """Returns a row of results with five digits behind the point."""
+    """Returns a row of results with five digits after the decimal point."""
     return {name: round(value, 5) if isinstance(value, float) else value for name, value in row.items()}

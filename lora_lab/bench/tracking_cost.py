@@ -3,7 +3,7 @@
     python -m lora_lab.bench.tracking_cost OUTPUT.csv
 
 The model has BERT base's shapes and random weights, LoRA of rank 8 on query and value, batches of 8 × 64
-tokens. One thread and CPU time, of this process and of W&B's own: wall time would count whatever else the
+tokens. One thread and CPU time, of this process and of W&B's own: wall time would also count what else the
 machine does. The two runs take turns, and each round gives one ratio.
 
 A CPU's speed drifts by some per cent within a round, which hides a cost below that. Hence two more measures:

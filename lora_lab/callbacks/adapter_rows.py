@@ -26,11 +26,11 @@ class AdapterRow:
     effective_rank: float | None
     stable_rank: float | None
     sparsity: float | None
-    """Share of the components of the start that are gone from the weights; 1 where it is dropped or uses
+    """Share of the components of the start that are gone from the weights; 1 if it is dropped or uses
     another adapter's tensors."""
     dropped: bool | None
     trainable: int
-    """Trained numbers of its own; 0 where it uses another adapter's."""
+    """Trained numbers of its own; 0 if it uses another adapter's."""
     shared: bool = False
     """Whether it uses another adapter's tensors."""
 
@@ -64,7 +64,7 @@ def adapter_rows(adapters: AdapterSet, spectra: bool = True) -> list[AdapterRow]
 
 
 def sparsity(adapter: Adapter) -> float | None:
-    """Returns the share of an adapter that is switched off, in [0, 1]; None where nothing is trained."""
+    """Returns the share of an adapter that is switched off, in [0, 1]; None if nothing is trained."""
     if isinstance(adapter, Droppable) and adapter.dropped:
         return 1.0
     if isinstance(adapter, Prunable):

@@ -14,9 +14,9 @@
     sparsity/dropped_layers       number of adapters that are switched off
     sparsity/shared_layers        number of adapters that use another's tensors, where there are any
 
-All are counted from the tensors at the moment of the row, never from a decision of before: between two
+All are counted from the tensors at the moment of the row, never from an earlier decision: between two
 decisions of importance pruning a step fills silenced components again, and they count until they are silenced
-anew. A validation's row has the ranks at which it scored. A component that is kept counts from the start,
+again. A validation's row has the ranks at which it scored. A component that is kept counts from the start,
 although its product is zero until the first step.
 
 Names without a meaning for a method do not appear. Controllers add `budget/…` and `importance/…`.
@@ -40,7 +40,7 @@ from lora_lab.callbacks.step_rows import StepRows
 
 
 def final_statistics(rows: list[AdapterRow]) -> dict[str, float | None]:
-    """Returns the means that a run's record keeps; None where a word has no meaning for the method."""
+    """Returns the means that a run's record keeps; None if a word has no meaning for the method."""
     means = _means(rows)
     return {
         "final_rank_mean": means.get("rank/mean"),
@@ -77,7 +77,7 @@ class AdapterStatistics(StepRows):
             self._log(trainer, adapter_rows(self.adapters))
 
     def numbers(self, trainer: L.Trainer) -> dict[str, float]:
-        """Returns ranks, sparsity and the controllers' statistics; nothing where no controller is at work."""
+        """Returns ranks, sparsity and the controllers' statistics; nothing if no controller is at work."""
         if not self.controllers:
             return {}
         rows = adapter_rows(self.adapters, spectra=False)

@@ -19,7 +19,7 @@ Place = tuple[int | None, str, str, float | None]
 """Layer, role, path and effective rank of one adapter."""
 
 MOST_COLUMNS = 120
-"""Moments that one picture shows; of more, so many at even distances."""
+"""Moments that one picture shows; of more, this many at even distances."""
 
 
 def rank_heatmap(places: Sequence[Place]) -> Picture | None:
@@ -29,7 +29,7 @@ def rank_heatmap(places: Sequence[Place]) -> Picture | None:
         places: the adapters; those without a layer or an effective rank are left out.
 
     Returns:
-        The picture; None where there is nothing to draw.
+        The picture; None if there is nothing to draw.
     """
     drawn = [
         (layer, role, path, rank)
@@ -67,7 +67,7 @@ def history_heatmap(
         ranks: ranks in use at each moment; NaN where the word has no meaning.
 
     Returns:
-        The picture; None where no rank ever changed.
+        The picture; None if no rank ever changed.
     """
     if len(steps) < 2 or not (ranks != ranks[0]).any():
         return None

@@ -7,7 +7,7 @@
     memory/saved_activation_megabytes    what the forward pass of one batch kept for backward
     memory/peak_megabytes                most memory in use at any moment so far
 
-Of several processes each counts its own: these are the greatest of their numbers, and `memory/all/…` are the
+Of several processes each counts its own: these are the largest of their numbers, and `memory/all/…` are the
 sums. Saved activations are counted exactly, at the run's first batch and at the first one after a controller
 has changed the adapters' structure, and stand in every row from then on; under torch.compile they are left
 out, as counting would change what is compiled.
@@ -74,7 +74,7 @@ def base_tensors(adapters: AdapterSet) -> list[Tensor]:
 
 
 def over_processes(megabytes: Mapping[str, float], device: torch.device) -> dict[str, float]:
-    """Returns what is logged for the numbers of this process: the greatest of all processes, and the sums."""
+    """Returns what is logged for the numbers of this process: the largest of all processes, and the sums."""
     if not distributed.is_initialized():
         return {f"memory/{name}_megabytes": value for name, value in megabytes.items()}
     most = torch.tensor(list(megabytes.values()), dtype=torch.float64, device=device)

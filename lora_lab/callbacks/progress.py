@@ -8,11 +8,11 @@ import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 
 BAR_WIDTH = 10
-"""Characters; with batches, time and two numbers beside it a line fits into 80 columns."""
+"""Characters; with batches, time and two numbers next to it a line fits into 80 columns."""
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's bar, with the training loss and the metric by which runs are compared beside it.
+    """Lightning's bar, with the training loss and the metric by which runs are compared next to it.
 
     The other validation metrics would break the line into many at 80 columns; they are in `metrics.csv`.
     """

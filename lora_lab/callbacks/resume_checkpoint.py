@@ -22,12 +22,12 @@ from lora_lab.training.stopping import Interruption, StopRequest
 
 
 class ResumeCheckpoint(L.Callback):
-    """Writes `last.ckpt` every so many optimizer steps, with the state of every random generator.
+    """Writes `last.ckpt` every few optimizer steps (`every`), with the state of every random generator.
 
     It writes at the start of a batch, when all rows and validations of the steps before are logged.
     Lightning's own checkpoints, made at the end of a batch, come before that batch's row and validation: a
     run resumed from them would lose both. The file takes its name only when it is whole. The last optimizer
-    step has a checkpoint before it whatever the interval, for runs that continue a finished one. Weights that
+    step has a checkpoint before it for any interval, for runs that continue a finished one. Weights that
     are not finite are never written: the checkpoint before them stays.
 
     When the process is asked to end, a checkpoint is written at the next step and training stops with an
@@ -36,7 +36,7 @@ class ResumeCheckpoint(L.Callback):
     Args:
         path: the file.
         every: least number of optimizer steps between two checkpoints.
-        stop: whether the process was asked to end; None where nobody asks.
+        stop: whether the process was asked to end; None if nobody asks.
     """
 
     def __init__(self, path: Path, every: int, stop: StopRequest | None = None):

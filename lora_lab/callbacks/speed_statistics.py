@@ -2,7 +2,7 @@
 
     speed/step_milliseconds    mean time of an optimizer step since the last logged row, in the first process
     speed/tokens_per_second    tokens of all processes over that time, padding left out; examples where the
-                               batch is no text
+                               batch is not text
 
 A GPU is waited for only at steps that are logged: between them nothing waits for it.
 """
@@ -23,7 +23,7 @@ from lora_lab.training.trainer import logging_due
 
 
 def token_count(batch: Mapping[str, Tensor] | Sequence[Tensor] | Tensor) -> Tensor | int:
-    """Returns the tokens of a batch, or its examples where it is no text; a tensor, not to wait for a GPU."""
+    """Returns how many tokens a batch has, or examples without text; a tensor, to not wait for a GPU."""
     if isinstance(batch, Tensor):
         return len(batch)
     if isinstance(batch, Mapping) and "attention_mask" in batch:
@@ -49,7 +49,7 @@ class Span:
 class SpeedStatistics(L.Callback):
     """Logs the statistics in the rows of `train/loss`.
 
-    It stands last among the callbacks: whatever they do at a batch's start then comes before the clock.
+    It comes last among the callbacks: what they do at a batch's start then comes before the clock starts.
     Everything is of this process: a resumed run's speed says nothing about the machine that began it.
     """
 

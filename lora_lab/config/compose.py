@@ -210,10 +210,10 @@ def parse_overrides(overrides: Sequence[str]) -> list[Layer]:
     """Reads `key=value` settings; each is a layer of its own, so that order decides.
 
     Raises:
-        ConfigError: if one is no setting.
+        ConfigError: if one is not a setting.
     """
     wrong = [
-        f"{COMMAND_LINE}: '{text}' is no setting; write key=value, as in adapter.rank=4"
+        f"{COMMAND_LINE}: '{text}' is not a setting; write key=value, as in adapter.rank=4"
         for text in overrides
         if "=" not in text or text.startswith(("=", "-"))
     ]
@@ -231,7 +231,7 @@ def _parse_override(text: str) -> Layer:
     *outer, last = key.split(".")
     if not all((*outer, last)):
         raise ConfigError(
-            f"{COMMAND_LINE}: '{key}' is no key; write names between dots, as in adapter.rank=4"
+            f"{COMMAND_LINE}: '{key}' is not a key; write names between dots, as in adapter.rank=4"
         )
     settings = {last: settings}
     for name in reversed(outer):
@@ -260,7 +260,7 @@ def _blamed(node: str, layers: Sequence[Layer]) -> str | None:
 def _choose(
     node: str, tag: str, kinds: Mapping[str, type], layers: Sequence[Layer], faults: list[str]
 ) -> str | None:
-    """Returns the kind that the last layer to name one names; None where there is no such kind."""
+    """Returns the kind that the last layer to name one names; None if there is no such kind."""
     chosen, source = None, ""
     for layer in layers:
         settings = layer.settings.get(node)
@@ -312,7 +312,7 @@ def _keep_shared_fields(
 
 
 def _means_the_same(name: str, before: type, after: type, node: str) -> bool:
-    """Tells whether a field keeps its meaning from one kind of a node to another.
+    """Returns whether a field keeps its meaning from one kind of a node to another.
 
     Methods have one name for one idea. Data sources do not (`name` is a data set's, here and on the hub):
     they share what they inherit.

@@ -1,4 +1,4 @@
-"""What an experiment file may say: one dataclass per part, each kept beside the code that uses it."""
+"""What an experiment file may say: one dataclass per part, each kept next to the code that uses it."""
 
 from __future__ import annotations
 

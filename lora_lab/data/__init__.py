@@ -65,7 +65,7 @@ def build_data(
             training rows.
 
     Raises:
-        DataError: If options or data are at fault.
+        DataError: If options or data are invalid.
         AssetError: If an embedded data set can be fetched from nowhere.
     """
     faults = check_data(config, task)

@@ -32,7 +32,7 @@ def training_order(lengths: Tensor, size: int, bucketed: bool, seed: int, epoch:
         epoch: Which epoch, counted from 0.
 
     Returns:
-        The batches in their order, each `(size,)` indices, but for one that may be shorter.
+        The batches in their order, each `(size,)` indices, of which one may be shorter.
     """
     generator = seeded_generator(seed, epoch)
     order = torch.randperm(len(lengths), generator=generator)
@@ -56,7 +56,7 @@ def stratified_sample(size: int, classes: Tensor, seed: int) -> Tensor:
         seed: The run's seed.
 
     Returns:
-        Indices in rising order.
+        Indices in ascending order.
     """
     generator = seeded_generator(seed, 0, 1)  # two numbers are an epoch's order
     order = torch.randperm(len(classes), generator=generator)
@@ -68,8 +68,9 @@ class BucketedBatches(Sampler[list[int]]):
     """The training batches of one process; stands as a DataLoader's `batch_sampler`.
 
     Global batches of `batch_size * world_size` are formed first, and process `rank` takes every
-    `world_size`-th row of each. Two processes with batches of 16 hence train on the same global batches as
-    one process with batches of 32. Of an incomplete one a process may have no rows: its batch is `[]` then.
+    `world_size`-th row of each. Two processes with batches of 16 therefore train on the same global batches
+    as one process with batches of 32. Of an incomplete one a process may have no rows: its batch is `[]`
+    then.
 
     Attributes:
         skip: Batches left out at the front of the epoch, because an interrupted run has had them.

@@ -28,7 +28,7 @@ class FilesConfig(TextConfig):
     """Column of the text, or two columns for pairs of texts."""
     label: str | None = None
     """Column of the class (number or name) or of the rating; needed unless the task is causal_lm. Names are
-    kept as they stand, without spaces around them: 007 is not 7, but 1.0 is 1. In JSON and Parquet true is
+    kept as they are, without spaces around them: 007 is not 7, but 1.0 is 1. In JSON and Parquet true is
     no 1, and a column with both 1 and "1" is refused."""
     prompt: str | None = None
     """causal_lm only: column of a text that goes before and is given, not learned."""

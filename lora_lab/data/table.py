@@ -112,12 +112,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)}' stands twice")
+        raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)}' occurs twice")
     return found
 
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-"""Suffix of a file of delimited values → what stands between them."""
+"""Suffix of a file of delimited values → what is between them."""
 READERS: dict[str, Callable[[Path], pd.DataFrame]] = {".jsonl": read_json_lines, ".parquet": pd.read_parquet}
 """Suffix of every other file → its reader."""
 SUFFIXES = (*DELIMITERS, *READERS)
@@ -147,7 +147,7 @@ def read_table(path: Path, delimiter: str | None = None, quotes: bool = True) ->
             f"{path}: is not UTF-8 text ({fault.reason} at byte {fault.start}); convert it"
         ) from None
     except pa.ArrowException as fault:
-        raise DataError(f"{path}: is not a readable Parquet file ({fault}); write it anew") from None
+        raise DataError(f"{path}: is not a readable Parquet file ({fault}); write it again") from None
     except OSError as fault:
         raise DataError(f"{path}: cannot be read ({fault.strerror or fault}); check the path") from None
     if not frame.columns.is_unique:

@@ -57,7 +57,7 @@ class TrainingLoader(DataLoader[dict[str, Tensor]]):
     """A loader that finds its place in the run when its first batch is asked for, and not before.
 
     Lightning asks a loader for its iterator while it sets up, before it has settled where a restored run goes
-    on. Only when the training loop wants a batch are the epoch and the batches done in it certain; hence
+    on. Only when the training loop wants a batch are the epoch and the batches done in it certain; so
     nothing happens until then, nor do workers start.
     """
 
@@ -146,7 +146,7 @@ class TaskData(L.LightningDataModule):
         return self.collate(examples or [uncounted(split.examples[int(split.lengths.argmin())])])
 
     def batches_per_epoch(self, processes: int) -> int:
-        """Returns how many training batches each of so many processes has in an epoch.
+        """Returns how many training batches each of `processes` processes has in an epoch.
 
         Raises:
             DataError: If a split has fewer examples than there are processes.
@@ -179,11 +179,11 @@ class TaskData(L.LightningDataModule):
         return self._evaluation_loader("validation")
 
     def test_dataloader(self) -> DataLoader[dict[str, Tensor]] | None:
-        """Returns this process's share of the test split; None where the source has none."""
+        """Returns this process's share of the test split; None if the source has none."""
         return self._evaluation_loader("test") if "test" in self.splits else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what decides the batches, and a run that goes on from a checkpoint must hence share."""
+        """Returns what decides the batches, and a run that goes on from a checkpoint must therefore share."""
         return {
             "fingerprint": self.fingerprint,
             "seed": self.seed,
@@ -207,7 +207,7 @@ class TaskData(L.LightningDataModule):
             )
 
     def class_weights(self) -> list[float] | None:
-        """Returns the weight of each class in the loss, by their ids; None where all count alike.
+        """Returns the weight of each class in the loss, by their ids; None if all count alike.
 
         Raises:
             DataError: If `data.class_weights` names a class that there is none of.

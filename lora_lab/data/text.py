@@ -126,7 +126,7 @@ class TextConfig(DataConfig):
             )
         columns = self.columns(task)
         tables = {split: shuffled(table, self.split_seed) for split, table in self.tables().items()}
-        # Before any limit, so that a class which is rare does not vanish from a short run.
+        # Before any limit, so that a class which is rare does not disappear from a short run.
         classes, of_rows = list(label_names), None
         if TASKS[task].labels == "classes":
             of_rows = class_names_of(tables["train"], str(columns.label))
@@ -156,6 +156,6 @@ class TextConfig(DataConfig):
             hashes.append(f"{name} {examples.hash()}")
         # Masked everywhere, so any id will do; but a model may refuse one that is not in its vocabulary.
         pad_token = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-        # In the order of names, as ever.
+        # In the order of names, as before.
         fingerprint = hashlib.sha256(" ".join([task, *classes, *sorted(hashes)]).encode()).hexdigest()
         return Splits(splits, classes, fingerprint, pad_token, tokenizer.padding_side)

@@ -227,7 +227,7 @@ def checksum(tensors: dict[str, Tensor]) -> str:
 
 
 def read_cache(path: Path) -> Tokens | None:
-    """Returns the stored tokens, or None where there are none or they are damaged."""
+    """Returns the stored tokens, or None if there are none or they are damaged."""
     if not path.is_file():
         return None
     try:
@@ -237,7 +237,7 @@ def read_cache(path: Path) -> Tokens | None:
     except (SafetensorError, OSError):
         intact = False
     if not intact:
-        log.warning("%s is damaged; tokenising anew", path)
+        log.warning("%s is damaged; tokenising again", path)
         return None
     return Tokens(**{"types": None} | tensors)
 

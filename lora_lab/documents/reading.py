@@ -3,7 +3,7 @@
 PyYAML's and json's own readers keep the last of two equal keys, turn `on` into true and `0123` into 83,
 follow aliases without end, and wait for ever on a named pipe. Here:
 
-- a key that stands twice in one mapping is refused, with both lines;
+- a key that occurs twice in one mapping is refused, with both lines;
 - numbers, true, false and null are those of YAML 1.2's core schema (`on`, `12:30` and `0123` are no others);
 - a plain scalar keeps its text (`Scalar`), so that a field for text gets `1e3` and not 1000.0;
 - size, depth and the number of values (aliases followed) are bounded, and only plain files are read.
@@ -80,7 +80,7 @@ def read_text(path: Path) -> str:
         if not path.exists():
             raise DocumentError(f"{path}: there is no such file.")
         if not path.is_file():
-            raise DocumentError(f"{path}: is no plain file.")
+            raise DocumentError(f"{path}: is not a plain file.")
         if path.stat().st_size > LARGEST_FILE:
             raise DocumentError(
                 f"{path}: holds {path.stat().st_size:,} bytes; at most {LARGEST_FILE:,} are read."
@@ -116,16 +116,16 @@ def parse_yaml(text: str, source: str) -> Tree:
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
-        raise DocumentError(f"{source}: is no valid YAML: {' '.join(str(error).split())}") from error
+        raise DocumentError(f"{source}: is not valid YAML: {' '.join(str(error).split())}") from error
     except (ValueError, OverflowError) as error:  # a character or number that Python has none for
-        raise DocumentError(f"{source}: is no valid YAML: {error}") from error
+        raise DocumentError(f"{source}: is not valid YAML: {error}") from error
 
 
 def read_json(path: Path) -> Any:
     """Returns what a JSON file holds, under the same rules: no key twice, bounded size and depth.
 
     Raises:
-        DocumentError: if the file cannot be read, or is no strict JSON.
+        DocumentError: if the file cannot be read, or is not strict JSON.
     """
     text = read_text(path)
 
@@ -134,13 +134,13 @@ def read_json(path: Path) -> Any:
         if len(found) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise DocumentError(f"{path}: the key '{twice}' stands twice in one object.")
+            raise DocumentError(f"{path}: the key '{twice}' occurs twice in one object.")
         return found
 
     try:
         found = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise DocumentError(f"{path}: is no valid JSON ({error}).") from error
+        raise DocumentError(f"{path}: is not valid JSON ({error}).") from error
     _check_json_depth(found, path)
     return found
 
@@ -214,11 +214,11 @@ def _tree(
         lines: dict[str, int] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise DocumentError(f"{source}: the key in line {_line(key)} is no text.")
+                raise DocumentError(f"{source}: the key in line {_line(key)} is not text.")
             name = str(key.value)
             if name in found:
                 raise DocumentError(
-                    f"{source}: the key '{name}' stands twice, in lines {lines[name]} and {_line(key)}; "
+                    f"{source}: the key '{name}' occurs twice, in lines {lines[name]} and {_line(key)}; "
                     "make them one."
                 )
             found[name], lines[name] = _tree(loader, value, source, left, within), _line(key)

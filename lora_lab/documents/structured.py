@@ -33,7 +33,7 @@ def fill(
         settings: key → value; values may be `documents.Scalar`.
         source: where the settings stand, for messages.
         faults: the list that gets the faults, `source: key: what is wrong`.
-        prefix: what stands before the keys in messages, with its dot.
+        prefix: what is before the keys in messages, with its dot.
         names: keys of other libraries → ours, for messages.
     """
     kind: Any = OmegaConf.get_type(schema)

@@ -38,7 +38,7 @@ def write_text(path: Path, text: str) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Gives a temporary folder to fill, which takes the place of `path` when the block ends without an error.
 
-    Whatever else lies in an older folder of this name stays: only files that are written anew are replaced.
+    Everything else in an older folder of this name stays: only files that are written again are replaced.
 
     Raises:
         CheckpointError: if the parent folder cannot be written to.

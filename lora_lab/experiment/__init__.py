@@ -1,6 +1,6 @@
 """One tracked run, from config to record: the whole data flow on one screen.
 
-Beside it in this package: who owns a run's folder, what it records, which callbacks it has.
+Next to it in this package: who owns a run's folder, what it records, which callbacks it has.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def run(config: ExperimentConfig, resume: bool = True, overwrite: bool = False) 
         overwrite: delete an earlier run in the same folder first.
 
     Raises:
-        LabError: if anything in config, data, model or run folder is at fault; nothing is written then.
+        LabError: if anything in config, data, model or run folder is wrong; nothing is written then.
         Interruption, KeyboardInterrupt: if the process was asked to end; the run's status is `interrupted`.
     """
     quiet_libraries()
@@ -115,7 +115,7 @@ def evaluate(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
         The metrics, `validation/…` and `test/…`.
 
     Raises:
-        LabError: if the folder holds no finished run, or a setting is at fault.
+        LabError: if the folder holds no finished run, or a setting is invalid.
     """
     quiet_libraries()
     folder = RunFolder(path)

@@ -52,7 +52,7 @@ class RunCallbacks:
             stop: whether the process was asked to end.
 
         Raises:
-            ConfigError: if a controller's options are at fault, or the run is too short for its schedule.
+            ConfigError: if a controller's options are invalid, or the run is too short for its schedule.
             IncompatibleError: if the adapters do not offer what a controller needs.
         """
         controllers = build_controllers(config.controllers, adapters, config.seed)
@@ -72,7 +72,7 @@ class RunCallbacks:
         """Returns all callbacks in their order.
 
         The statistics stand behind all that changes adapters, at a step's end or at the run's, and the clock
-        stands last.
+        comes last.
         """
         statistics = [self.adapters, self.memory]
         return [*self.controllers, self.best, *statistics, *bars, self.examples, self.resume, self.speed]

@@ -24,7 +24,7 @@ def compose_run(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     other settings describe.
 
     Raises:
-        ConfigError: if a setting is at fault.
+        ConfigError: if a setting is invalid.
     """
     more = [found for text in overrides if (found := MORE.fullmatch(text))]
     config = compose(path, [text for text in overrides if not MORE.fullmatch(text)])
@@ -58,7 +58,7 @@ def source_of(config: ExperimentConfig) -> RunFolder | None:
     if config.controllers:
         raise ConfigError(
             "continues: controllers fit their schedules to the length of a run, so a run with controllers "
-            f"({', '.join(config.controllers)}) cannot be made longer. Train it anew with that length."
+            f"({', '.join(config.controllers)}) cannot be made longer. Train it again with that length."
         )
     stored = compose(folder.config, stored=True)
     if differing := differences(_without_length(stored), _without_length(config)):

@@ -1,4 +1,4 @@
-"""What a run's numbers depend on beside its config: versions, commit, hardware, place among the processes."""
+"""What a run's numbers depend on besides its config: versions, commit, hardware, process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def process_rank() -> int:
 
 
 def environment() -> dict[str, Any]:
-    """Returns what a run's numbers depend on beside its config: versions, commit, hardware."""
+    """Returns what a run's numbers depend on besides its config: versions, commit, hardware."""
     packages: dict[str, str | None] = {}
     for name in PACKAGES:
         try:

@@ -52,7 +52,7 @@ FILES = (
     ".reserve",
     ".failed.json",
 )
-"""What a run writes beside its record and W&B's files."""
+"""What a run writes besides its record and W&B's files."""
 
 WANDB_FILES = re.compile(r"(offline-)?run-\d{8}_\d{6}-[\w-]+|latest-run|debug(-\w+)*\.log")
 LOCK, OWNER = ".lock", ".owner.json"
@@ -106,11 +106,11 @@ class RunFolder:
 
     @property
     def failure(self) -> Path:
-        """The record of a failed run, which takes its place where nothing can be written any more."""
+        """The record of a failed run, which takes its place if nothing can be written any longer."""
         return self.path / ".failed.json"
 
     def read(self) -> Record | None:
-        """Returns the record, or None where there is no run yet.
+        """Returns the record, or None if there is no run yet.
 
         Raises:
             CheckpointError: if the record cannot be read, or is no run's.
@@ -125,7 +125,7 @@ class RunFolder:
                 "it again, or choose another name with run=…"
             ) from error
         if not isinstance(record, dict) or not record.keys() >= {"schema_version", "config_hash", "status"}:
-            raise CheckpointError(f"{self.record}: is no record of a run. Choose another name with run=…")
+            raise CheckpointError(f"{self.record}: is not a record of a run. Choose another name with run=…")
         return record
 
     def finished(self) -> Record:
@@ -177,7 +177,7 @@ class RunFolder:
             )
 
     def clear(self) -> None:
-        """Deletes what an earlier run wrote, but for its record; everything else in the folder stays."""
+        """Deletes what an earlier run wrote, except for its record; everything else in the folder stays."""
         own = {path.name for path in self.adapter.iterdir()} if self.adapter.is_dir() else set()
         shared = bool(own - {CONFIG, TENSORS, OWN})
         for name in FILES:
@@ -195,7 +195,7 @@ class RunFolder:
                 folder.rmdir()
 
     def reserve_space(self, size: int) -> None:
-        """Keeps so many bytes of the disk free for the adapter, should the disk fill up meanwhile.
+        """Keeps this many bytes of the disk free for the adapter, should the disk fill up meanwhile.
 
         Raises:
             CheckpointError: if there is less space.
@@ -222,7 +222,7 @@ class RunFolder:
         no run was started is not left behind.
 
         Args:
-            beside: what to do in order to work beside another process, for the message.
+            beside: what to do in order to write at the same time as another process, for the message.
 
         Raises:
             CheckpointError: if another process owns the folder, or it cannot be written to.
@@ -262,7 +262,7 @@ class RunFolder:
         except Timeout as error:
             raise CheckpointError(
                 f"{self.path}: {self._owner()} is writing to it. Wait until that has ended, or stop it; to "
-                f"run beside it, {beside}"
+                f"run at the same time, {beside}"
             ) from error
         return lock
 

@@ -7,7 +7,7 @@ import transformers
 
 
 def quiet_libraries() -> None:
-    """Silences the libraries' advice that our own settings make moot."""
+    """Silences the libraries' advice that our own settings make unnecessary."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

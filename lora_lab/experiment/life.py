@@ -32,7 +32,7 @@ from lora_lab.tracking import build_loggers, close_loggers, read_metrics, replay
 from lora_lab.training.stopping import Interruption, StopRequest
 
 SPARE_BYTES = 1 << 20
-"""Space for the record and the last rows, beside the adapter's."""
+"""Space for the record and the last rows, besides the adapter's."""
 SUMMARY_AT_START = ("method_parameters", "trainable_parameters", "total_parameters")
 SUMMARY_AT_END = ("final_method_parameters", "best_value", "best_step", "steps", "adapter_file_bytes")
 """Fields of the record that W&B's summary has too."""
@@ -45,7 +45,7 @@ class RunResult:
     folder: RunFolder
     record: Record
     fresh: bool
-    """Whether this call trained; False where a finished run of this config was found."""
+    """Whether this call trained; False if a finished run of this config was found."""
 
 
 @dataclass
@@ -78,7 +78,7 @@ class OpenRun:
         return self.source.checkpoint if self.source else None
 
     def check_data(self, data: TaskData) -> None:
-        """Makes sure that an earlier run in the folder had the data of today.
+        """Makes sure that an earlier run in the folder had today's data.
 
         Raises:
             DataError: if it had others.
@@ -100,7 +100,7 @@ class OpenRun:
         A continued run's loggers hold the rows up to its checkpoint.
 
         Raises:
-            ConfigError: if the settings of tracking are at fault.
+            ConfigError: if the settings of tracking are invalid.
             CheckpointError: if the folder cannot be written to, the disk has no space for the adapter, or the
                 checkpoint cannot be read.
         """
@@ -192,7 +192,7 @@ def open_run(config: ExperimentConfig, resume: bool, overwrite: bool) -> Iterato
     first = process_rank() == 0
     earlier = folder.read() if first and not overwrite else None
     if earlier and earlier["status"] == "finished":
-        # Nothing is written, so that a folder which is read-only by now will do.
+        # Nothing is written, so that a folder which is read-only now will do.
         _check_config(folder, earlier, config)
         yield OpenRun(config, folder, earlier, None, stop)
         return

@@ -15,7 +15,7 @@ class Context(FunctionCtx):
 
 
 class TensorFunction(torch.autograd.Function):
-    """A function of autograd that puts out one tensor."""
+    """A function of autograd that returns one tensor."""
 
     if TYPE_CHECKING:
 

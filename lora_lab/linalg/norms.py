@@ -24,7 +24,7 @@ def edited_row_norms(
         weight_square: ‖W_i‖².
         projected: W Rᵀ.
         left: L.
-        gram: R Rᵀ; None where the rows of R are orthonormal.
+        gram: R Rᵀ; None if the rows of R are orthonormal.
     """
     square = weight_square + (left * (2 * projected + (left if gram is None else left @ gram))).sum(1)
     return square.clamp(min=SMALLEST_NORM**2).sqrt()

@@ -46,7 +46,7 @@ def unit_columns(u: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
 
 
 def overlap(u: Float[Tensor, "n k"]) -> Float[Tensor, ""]:
-    """‖I − ÛᵀÛ‖_F: how far the columns are from orthogonal, whatever their lengths; 0 if they are."""
+    """‖I − ÛᵀÛ‖_F: how far the columns are from orthogonal, for any lengths; 0 if they are."""
     with torch.autocast(u.device.type, enabled=False):
         unit = unit_columns(widened(u))
         return torch.linalg.matrix_norm(torch.eye(u.shape[1], device=u.device) - unit.T @ unit)
@@ -340,7 +340,8 @@ def butterfly(
 
 
 WIDEST_JOINED = 64
-"""Size of blocks up to which stages are multiplied into one: a stage costs two copies of x beside its own."""
+"""Size of blocks up to which stages are multiplied into one: a stage costs two copies of x besides its
+own."""
 
 
 def _join_stages(R: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def alive(
         importance: of each component, 0 or more.
         kept: flags of those alive until now; no other comes back.
         threshold: the share, in [0, 1).
-        largest: the greatest importance among the components that are compared, of one adapter or of a model.
+        largest: the largest importance among the components that are compared, of one adapter or of a model.
             Where it is 0 nothing has been learned, where it is not finite nothing can be compared: nothing
             dies then.
         min_rank: how many of those alive stay in any case, the most important first.
@@ -46,7 +46,7 @@ def alive(
 
 
 def strongest(scores: Float[Tensor, " n"], count: int) -> Bool[Tensor, " n"]:
-    """Returns flags of exactly `count` components, those of the greatest scores; of equals the first."""
+    """Returns flags of exactly `count` components, those of the largest scores; of equals the first."""
     flags = torch.zeros_like(scores, dtype=torch.bool)
     flags[scores.argsort(descending=True, stable=True)[:count]] = True
     return flags

@@ -17,7 +17,7 @@ def narrows(old: torch.dtype, new: torch.dtype) -> bool:
 
 
 def singular_values(matrix: Float[Tensor, "out in"]) -> Float[Tensor, " least"]:
-    """Returns the singular values of a matrix in falling order."""
+    """Returns the singular values of a matrix in descending order."""
     values: Tensor = torch.linalg.svdvals(matrix)
     return values
 
@@ -32,7 +32,7 @@ def product_singular_values(
         right: factor of shape (k, in).
 
     Returns:
-        min(out, in, k) values in falling order.
+        min(out, in, k) values in descending order.
     """
     left_core = torch.linalg.qr(widened(left), mode="r").R  # (min(out, k), k)
     right_core = torch.linalg.qr(widened(right).T, mode="r").R  # (min(in, k), k)

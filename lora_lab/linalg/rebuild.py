@@ -45,7 +45,7 @@ def source(x: Tensor) -> Source:
 
 
 def in_pieces(build: Build, tensors: Sequence[Tensor], lead: torch.Size, rows: int) -> Iterator[Tensor]:
-    """Yields x as pieces of so many rows, one after the other.
+    """Yields x as pieces of this many rows, one after the other.
 
     Args:
         build: of x's source.
@@ -82,13 +82,13 @@ def _itself(x: Tensor) -> Tensor:
 
 
 def _made_by(node: Node | None) -> Source | None:
-    """Returns the source of what a node of autograd's graph has put out; None where it is not known."""
+    """Returns the source of what a node of autograd's graph has returned; None if it is not known."""
     maker = None if node is None else _MAKERS.get(node.name())
     return None if node is None or maker is None else maker(node)
 
 
 def _saved(node: Node, name: str) -> Tensor | None:
-    """Returns a tensor that a node keeps; None where it keeps none, or not as it was."""
+    """Returns a tensor that a node keeps; None if it keeps none, or not as it was."""
     try:
         raw = getattr(node, f"_raw_saved_{name}")
         unpack = getattr(raw, "unpack_hook", raw)  # versions of torch that do not show it may have one

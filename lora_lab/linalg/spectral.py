@@ -14,9 +14,9 @@ def principal_part(
 
     Args:
         weight: the matrix, in float32 or wider.
-        rank: how many of the greatest singular values, at most min(out, in).
+        rank: how many of the largest singular values, at most min(out, in).
         niter: power iterations of the range finder, whose start comes from torch's global CPU generator,
-            whatever device the weight is on; None decomposes exactly.
+            on whichever device the weight is; None decomposes exactly.
     """
     if niter is None:
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
@@ -38,7 +38,7 @@ def singular_triplets(
 
     Args:
         weight: the matrix.
-        index: which triplets, counted from 0 in falling order of their values, below min(out, in).
+        index: which triplets, counted from 0 in descending order of their values, below min(out, in).
     """
     with torch.autocast(weight.device.type, enabled=False):
         U, S, Vh = torch.linalg.svd(widened(weight), full_matrices=False)
@@ -107,7 +107,7 @@ def contrastive_directions(
         count: how many to choose, at most k.
 
     Returns:
-        Their indices in rising order.
+        Their indices in ascending order.
     """
     third = count // 3
     found = torch.zeros_like(chosen, dtype=torch.bool)

@@ -29,7 +29,7 @@ class Update:
     """R."""
 
     bias: Float[Tensor, " out"] | None = None
-    """Δb; None where the bias stays as it is."""
+    """Δb; None if the bias stays as it is."""
 
     @classmethod
     def of_matrix(cls, delta: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None = None) -> Update:
@@ -57,7 +57,7 @@ class Update:
 
     @property
     def rank(self) -> int:
-        """k, which may be greater than the product's rank."""
+        """k, which may be larger than the product's rank."""
         return self.left.shape[1]
 
     def matrix(self) -> Float[Tensor, "out in"]:
@@ -76,7 +76,7 @@ class Update:
         Returns:
             The approximation, and its error ‖ΔW − L R‖_F / ‖ΔW‖_F.
         """
-        # In double precision: the core's small singular values would drown in the QR's rounding.
+        # In double precision: the core's small singular values would be lost in the QR's rounding.
         left_basis, left_core = torch.linalg.qr(self.left.double())
         right_basis, right_core = torch.linalg.qr(self.right.double().T)
         U, S, Vh = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)

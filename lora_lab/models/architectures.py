@@ -109,7 +109,7 @@ def find_roles(model: nn.Module) -> list[RoleSite]:
 
     Returns:
         The sites in the model's own order, each block before its parts, the heads at the end. Empty for a
-        module without a `config`: what its names mean is its author's business.
+        module without a `config`: what its names mean is up to its author.
     """
     if not hasattr(model, "config"):
         return []
@@ -139,9 +139,9 @@ def roles_of(model: nn.Module) -> list[str]:
 
 
 def head_paths(model: nn.Module) -> list[str]:
-    """Returns the paths of the freshly initialised task heads, which have to be trained whatever the adapter.
+    """Returns the paths of the freshly initialised task heads, which have to be trained with any adapter.
 
-    In a task model of transformers that is what stands beside the base model; the language-modelling head and
+    In a task model of transformers that is what is next to the base model; the language-modelling head and
     BERT's own pooler come with the pretrained weights and are none. Other modules are searched for the usual
     names.
     """
@@ -159,7 +159,7 @@ def head_width(model: nn.Module) -> int | None:
         model: Any module.
 
     Returns:
-        The width by the model's config; None where it has no config that tells.
+        The width by the model's config; None if it has no config that tells.
     """
     if width := _size(model, "head_dim"):
         return width
@@ -168,7 +168,7 @@ def head_width(model: nn.Module) -> int | None:
 
 
 def _size(model: nn.Module, name: str) -> int | None:
-    """Returns a number of the model's config; None where it has none, or another one for each layer."""
+    """Returns a number of the model's config; None if it has none, or another one for each layer."""
     try:
         found = getattr(getattr(model, "config", None), name, None)
     except RuntimeError:  # transformers' answer for configs that vary by layer
@@ -177,15 +177,15 @@ def _size(model: nn.Module, name: str) -> int | None:
 
 
 def between_query_and_key(model: nn.Module, query: str) -> str | None:
-    """Names what stands between the projections of queries and keys and their dot product.
+    """Names what is between the projections of queries and keys and their dot product.
 
     Args:
         model: A model of `transformers`.
         query: Path of the projection of queries.
 
     Returns:
-        "a rotation by position", the name of a norm or of a projection of positions; None where scores are
-        plain dot products, whatever is added to them.
+        "a rotation by position", the name of a norm or of a projection of positions; None if scores are
+        plain dot products, apart from terms added to them.
     """
     rotary = ("rope_parameters", "rope_theta", "rotary_dim")
     if any(getattr(getattr(model, "config", None), name, None) for name in rotary):
@@ -196,7 +196,7 @@ def between_query_and_key(model: nn.Module, query: str) -> str | None:
 
 
 def layer_of(path: str) -> int | None:
-    """Returns the first number in a module path ("encoder.layer.3.output" → 3), None where there is none.
+    """Returns the first number in a module path ("encoder.layer.3.output" → 3), None if there is none.
 
     The layer of a module whose architecture has no table.
     """
@@ -367,7 +367,7 @@ class _Block:
             if path in named or not _ATTENTIVE.search(container.lower()):
                 continue
             roles = set(named.values())
-            # All heads beside queries, or one head of keys and one of values for all of them.
+            # All heads next to queries, or one head of keys and one of values for all of them.
             if not roles and width_out in (3 * width_in, width_in + 2 * (self.head or width_in)):
                 parts.setdefault(container, {})[path] = "query_key_value"
             elif roles == {"query"} and width_out == 2 * width_in:
@@ -410,7 +410,7 @@ class _Block:
             scope = _parent(scope)
 
     def _convolves(self, path: str) -> bool:
-        """Whether a map is part of a state-space or convolution module, which is no feed-forward part."""
+        """Whether a map is part of a state-space or convolution module, which is not a feed-forward part."""
         around = self.module.get_submodule(_parent(path))
         # Of what stands in the block itself, a convolution elsewhere in the block says nothing.
         near = around.children() if around is self.module else around.modules()
@@ -440,7 +440,7 @@ class _Block:
         said = self.jobs[down][0]
         if "gate" in said or (narrow == out and (said in _UPS[:-1] or paths[0] == down)):
             return []
-        if narrow < out and said not in _DOWNS:  # a thin map beside the feed-forward part
+        if narrow < out and said not in _DOWNS:  # a thin map next to the feed-forward part
             return []
         return [
             path
@@ -475,7 +475,7 @@ def _scopes(path: str) -> Iterator[str]:
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """Returns how many tokens of text a model has learned positions for; None where it counts in another way.
+    """Returns how many tokens of text a model has learned positions for; None if it counts in another way.
 
     Some tables begin behind the padding token's number (RoBERTa), or at an offset of their own (OPT).
     """

@@ -71,7 +71,7 @@ def check_model(config: ModelConfig) -> list[str]:
     """Finds the faults of a config without downloading anything or building a model.
 
     Returns:
-        One message for each fault, each beginning with the key it is about; empty where none was found.
+        One message for each fault, each beginning with the key it is about; empty if none was found.
     """
     source = config.source()
     if faults := task_faults(config.task) + source.faults(config.config):
@@ -112,7 +112,7 @@ def build_model(
     Args:
         config: What to build.
         num_labels: Number of classes; regression always has one output, language modelling none.
-        keep_weights: Whether quantised maps keep their full-precision weight beside the codes, for starts
+        keep_weights: Whether quantised maps keep their full-precision weight next to the codes, for starts
             that read it; see `quantization.forget_weights`.
         label_names: Names of the classes in the order of their ids, for `id2label` and `label2id`.
 

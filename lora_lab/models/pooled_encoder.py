@@ -16,7 +16,7 @@ from lora_lab.errors import CheckpointError
 
 
 def was_mean_pooled(stored: Mapping[str, Any]) -> bool:
-    """Tells by the table of a `config.json` whether its folder was written from a `PooledEncoder`."""
+    """Says by the table of a `config.json` whether its folder was written from a `PooledEncoder`."""
     return stored.get("lora_lab_pooling") == "mean"
 
 
@@ -35,7 +35,7 @@ def restore_classifier(model: "PooledEncoder", folder: Path) -> None:
 
 
 def _head_dropout(config: PretrainedConfig) -> float:
-    """Returns the dropout which the architecture puts before its own classifier, 0 where it has none."""
+    """Returns the dropout which the architecture puts before its own classifier, 0 if it has none."""
     names = ("classifier_dropout", "seq_classif_dropout", "hidden_dropout_prob")
     rates = (getattr(config, name, None) for name in names)
     return next((rate for rate in rates if rate is not None), 0.0)
@@ -62,7 +62,7 @@ class PooledEncoder(PreTrainedModel):
     """
 
     supports_gradient_checkpointing = True
-    # Attention is the encoder's business; it has already checked what it supports.
+    # Attention is left to the encoder; it has already checked what it supports.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: PretrainedConfig, encoder: PreTrainedModel):
@@ -82,7 +82,7 @@ class PooledEncoder(PreTrainedModel):
 
     @property
     def body(self) -> PreTrainedModel:
-        """The encoder, whatever its prefix."""
+        """The encoder, under any prefix."""
         return cast(PreTrainedModel, self.get_submodule(self.encoder_name))
 
     def get_input_embeddings(self) -> nn.Module:

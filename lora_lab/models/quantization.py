@@ -1,7 +1,7 @@
 """A frozen base in 4 or 8 bits, under any adapter (QLoRA: Dettmers et al. 2023, arXiv:2305.14314).
 
-    nf4, fp4   W ≈ code[k] · m   k one of 16 numbers in [−1, 1], m the greatest |w| of a block of W
-    int8       W ≈ k / 127 · m   k in −127 … 127, m the greatest |w| of a row (arXiv:2208.07339)
+    nf4, fp4   W ≈ code[k] · m   k one of 16 numbers in [−1, 1], m the largest |w| of a block of W
+    int8       W ≈ k / 127 · m   k in −127 … 127, m the largest |w| of a row (arXiv:2208.07339)
     y = x Wᵀ + b
 
     codes           k; uint8 (out · in / 2, 1) with two in a byte, or int8 (out, in)
@@ -79,7 +79,7 @@ def quantize(
         The same model.
 
     Raises:
-        ConfigError: if the options are at fault, or bitsandbytes is missing.
+        ConfigError: if the options are invalid, or bitsandbytes is missing.
         IncompatibleError: if the model is quantised already, or has nothing that could be.
     """
     if faults := quantization_faults(kind, options):
@@ -225,7 +225,8 @@ class QuantizedLinear(nn.Module):
         return f"{self.kind}, in_features={self.in_features}, out_features={self.out_features}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        # Another floating type is for the bias and the lent weight: scales that are rounded change every W.
+        # Another floating type is for the bias and the dequantised weight: scales that are rounded change
+        # every W.
         scales = {name: getattr(self, name) for name in ("absmax", "nested_absmax", "offset")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype

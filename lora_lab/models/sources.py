@@ -50,7 +50,7 @@ def parse_source(name: str, revision: str | None = None, trust_remote_code: bool
         name: As `ModelConfig.name`. A hub repository is written "name" or "owner/name"; what begins with ".",
             "/" or "~", has more parts, or exists as a folder is a folder.
         revision: Branch, tag or commit of a hub repository.
-        trust_remote_code: Whether Python code beside the weights may run.
+        trust_remote_code: Whether Python code next to the weights may run.
     """
     kind, colon, value = name.partition(":")
     if colon and kind == "random":
@@ -81,12 +81,12 @@ class Source(ABC):
 
     @abstractmethod
     def stored_config(self) -> dict[str, Any]:
-        """Returns what is known of the model's `config.json` without a download; empty where nothing is."""
+        """Returns what is known of the model's `config.json` without a download; empty if nothing is."""
 
     @property
     @abstractmethod
     def public_name(self) -> str | None:
-        """The name under which others find the same weights; None where nobody else has them."""
+        """The name under which others find the same weights; None if nobody else has them."""
 
     @abstractmethod
     def config(self, changes: Mapping[str, object]) -> PretrainedConfig:
@@ -305,7 +305,7 @@ class FolderSource(PretrainedSource):
         try:
             self._read_config()
         except FileNotFoundError:
-            return [f"name: '{self.path}' has no config.json, so it is no model folder"]
+            return [f"name: '{self.path}' has no config.json, so it is not a model folder"]
         except (OSError, ValueError) as error:
             return [f"name: {self.path / 'config.json'} cannot be read: {error}"]
         if not any(self.path.glob("*.safetensors")):
@@ -316,7 +316,7 @@ class FolderSource(PretrainedSource):
         return self._revision_faults()
 
     def stored_config(self) -> dict[str, Any]:
-        """Returns what the file holds; empty where it cannot be read."""
+        """Returns what the file holds; empty if it cannot be read."""
         try:
             return self._read_config()
         except (OSError, ValueError):

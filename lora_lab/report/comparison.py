@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 
 def spread(values: pd.Series[Any], form: str = ".3f") -> str:
-    """Returns `mean (lowest to highest)`, or nothing where there are no values.
+    """Returns `mean (lowest to highest)`, or nothing if there are no values.
 
     Args:
         values: one number for each seed.

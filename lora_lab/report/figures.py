@@ -1,4 +1,4 @@
-"""The figures of a report. Each returns SVG, or nothing where it would show nothing."""
+"""The figures of a report. Each returns SVG, or nothing if it would show nothing."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def pareto(points: Sequence[tuple[float, float]], descending: bool) -> list[int]
 
     Args:
         points: (cost, metric) of each.
-        descending: whether a greater metric is better.
+        descending: whether a larger metric is better.
     """
     sign = -1 if descending else 1
     front, best = [], np.inf

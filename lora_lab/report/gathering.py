@@ -25,7 +25,7 @@ from lora_lab.tasks import TASKS
 STUDY, RESULTS, VALIDATIONS = "study.yaml", "results.csv", "validations.csv"
 RECORD, CONFIG, METRICS, EXAMPLES = "run.json", "config.yaml", "metrics.csv", "test_examples.parquet"
 CURVES = ("train/loss", "rank/mean", "rank/effective_mean", "sparsity/mean")
-"""What is drawn over steps, beside the validations."""
+"""What is drawn over steps, besides the validations."""
 COSTS = ("trained_parameters", "peak_megabytes", "step_seconds")
 """What is drawn against the metric."""
 RANK = "rank/"
@@ -43,7 +43,7 @@ class Gathered:
     runs: pd.DataFrame
     """One row for each run: cell, phase (tune or compare), seed, status, error, metrics, costs."""
     folders: Sequence[Path | None]
-    """Where each of these runs lies; None where its folder is not here."""
+    """Where each of these runs lies; None if its folder is not here."""
     commands: Sequence[str]
     question: str | None = None
     baseline: str | None = None
@@ -51,7 +51,7 @@ class Gathered:
     seeds: Sequence[int] = ()
     """Of the comparison, as the study names them."""
     validations: pd.DataFrame | None = None
-    """Columns cell, phase, seed, step, metric, value; None where the runs' own files have them."""
+    """Columns cell, phase, seed, step, metric, value; None if the runs' own files have them."""
     differences: Sequence[Mapping[str, Any]] = ()
     """For each cell: in which keys it differs from the baseline beyond the grid."""
     tuning: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -119,7 +119,7 @@ def gather(paths: Sequence[Path]) -> Gathered:
     """Reads one study, or any number of run folders and folders of such.
 
     Raises:
-        CheckpointError: if a path holds neither, if a study stands beside something else, or if a file
+        CheckpointError: if a path holds neither, if a study is given with something else, or if a file
             cannot be read.
     """
     studies = [path for path in paths if (path / STUDY).is_file()]
@@ -138,7 +138,7 @@ def read_study(folder: Path) -> Gathered:
     """
     if not (folder / RESULTS).is_file():
         raise CheckpointError(f"{folder}: has no results yet; lora-lab ablate makes its runs.")
-    # Results may be kept beside the file that the study was made from, which need not say its own name.
+    # Results may be kept next to the file that the study was made from, which need not say its own name.
     study = {"name": folder.resolve().name, **_yaml(folder / STUDY)}
     missing = [name for name in ("metric", "baseline", "name") if not study.get(name)]
     try:
@@ -150,7 +150,7 @@ def read_study(folder: Path) -> Gathered:
     missing += [name for name in ("cell", "phase", "seed", "status", "run") if name not in runs]
     if missing:
         raise CheckpointError(
-            f"{folder}: is no study that lora-lab ablate wrote: {', '.join(missing)} missing"
+            f"{folder}: is not a study that lora-lab ablate wrote: {', '.join(missing)} missing"
         )
     if study["metric"] not in runs:
         raise CheckpointError(
@@ -325,12 +325,12 @@ def _parquet(path: Path) -> pd.DataFrame:
 def _record(folder: Path) -> Mapping[str, Any]:
     record = _json(folder / RECORD)
     if record is not None and not (isinstance(record, dict) and "status" in record):
-        raise CheckpointError(f"{folder / RECORD}: is no record of a run.")
+        raise CheckpointError(f"{folder / RECORD}: is not a record of a run.")
     return record or {}
 
 
 def _json(path: Path) -> Any:
-    """Reads a JSON file; None where there is none."""
+    """Reads a JSON file; None if there is none."""
     if not path.is_file():
         return None
     try:

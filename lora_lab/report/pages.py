@@ -41,7 +41,7 @@ class Table:
 
 @dataclass
 class Section:
-    """What stands under one heading."""
+    """What is under one heading."""
 
     title: str
     texts: list[str] = field(default_factory=list)
@@ -84,7 +84,7 @@ class Report:
         return page.render(report=self, themes=THEMES)
 
     def markdown(self, picture: str | None = None) -> str:
-        """Returns the same in Markdown, but for the figures.
+        """Returns the same in Markdown, without the figures.
 
         Args:
             picture: path of the first figure, if it is stored.
@@ -107,7 +107,7 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def write(self, html: Path | None = None, markdown: Path | None = None, csv: Path | None = None) -> None:
-        """Writes the files that are named; beside the Markdown also its picture, `<name>.svg`.
+        """Writes the files that are named; next to the Markdown also its picture, `<name>.svg`.
 
         Raises:
             CheckpointError: if a file cannot be written.
@@ -283,7 +283,7 @@ def _method_notes(gathered: Gathered, analysis: Analysis) -> Iterator[str]:
         )
         if analysis.examples:
             text += (
-                f" Where seeds and {analysis.examples:,} test examples are drawn anew, that interval has to "
+                f" Where seeds and {analysis.examples:,} test examples are drawn again, that interval has to "
                 "exclude 0 as well."
             )
         if analysis.margin is not None:

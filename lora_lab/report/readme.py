@@ -2,7 +2,7 @@
 
     python -m lora_lab.report.readme README.md
 
-writes the tables of methods and controllers anew.
+writes the tables of methods and controllers again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lora_lab.report.descriptions import describe
 
 
 def section(text: str, title: str) -> str:
-    """Returns what stands under a heading of a Markdown text, up to the next heading.
+    """Returns what is under a heading of a Markdown text, up to the next heading.
 
     Raises:
         KeyError: if there is no such heading.

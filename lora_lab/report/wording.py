@@ -9,7 +9,7 @@ from lora_lab.statistics import Analysis, Comparison, Interval
 
 OUTCOMES = ("better", "worse", "equivalent", "cannot be told apart", "not tested")
 NAMED = 4
-"""So many cells are named in a sentence; more are counted."""
+"""This many cells are named in a sentence; more are counted."""
 
 
 class Numbers:
@@ -84,7 +84,7 @@ def _clause(analysis: Analysis, name: str, cells: Sequence[str]) -> str:
         margin = write.value(analysis.margin)
         return f"{who} {'are' if plural else 'is'} as good as {baseline} within {margin}"
     if name == "not tested":
-        return f"{who} {'have' if plural else 'has'} too few finished seeds beside {baseline} for a test"
+        return f"{who} {'have' if plural else 'has'} too few finished seeds next to {baseline} for a test"
     detectable = [one.detectable for one in found if one.detectable is not None]
     power = ""
     if detectable:

@@ -53,7 +53,7 @@ class Analysis:
     comparisons: Mapping[str, Comparison]
     """Cell → its comparison with the baseline."""
     examples: int | None
-    """Test examples that the bootstrap draws from; None where it has none."""
+    """Test examples that the bootstrap draws from; None if it has none."""
     notes: tuple[str, ...]
     """What of the design could not be used, and why."""
 
@@ -165,7 +165,7 @@ def _example_table(
                 return f"{cell}, seed {seed}, stores none"
             found = example_values(rows, metric)
             if found is None:
-                return f"{metric} is no mean over examples"
+                return f"{metric} is not a mean over examples"
             if not np.isclose(found.mean(), value, rtol=1e-4, atol=1e-6):
                 return (
                     f"the examples of {cell}, seed {seed}, have a mean of {found.mean():.6g}, not {value:.6g}"

@@ -28,8 +28,8 @@ POWER = 0.8
 """Share of studies that find a difference of the size which is called detectable."""
 
 Outcome = Literal["greater", "less", "equivalent", "undecided", "untested"]
-"""What may be said of a cell: its metric is greater or less than the baseline's, as good as equal, cannot be
-told apart from it, or was not tested for want of seeds."""
+"""What may be said of a cell: its metric is larger or less than the baseline's, as good as equal, cannot be
+told apart from it, or was not tested for lack of seeds."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Comparison:
     mean: float | None
     """None without a common seed."""
     interval: Interval | None
-    """Student's t; None where the seeds show no spread."""
+    """Student's t; None if the seeds show no spread."""
     p: float | None
     corrected_interval: Interval | None
     """At the level at which Holm's procedure tested this comparison."""
@@ -85,7 +85,7 @@ def compare_paired(
     Args:
         differences: for each comparison, the differences by seed, shape (seeds).
         replicates: for each comparison, the mean differences of a bootstrap over seeds and test examples,
-            shape (draws); None where there are no rows of examples.
+            shape (draws); None if there are no rows of examples.
         margin: differences below it count as none; None tests no equivalence.
         level: of the intervals; effects are claimed at 1 - level.
     """
@@ -183,7 +183,7 @@ class _Tests:
 
     mean: NDArray[np.float64]
     error: NDArray[np.float64]
-    """Standard error; 0 where the seeds differ by no more than rounding, so that their spread is unknown."""
+    """Standard error; 0 if the seeds differ by no more than rounding, so that their spread is unknown."""
     freedom: NDArray[np.float64]
 
     @classmethod
@@ -201,7 +201,7 @@ class _Tests:
         return np.where(self.error > 0, 2 * special.stdtr(self.freedom, -abs(self._over_error(self.mean))), 1)
 
     def equivalence_p_values(self, margin: float) -> NDArray[np.float64]:
-        """Returns the greater p-value of two one-sided tests, one against each end of the margin."""
+        """Returns the larger p-value of two one-sided tests, one against each end of the margin."""
         nearest = margin - abs(self.mean)
         return np.where(self.error > 0, special.stdtr(self.freedom, -self._over_error(nearest)), 1)
 

@@ -2,7 +2,7 @@
 
 Test examples are one more layer of chance than seeds. Where all seeds are tested on the same examples, one
 draw of examples serves all seeds of a replicate: an example that is hard is hard for every seed, and drawing
-anew for each seed would average that chance away. Where the seed also chooses the split, each seed has draws
+again for each seed would average that chance away. Where the seed also chooses the split, each seed has draws
 of its own.
 """
 
@@ -40,7 +40,7 @@ class Resampled:
             draws: number of replicates.
 
         Returns:
-            None where cells of one seed were tested on different examples, which cannot be paired.
+            None if cells of one seed were tested on different examples, which cannot be paired.
         """
         generator = np.random.default_rng(0)
         by_seed: dict[int, list[tuple[str, int]]] = {}
@@ -87,7 +87,7 @@ def rank_interval(
 
     Args:
         means: shape (1 + draws, cells): the means, then their replicates.
-        descending: whether the greatest mean is the best.
+        descending: whether the largest mean is the best.
         level: of the intervals.
 
     Returns:

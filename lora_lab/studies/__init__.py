@@ -2,7 +2,7 @@
 
 spec        what the file may say
 cells       from the file to composed configs, with every fault of every cell in one message
-matching    sizes at which methods train equally many numbers
+matching    sizes at which methods train equally many parameters
 tuning      each cell's search on validation, before the comparison
 executors   where runs run: in local processes that stay alive
 results     what is stored of a study: results.csv, validations.csv, …

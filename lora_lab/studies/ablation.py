@@ -34,7 +34,7 @@ class Progress:
     folder: Path | None
     """Where Optuna's searches are stored; None asks nothing of Optuna."""
     jobs: dict[Job, None] = field(default_factory=dict)
-    """All runs that are known by now: a search adds to them."""
+    """All runs that are known so far: a search adds to them."""
     outcomes: dict[Job, Outcome] = field(default_factory=dict)
     """How those have ended that need no more running."""
     chosen: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Progress:
         self.records[job] = job.folder.read() or {}
 
     def due(self) -> list[Job]:
-        """Returns the runs that are to be made and are known by now."""
+        """Returns the runs that are to be made and are known so far."""
         return [job for job in self.jobs if job not in self.outcomes]
 
     def total(self) -> int:
@@ -71,7 +71,7 @@ class Progress:
         return [job for job in self.jobs if job.cell == cell and job.phase == phase]
 
     def metric(self, job: Job, name: str) -> float | None:
-        """Returns a metric that a run ended with; None where it is not finished."""
+        """Returns a metric that a run ended with; None if it is not finished."""
         outcome = self.outcomes.get(job)
         finished = outcome is not None and outcome.status == "finished"
         return self.records[job]["metrics"].get(name) if finished else None
@@ -86,7 +86,7 @@ class Progress:
         return found
 
     def _look_up(self, job: Job) -> bool:
-        """Takes over a run of before that need not be made again: the same config would do the same."""
+        """Takes over an earlier run if it does not have to run again: the same config would do the same."""
         record = job.folder.read()
         if record is None or record["status"] not in ("finished", "diverged"):
             return False
@@ -176,7 +176,7 @@ def ablate(study: Study, executor: Callable[[Path], Executor], console: Console 
 
 
 def check_data(progress: Progress) -> None:
-    """Makes sure that runs which are not made again had the data of today.
+    """Makes sure that runs which are not made again had today's data.
 
     Raises:
         DataError: if a run had others.

@@ -244,7 +244,7 @@ def _mapping(tree: Any, where: str, faults: list[str]) -> dict[str, Any]:
         return {}
     wrong = [name for name in tree if not all(name.split("."))]
     if wrong:
-        faults.append(f"{where}: '{wrong[0]}' is no key; write names between dots, as in adapter.rank")
+        faults.append(f"{where}: '{wrong[0]}' is not a key; write names between dots, as in adapter.rank")
         return {}
     return nested(tree)
 
@@ -265,9 +265,9 @@ def _grid(tree: Any, path: Path, faults: list[str]) -> dict[str, list[Any]]:
         elif any(isinstance(value, Mapping) for value in values):
             faults.append(f"{where}: a value of several settings needs a name; put such cells under `list`")
         elif not all(key.split(".")):
-            faults.append(f"{where}: is no key; write names between dots, as in adapter.rank")
+            faults.append(f"{where}: is not a key; write names between dots, as in adapter.rank")
         elif twice := _twice([repr(plain(value)) for value in values]):
-            faults.append(f"{where}: {twice[0]} stands twice")
+            faults.append(f"{where}: {twice[0]} occurs twice")
         else:
             found[key] = values
     for one, two in itertools.permutations(found, 2):
@@ -363,7 +363,7 @@ def _seed_faults(spec: StudySpec, tuning: Tuning | None, path: Path) -> list[str
         if not seeds:
             found.append(f"{path}: {where}: give at least one seed")
         if twice := _twice(seeds):
-            found.append(f"{path}: {where}: {twice[0]} stands twice; each seed is one run")
+            found.append(f"{path}: {where}: {twice[0]} occurs twice; each seed is one run")
         if wrong := [seed for seed in seeds if not 0 <= seed < 2**32]:
             found.append(f"{path}: {where}: must lie from 0 to {2**32 - 1}; got {wrong[0]}")
     if tuning and (common := sorted({*spec.seeds} & {*tuning.seeds})):
@@ -449,7 +449,7 @@ def _study_faults(
 
 
 def _matched(cells: list[Cell], count: int, path: Path, faults: list[str]) -> list[Cell]:
-    """Gives each cell's method the size at which it trains nearest to `count` numbers."""
+    """Gives each cell's method the size at which it trains nearest to `count` parameters."""
     matcher = Matcher(count)
     found = []
     for cell in cells:
@@ -490,7 +490,7 @@ def metric_names(task: str) -> list[str]:
 
 
 def better_when_higher(metric: str, task: str) -> bool:
-    """Tells whether more of a metric is better."""
+    """Returns whether more of a metric is better."""
     name = metric.partition("/")[2]
     return name != "loss" and bool(dict(TASKS[task].metrics(2).items())[name].higher_is_better)
 
@@ -507,7 +507,7 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def under(key: str, others: Iterable[str]) -> bool:
-    """Tells whether a key is one of the others, or within one."""
+    """Returns whether a key is one of the others, or within one."""
     return any(key == other or key.startswith(f"{other}.") for other in others)
 
 

@@ -162,7 +162,7 @@ def plan(progress: Progress, slots: int) -> Iterator[Any]:
             yield f"{cell.name}: {text}"
         if cell.match and cell.match.misses:
             yield (
-                f"{cell.name}: no adapter.{cell.match.field} trains {cell.match.wanted:,} numbers within "
+                f"{cell.name}: no adapter.{cell.match.field} trains {cell.match.wanted:,} parameters within "
                 f"10 %; the nearest trains {cell.match.parameters:,}."
             )
     yield from differences(study)

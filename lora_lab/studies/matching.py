@@ -1,4 +1,4 @@
-"""Sizes at which methods train equally many numbers: each method's own knob, by its own formula."""
+"""Sizes at which methods train equally many parameters: each method's own knob, by its own formula."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Match:
     """The method's field that sets its size."""
     value: int
     parameters: int
-    """Numbers that it trains then, task heads aside."""
+    """Parameters that it trains then, task heads aside."""
     wanted: int
 
     @property
@@ -42,7 +42,7 @@ class Matcher:
     """Finds sizes; each base model is built once.
 
     Args:
-        wanted: numbers to train, task heads aside.
+        wanted: parameters to train, task heads aside.
     """
 
     def __init__(self, wanted: int):
@@ -72,7 +72,7 @@ class Matcher:
             value = self._best(counts)
             change: Any = {field: value}
             try:
-                # A formula accepts sizes which the maps do not: blocks that do not divide them, say.
+                # A formula accepts sizes which the maps do not: blocks that do not divide them, for example.
                 inject(model, replace(spec, **change)).remove()
             except LabError as error:
                 del counts[value]

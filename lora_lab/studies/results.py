@@ -1,4 +1,4 @@
-"""What is stored of a study, beside its runs.
+"""What is stored of a study, besides its runs.
 
 results.csv        a row for each run
 validations.csv    a row for each metric of each validation of each run
@@ -65,7 +65,7 @@ def write_tuning(study: Study, found: Mapping[str, Any]) -> None:
 
 
 def row_of(study: Study, job: Job, record: Record, outcome: Outcome | None) -> dict[str, Any] | None:
-    """Returns a run's row of results.csv; None where it has not started."""
+    """Returns a run's row of results.csv; None if it has not started."""
     if not record and outcome is None:
         return None
     status, error = state_of(record, outcome)

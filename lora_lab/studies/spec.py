@@ -37,13 +37,14 @@ class StudySpec:
     """Key between dots → its values. Each combination of values is a cell."""
 
     list: Any = None
-    """Name of a cell → its settings, a whole `adapter:` for example. They stand beside those of the grid."""
+    """Name of a cell → its settings, a whole `adapter:` for example. They come in addition to those of the
+    grid."""
 
     seeds: builtins.list[int] = field(default_factory=builtins.list)
     """Seeds of the comparison; every cell has a run for each."""
 
     metric: str = MISSING
-    """What is compared, `test/accuracy` say."""
+    """What is compared, for example `test/accuracy`."""
 
     baseline: str = MISSING
     """Name of the cell that the others are compared with."""
@@ -55,7 +56,7 @@ class StudySpec:
     """Search on validation that each cell makes before the comparison; see `TuneSpec`."""
 
     match_parameters: int | None = None
-    """How many numbers every method is to train, task heads aside: each gets the nearest size."""
+    """How many parameters every method is to train, task heads aside: each gets the nearest size."""
 
 
 @dataclass
@@ -63,10 +64,10 @@ class TuneSpec:
     """A search for the best value of one key, on validation and with seeds of its own."""
 
     key: str = MISSING
-    """What is tuned, `optimization.learning_rate` say."""
+    """What is tuned, for example `optimization.learning_rate`."""
 
     values: Any = None
-    """The values to try; or null where `low`, `high` and `trials` say a range."""
+    """The values to try; or null if `low`, `high` and `trials` say a range."""
 
     low: float | None = None
     """Lower end of the range that Optuna searches."""

@@ -54,7 +54,7 @@ class Tuning:
 
         Args:
             cell: whose search.
-            scores: value → mean of the metric, None where its runs were of no use.
+            scores: value → mean of the metric, None if its runs were of no use.
             folder: where Optuna's storage lies; None asks nothing of Optuna.
         """
         if self.values is not None:
@@ -62,7 +62,7 @@ class Tuning:
         return [] if folder is None else self._trials(cell, scores, folder)
 
     def best(self, scores: Mapping[Any, float | None]) -> Any:
-        """Returns the value of the best score, the first of several; None where no score is of use."""
+        """Returns the value of the best score, the first of several; None if no score is of use."""
         useful = {
             value: score for value, score in scores.items() if score is not None and math.isfinite(score)
         }
@@ -133,7 +133,7 @@ class Tuning:
 
 
 def read_tuning(tree: Any, path: Path, faults: list[str]) -> Tuning | None:
-    """Reads a study's `tune:`; returns None where there is none, or it cannot be read."""
+    """Reads a study's `tune:`; returns None if there is none, or it cannot be read."""
     if tree is None:
         return None
     where = f"{path}: tune"
@@ -146,7 +146,7 @@ def read_tuning(tree: Any, path: Path, faults: list[str]) -> Tuning | None:
     schema = OmegaConf.structured(TuneSpec)
     fill(schema, settings, str(path), faults, "tune.")
     if OmegaConf.is_missing(schema, "key"):
-        faults.append(f"{where}.key: is required; name what is tuned, optimization.learning_rate say")
+        faults.append(f"{where}.key: is required; name what is tuned, optimization.learning_rate for example")
         return None
     spec: TuneSpec = OmegaConf.to_object(schema)  # type: ignore[assignment]
     ends = (spec.low, spec.high, spec.trials)
@@ -179,7 +179,7 @@ def _value_faults(values: Any, ends: tuple[Any, ...], where: str) -> list[str]:
         found.append(f"{where}.values: a search needs at least two values; got {texts(values)}")
     seen = [repr(plain(value)) for value in values]
     if len({*seen}) < len(seen):
-        found.append(f"{where}.values: {next(v for v in seen if seen.count(v) > 1)} stands twice")
+        found.append(f"{where}.values: {next(v for v in seen if seen.count(v) > 1)} occurs twice")
     if any(end is not None for end in ends):
-        found.append(f"{where}.values: stands beside low, high or trials; give one or the other")
+        found.append(f"{where}.values: excludes low, high and trials; give one or the other")
     return found

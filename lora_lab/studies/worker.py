@@ -33,7 +33,7 @@ class Outcome:
 
 
 def execute(config: ExperimentConfig) -> Outcome:
-    """Makes a run; whatever goes wrong in it is what it returns."""
+    """Makes a run; returns what went wrong, if anything did."""
     try:
         RunFolder.of(config).wait_until_free(PATIENCE)
         run(config)

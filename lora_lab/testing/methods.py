@@ -50,17 +50,17 @@ class Variant:
     the class says `identity_at_start = False`."""
 
     trained: int | None = None
-    """How many numbers are trained on one linear map from 24 to 16 with a bias, worked out by hand."""
+    """How many parameters are trained on one linear map from 24 to 16 with a bias, worked out by hand."""
 
     on: Mapping[str, Mapping[str, Any] | str] = field(default_factory=dict)
     """Model → the further options that the method needs there, or the reason why it cannot stand there. The
-    first variant is also tried on what is named here beside MODELS: `opt`, `llama biased`, `int8`."""
+    first variant is also tried on what is named here besides MODELS: `opt`, `llama biased`, `int8`."""
 
     linear: Mapping[str, Any] | str = field(default_factory=dict)
     """Likewise, of the checks on one linear map from 24 to 16."""
 
     dropout: bool = True
-    """Whether a field `dropout` may be set beside these options."""
+    """Whether a field `dropout` may be set besides these options."""
 
     rounded: tuple[Literal["folder", "checkpointing"], ...] = ()
     """What gives the same numbers up to rounding alone: coming back from a folder, or the gradients under
@@ -268,7 +268,7 @@ def facts(method: type[Adapter]) -> None:
     """The class says what tables and configs show of it."""
     spec = method.Spec()
     assert METHODS[spec.method] is method
-    assert not spec.faults(), "the spec's defaults are at fault"
+    assert not spec.faults(), "the spec's defaults are invalid"
     assert method.family
     assert method.paper
     assert spec.size_field is None or hasattr(spec, spec.size_field)
@@ -302,7 +302,7 @@ def changes_the_output(case: Case) -> None:
 
 @torch.no_grad()
 def merged_model_gives_the_same_logits(case: Case) -> None:
-    """Merging for a while and for good; what cannot be merged is refused and left alone."""
+    """Merging temporarily and permanently; what cannot be merged is refused and left alone."""
     model, adapters = case.adapted()
     expected = case.logits(model)
     if not case.method.mergeable:
@@ -547,7 +547,7 @@ ON_MODELS: Mapping[Callable[[Case], None], tuple[str, ...]] = {
     copies_give_the_same_logits: ("nf4",),
     half_precision_base: ("llama", "t5", "plain"),
 }
-"""Check → the models, beside bert, on which it may find something else."""
+"""Check → the models, besides bert, on which it may find something else."""
 
 ON_ONE_MAP: Iterable[Callable[[Case], None]] = (
     forward_equals_the_adapted_weight,

@@ -23,7 +23,7 @@ WITHOUT_DROPOUT: dict[str, dict[str, Any]] = {
 
 
 class Plain(nn.Module):
-    """A model that is none of transformers': a norm, one residual two-layer block, an output map."""
+    """A model that is not from transformers: a norm, one residual two-layer block, an output map."""
 
     class Block(nn.Module):
         """The residual block."""
@@ -89,7 +89,7 @@ def tiny_model(name: str) -> nn.Module:
 
     Args:
         name: `bert` and `t5` classify; `llama` (fewer key heads than query heads), `llama biased`, `gpt2`
-            (Conv1D made linear) and `opt` model language; `plain` is none of transformers'; `nf4` is bert,
+            (Conv1D made linear) and `opt` model language; `plain` is not from transformers; `nf4` is bert,
             quantised, and `int8` a stand-in for it.
     """
     return copy.deepcopy(_built(name))

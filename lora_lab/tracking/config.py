@@ -60,7 +60,7 @@ def wandb_mode(config: TrackingConfig) -> Mode:
     """Returns what the config means here and now.
 
     Raises:
-        ConfigError: if WANDB_MODE is no mode, or W&B is to be online and has no API key.
+        ConfigError: if WANDB_MODE is not a mode, or W&B is to be online and has no API key.
     """
     source, mode = "tracking.wandb", config.wandb
     if mode == "auto" and (variable := os.environ.get("WANDB_MODE")):
@@ -87,6 +87,6 @@ def has_api_key() -> bool:
         return bool(settings.api_key or read_netrc_auth(host=settings.base_url))
     except WandbError as error:
         raise ConfigError(
-            f"tracking.wandb: W&B's own settings are at fault ({error}). "
+            f"tracking.wandb: W&B's own settings are invalid ({error}). "
             "Fix them, or use tracking.wandb=offline."
         ) from error

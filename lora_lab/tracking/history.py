@@ -25,7 +25,7 @@ def replay(rows: Sequence[dict[str, Any]], loggers: Iterable[Logger], until_step
     Args:
         rows: what `read_metrics` returned before the run was resumed.
         loggers: what `build_loggers` made, before their first row.
-        until_step: optimizer steps done by the checkpoint; 0 to begin afresh.
+        until_step: optimizer steps done by the checkpoint; 0 to start from the beginning.
     """
     kept = [row for row in rows if row["step"] < until_step]
     for logger in loggers:

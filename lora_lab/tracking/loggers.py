@@ -239,7 +239,7 @@ def delete_earlier(current: Path, own_id: str) -> None:
 
 
 def _end_service() -> None:
-    """Ends W&B's service: nothing waits for it any more, and the process's next run starts another."""
+    """Ends W&B's service: nothing waits for it any longer, and the process's next run starts another."""
     for child in psutil.Process().children():
         with suppress(psutil.Error):  # it has ended by itself
             if child.name() == "wandb-core":

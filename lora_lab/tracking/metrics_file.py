@@ -97,7 +97,7 @@ class MetricsFile(Logger):
                 self.write([*earlier, *self._waiting])
             self._waiting = []
         except (OSError, CheckpointError) as error:
-            with suppress(OSError):  # half a row would spoil the next one
+            with suppress(OSError):  # half a row would damage the next one
                 if path.stat().st_size > self._size > 0:
                     os.truncate(path, self._size)
             if not self._failed:

@@ -44,7 +44,7 @@ class FineTuner(L.LightningModule):
         on_nonfinite: whether a step whose loss or gradient norm is not finite ends training or is left out.
         monitor: the validation metric by which runs and checkpoints are compared; None is the task's.
         class_weights: weight in every loss, of training and evaluation, of each class.
-        max_skipped_steps: so many steps left out one after another end training.
+        max_skipped_steps: training ends after this many steps in a row that were left out.
 
     The loss of an optimizer step is one number: the sum of the losses of all labels in its batches, on all
     processes, divided by the number of these labels (with class weights, by the sum of their weights), plus
@@ -202,7 +202,7 @@ class FineTuner(L.LightningModule):
         return None
 
     def _cannot_skip(self) -> str | None:
-        """Returns why a step that is not finite is not left out, None where it is; alike in all processes."""
+        """Returns why a step that is not finite is not left out, None if it is; alike in all processes."""
         if self.on_nonfinite == "stop":
             return ""
         if self.adapters.nonfinite():
@@ -292,7 +292,7 @@ class FineTuner(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Returns AdamW and its schedule, stepped once per optimizer step."""
-        # Anew: a checkpoint may have shown in the meantime that adapters share tensors.
+        # Built again: a checkpoint may have shown in the meantime that adapters share tensors.
         groups = parameter_groups(self.adapters, self.optimization)
         # Lightning clips no gradients before a fused step under mixed precision, and under 16-mixed such a
         # step leaves gradients scaled, which controllers read.

@@ -23,7 +23,7 @@ class OptimizationConfig:
     """Peak learning rate of the adapters; above 0."""
 
     head_learning_rate: float | None = None
-    """Peak learning rate of modules trained whole (task heads); null means `learning_rate`."""
+    """Peak learning rate of fully trained modules (task heads); null means `learning_rate`."""
 
     loraplus_ratio: float = 1.0
     """Learning rate of B over that of A (LoRA+, Hayou et al. 2024, arXiv:2402.12354; the paper suggests 16);

@@ -328,7 +328,7 @@ def reader(**options):
 
 
 def rows(*entries):
-    """Inputs that are zero but for some coordinates, which are the singular directions of `Reader`."""
+    """Inputs that are zero except for some coordinates, which are the singular directions of `Reader`."""
     x = torch.zeros(1, len(entries), 8)
     for row, entry in enumerate(entries):
         for place, value in entry.items():

@@ -218,7 +218,7 @@ def test_cross_attention_is_paired_too():
 
 
 class Mask(nn.Module):
-    """A dropout that strikes the same numbers whatever their layout."""
+    """A dropout that strikes the same numbers in any layout."""
 
     def forward(self, z):
         keep = torch.rand(z.numel(), generator=torch.Generator().manual_seed(1)) > 0.4

@@ -380,7 +380,7 @@ def test_norms_are_those_of_the_dequantised_weight(make_model):
         ({"init": "zero"}, "adapter.init: must be one of residual, zero_b; got 'zero'"),
         (
             {"init": "zero_b", "residual_lambda": "current"},
-            "adapter.residual_lambda: current goes with init: residual; got init: zero_b",
+            "adapter.residual_lambda: current needs init: residual; got init: zero_b",
         ),
     ],
 )

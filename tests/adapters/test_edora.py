@@ -112,7 +112,7 @@ def test_dropout_acts_on_all_but_the_bases_own_product():
 
 
 def test_norms_are_of_this_base_where_the_basis_came_from_another():
-    """A quantised base, say, under what was learned on a plain one."""
+    """For example a quantised base under what was learned on a plain one."""
     _, adapters, adapter = adapt()
     shake(adapters)
     model, other_adapters, other = adapt(linear(seed=1))

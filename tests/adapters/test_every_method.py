@@ -1,4 +1,4 @@
-"""Every method runs the contract of `lora_lab.testing`, beside its own test or here."""
+"""Every method runs the contract of `lora_lab.testing`, in its own test or here."""
 
 from dataclasses import fields
 from pathlib import Path

@@ -100,7 +100,7 @@ def test_sides_are_split_as_in_peft():
         ({"rank": 1}, 26),
         ({"rank": 1, "decompose_both": True}, 18),
         ({"rank": 2, "decompose_both": True}, 4 * 4 + 2 * 10),
-        ({"rank": 3}, 4 * 4 + 4 * 6),  # a rank of half the greater side is no saving
+        ({"rank": 3}, 4 * 4 + 4 * 6),  # a rank of half the larger side is not a saving
         ({"rank": 1, "decompose_factor": 2}, 2 * 2 + 1 * (8 + 12)),
     ],
 )

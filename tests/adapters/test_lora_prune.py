@@ -1,4 +1,4 @@
-"""Pruned LoRA: importance, death for good, what a step leaves alone, compact folders, the slides' layer."""
+"""Pruned LoRA: importance, permanent death, what a step leaves alone, compact folders, the slides' layer."""
 
 import json
 

@@ -126,7 +126,7 @@ def test_recomputation_compiles_without_a_break(method, kind, options, monkeypat
 
 
 def kept_bytes(model, x):
-    """Counts what a forward keeps for its backward, beside x and the parameters."""
+    """Counts what a forward keeps for its backward, besides x and the parameters."""
     known = {tensor.untyped_storage().data_ptr() for tensor in (x, *model.parameters())}
     kept = {}
 

@@ -204,7 +204,7 @@ def test_single_parameters_of_experts_are_left_out_or_have_their_own_rank_and_a_
 
 
 def test_a_pattern_to_exclude_that_is_none_is_refused():
-    with pytest.raises(TargetError, match=r"adapter.exclude: '\(' is no regular expression"):
+    with pytest.raises(TargetError, match=r"adapter.exclude: '\(' is not a regular expression"):
         inject(tiny_llama(), LoRA(rank=2, targets=["q_proj"], exclude=["regex:("]))
 
 

@@ -350,5 +350,5 @@ def test_a_dropout_that_drops_nothing_is_warned_of():
 def test_a_polynomial_that_diverges_is_warned_of():
     _, _, adapter = one()
     adapter.q.data.fill_(0.5)
-    with pytest.warns(UserWarning, match="is no rotation"):
+    with pytest.warns(UserWarning, match="is not a rotation"):
         adapter.delta_weight()

@@ -89,7 +89,10 @@ OPENS = {
     "one layer": (tiny_llama, lora(layers_to_transform=1)),
     "trained biases of adapted maps": (tiny_llama, lora(bias="lora_only")),
     "trained biases of all modules": (tiny_bert, lora("query", "dense", bias="all", task_type="SEQ_CLS")),
-    "trained biases beside a bias of LoRA": (tiny_bert, lora("query", bias="lora_only", lora_bias=True)),
+    "trained biases in addition to a bias of LoRA": (
+        tiny_bert,
+        lora("query", bias="lora_only", lora_bias=True),
+    ),
     "patterns that match nothing": (
         tiny_llama,
         lora(rank_pattern={"nothing": 9}, alpha_pattern={"value": 80, "query": 3}),

@@ -207,7 +207,7 @@ def test_weight_that_is_not_finite_is_refused():
 
 def test_residual_refuses_a_base_whose_weight_is_computed():
     class Lent(nn.Linear):
-        """Lends its weight as a quantised map does."""
+        """Returns its weight as a quantised map does."""
 
         def __init__(self):
             super().__init__(24, 16)

@@ -14,7 +14,7 @@ from tests.adapters.tiny import linear, logits, relative, shake, tiny_llama
 SHAPES = {
     "rows and columns": (((7, 1), (7, 5), (5,)), 5),
     "bases below each other": (((3, 2, 1), (3, 1, 5), (2, 5)), 5),
-    "bases beside each other": (((7, 1, 2), (7, 3, 1), (3, 2)), 6),
+    "bases side by side": (((7, 1, 2), (7, 3, 1), (3, 2)), 6),
 }
 """Shapes of left, frozen and right, and the width of x."""
 
@@ -77,7 +77,7 @@ KEPT = {
 
 @pytest.mark.parametrize(("method", "options", "inputs", "outputs", "numbers"), KEPT.values(), ids=KEPT)
 def test_backward_pass_keeps_no_matrix_and_no_output(method, options, inputs, outputs, numbers):
-    # A greater map beside it makes what is used of the projections a slice, which must not be copied either.
+    # A larger map next to it makes what is used of the projections a slice, which must not be copied either.
     model = nn.Sequential(linear(outputs, inputs)[0], nn.Linear(56, 56))
     adapters = inject(model, METHODS[method].Spec(targets=["0", "1"], modules_to_save=[], **options))
     shake(adapters)

@@ -134,7 +134,7 @@ PEFTS = [
     *(("default", terms, 25, 7, 7) for terms in range(1, 9)),
     *((kind, 5, 16, 24, 4) for kind in KINDS[1:]),
 ]
-"""Every kind on every shape; the polynomial at every length on one, and beside every kind."""
+"""Every kind on every shape; the polynomial at every length on one, and with every kind."""
 
 
 @pytest.mark.parametrize(("mode", "terms", "rows", "columns", "rank"), PEFTS)
@@ -312,7 +312,7 @@ def test_a_bound_that_peft_ignores_is_not_taken_over(tmp_path):
             {"use_cayley_neumann": True, "cayley_neumann_eps": 1.0},
             r"adapter.cayley_neumann_eps: must lie in \(0, 1\), or null; got 1.0",
         ),
-        ({"cayley_neumann_eps": 0.5}, "adapter.cayley_neumann_eps: goes with use_cayley_neumann: true"),
+        ({"cayley_neumann_eps": 0.5}, "adapter.cayley_neumann_eps: needs use_cayley_neumann: true"),
     ],
 )
 def test_faulty_options_are_refused(options, message):

@@ -369,7 +369,7 @@ def test_masks_of_other_shapes_are_refused(make_model):
 def test_blocks_that_change_the_width_are_refused():
     model = nn.Sequential(nn.Sequential(nn.Linear(6, 4), nn.Tanh()))
     inject(model, ReFTSpec(rank=2, targets="regex:0", positions="all"))
-    with pytest.raises(IncompatibleError, match="reads width 6 and puts out 4"):
+    with pytest.raises(IncompatibleError, match="reads width 6 and returns 4"):
         model(torch.randn(2, 3, 6))
 
 

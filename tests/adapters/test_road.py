@@ -184,11 +184,11 @@ def test_unknown_variants_are_refused():
 @pytest.mark.parametrize(
     ("sizes", "options", "message"),
     [
-        ([(12, 9)], {"group_size": 64}, "64 does not divide the 12 outputs of 0; use 12, the greatest that"),
+        ([(12, 9)], {"group_size": 64}, "64 does not divide the 12 outputs of 0; use 12, the largest that"),
         (
             [(12, 9), (16, 9)],
             {"group_size": 6},
-            "6 does not divide the 16 outputs of 1; use 4, the greatest",
+            "6 does not divide the 16 outputs of 1; use 4, the largest",
         ),
         ([(8, 9), (15, 9)], {}, "4 does not divide the 15 outputs of 1; take odd ones out: no size that"),
     ],

@@ -91,7 +91,7 @@ def test_edited_core_is_the_papers(shape, relu):
 
 
 def test_clamping_the_whole_core_leaves_gradients_to_its_diagonal():
-    """Why it is no default: 5 of the 25 entries of X Y."""
+    """Why it is not a default: 5 of the 25 entries of X Y."""
     adapter, _ = given(torch.randn(8, 8, dtype=torch.float64), rank=3, r_lora=5, relu="all")
     fill(adapter, X=torch.eye(5).tolist())  # X Y is Y then
     probe = torch.randn(8, 8, dtype=torch.float64)

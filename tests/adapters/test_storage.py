@@ -225,14 +225,14 @@ def test_truncated_tensors_are_refused(folder):
 def test_folder_without_any_config_is_refused(folder):
     (folder / OWN).unlink()
     (folder / CONFIG).unlink()
-    refused(folder, "adapter_config.json: is missing or no config of PEFT")
+    refused(folder, "adapter_config.json: is missing or not a PEFT config")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"peft_type": "LORA"}', "\x00"])
 def test_broken_config_of_peft_is_refused(folder, text):
     (folder / OWN).unlink()
     (folder / CONFIG).write_text(text)
-    refused(folder, "adapter_config.json: is missing or no config of PEFT")
+    refused(folder, "adapter_config.json: is missing or not a PEFT config")
 
 
 @pytest.mark.parametrize(

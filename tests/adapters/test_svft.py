@@ -173,7 +173,7 @@ def test_folder_and_checkpoint_hold_basis_and_pattern(options, tmp_path):
     model, x = linear(12, 12), torch.randn(5, 12)
     svft, adapters = adapt(model, **options)
     shake(adapters)
-    # As another machine might have decomposed W: other signs, hence another meaning of c.
+    # As another machine might have decomposed W: other signs, so another meaning of c.
     svft.U.mul_(-1)
     svft.U[:, 0] *= -1
     save_adapter(adapters, tmp_path / "adapter")
@@ -216,7 +216,7 @@ def test_half_precision_is_decomposed_in_float32():
     [
         ({"off_diag": -1}, "adapter.off_diag: must be at least 0; got -1"),
         ({"pattern": "random", "k": 0}, "adapter.k: must be at least 1; got 0"),
-        ({"k": 5}, "adapter.k: goes with pattern: random or top_k; got pattern: banded"),
+        ({"k": 5}, "adapter.k: needs pattern: random or top_k; got pattern: banded"),
         ({"rank": 0}, "adapter.rank: must be at least 1; got 0"),
         ({"pattern": "diagonal"}, "adapter.pattern: must be one of plain, banded, random, top_k"),
     ],

@@ -1,4 +1,4 @@
-"""Where adapters stand: faulty targets are refused and the model is left alone."""
+"""Where adapters are placed: faulty targets are refused and the model is left alone."""
 
 from dataclasses import replace
 
@@ -18,10 +18,10 @@ from lora_lab.testing.methods import assert_same_tensors
             "bert has no 'q_proj' (its roles are query, key, value, attention_output, up",
         ),
         ({"targets": ["querry"]}, "did you mean 'query'?"),
-        ({"targets": "regex:.*[query"}, "is no regular expression"),
+        ({"targets": "regex:.*[query"}, "is not a regular expression"),
         ({"targets": "regex:query"}, "bert has no 'regex:query'"),
         ({"layers": [1, 5]}, "have no layer [5]; their layers are [0, 1]"),
-        ({"targets": ["classifier"]}, "which is trained whole"),
+        ({"targets": ["classifier"]}, "which is fully trained"),
         ({"modules_to_save": ["scorer"]}, "adapter.modules_to_save: no module 'scorer'"),
         ({"targets": ["LayerNorm"]}, "a LayerNorm, which lora cannot edit"),
         ({"rank_pattern": {"keys": 2}}, "adapter.rank_pattern: 'keys' matches no adapted module"),

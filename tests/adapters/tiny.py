@@ -144,5 +144,5 @@ def reached(model, adapters, x):
 
 
 def relative(given, expected):
-    """max |Δ| / max |expected|: how far apart outputs are, in units of the greatest of them."""
+    """max |Δ| / max |expected|: how far apart outputs are, in units of the largest of them."""
     return float((given - expected).detach().abs().max() / expected.detach().abs().max())

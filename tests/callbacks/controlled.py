@@ -63,10 +63,10 @@ def train(
     """Trains a perceptron 6 → 8 → 8 → 8 → 1 on batches of 8 rows an optimizer step.
 
     Args:
-        spec: the adapters' spec; those of LAYERS beside a head, layer4.
+        spec: the adapters' spec; those of LAYERS next to a head, layer4.
         controllers: specs by name.
         extra: callbacks that stand behind the controllers, or functions that make one for the adapters.
-        stop_after: writes a checkpoint after so many steps, and stops one step later.
+        stop_after: writes a checkpoint after this many steps, and stops one step later.
         resume: goes on from the folder's checkpoint.
         uneven: see `fresh_model`.
     """

@@ -42,7 +42,7 @@ def trials() -> dict[str, dict[str, dict]]:
 
 CASES = trials()
 
-# Masks of tokens and samples are drawn anew for every batch, which no two ways to split a step share.
+# Masks of tokens and samples are drawn again for every batch, which no two ways to split a step share.
 OPTIONS = {"lora_drop": {"drop_prob": 0.0}}
 PLAIN = ["dora", "dylora", "lora_prune", "hra", "ia3", "vera", "bitfit"]
 """Methods that need no particular model, of which some or all do not fit a controller."""

@@ -692,7 +692,7 @@ class Slicing(L.Callback):
 
 @pytest.mark.parametrize("method", ["adalora", "lora"])
 def test_slicing_changes_nothing_and_is_resumed(tmp_path, method):
-    """AdaLoRA's penalty and scale see all components, hence no penalty here."""
+    """AdaLoRA's penalty and scale see all components, so no penalty here."""
     options = {"adapter": {"orth_reg_weight": 0.0} if method == "adalora" else {}, "clip": None}
     sliced = {**options, "extra": lambda *parts: [Slicing(*parts)]}
     (tmp_path / "plain").mkdir()

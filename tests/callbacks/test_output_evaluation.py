@@ -597,7 +597,7 @@ def test_a_folder_that_names_other_adapters_is_refused(bert, entry, tmp_path):
     with (tmp_path / "ours" / OWN).open("a") as file:
         file.write(f"{entry}\n")
     model = bert()
-    with pytest.raises(CheckpointError, match="names what is no adapter of this model"):
+    with pytest.raises(CheckpointError, match="names something that is not an adapter of this model"):
         load_adapter(model, tmp_path / "ours")
     assert "LoRA" not in repr(model)
 

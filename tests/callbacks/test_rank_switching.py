@@ -271,7 +271,7 @@ def test_the_best_validations_adapters_come_back_with_its_rank(policy, final):
     torch.manual_seed(0)
     probe = inject(tiny_bert(vocab_size=100), DyLoRASpec(rank=8))
     best = AdapterCheckpoint(probe, "best")
-    # Up with every step, and hence at another rank in every validation.
+    # Up with every step, and so at another rank in every validation.
     options = {"high": 0.0, "low": 0.0} if policy == "gradient_norm" else {}
     seen: dict[int, int] = {}
 
@@ -588,15 +588,18 @@ def test_a_method_without_nested_ranks_is_refused_with_the_name_of_one_that_has(
         ({"policy": "chance"}, "policy: must be one of uniform, geometric, gradient_norm, recent_loss"),
         ({"min_rank": 0}, "min_rank: must be at least 1; got 0"),
         ({"min_rank": 5, "max_rank": 4}, "min_rank: must not exceed max_rank: 4; got 5"),
-        ({"max_rank": 9}, "max_rank: 9 is no rank that is trained here; choose among 1, 2, 3, 4, 5, 6, 7, 8"),
-        ({"min_rank": 9}, "min_rank: 9 is no rank"),
+        (
+            {"max_rank": 9},
+            "max_rank: 9 is not a rank that is trained here; choose among 1, 2, 3, 4, 5, 6, 7, 8",
+        ),
+        ({"min_rank": 9}, "min_rank: 9 is not a rank"),
         ({"geometric_p": 1.0}, r"geometric_p: must lie in \(0, 1\); got 1.0"),
         ({"policy": "recent_loss", "ranks": []}, "ranks: must rise, from 1 or more"),
         ({"policy": "recent_loss", "ranks": [4, 2]}, r"ranks: must rise, from 1 or more; got \[4, 2\]"),
-        ({"policy": "recent_loss", "ranks": [4, 16]}, "ranks: 16 is no rank that is trained here"),
+        ({"policy": "recent_loss", "ranks": [4, 16]}, "ranks: 16 is not a rank that is trained here"),
         (
             {"policy": "recent_loss", "ranks": [1, 4], "min_rank": 2},
-            "ranks: 1 is no rank that is trained here",
+            "ranks: 1 is not a rank that is trained here",
         ),
         ({"policy": "recent_loss", "high": 0.01}, "low: must lie in .0, high.; got low 0.05 and high 0.01"),
         ({"policy": "recent_loss", "period": 0}, "period: must be above 0; got 0"),
@@ -604,11 +607,11 @@ def test_a_method_without_nested_ranks_is_refused_with_the_name_of_one_that_has(
         ({"evaluation_ranks": [0, 4]}, r"evaluation_ranks: must rise, from 1 or more; got \[0, 4\]"),
         (
             {"evaluation_ranks": [4, 9]},
-            "evaluation_ranks: 9 is no rank that is trained here; choose among 1, ",
+            "evaluation_ranks: 9 is not a rank that is trained here; choose among 1, ",
         ),
-        ({"evaluation_ranks": [6], "max_rank": 4}, "evaluation_ranks: 6 is no rank .* among 1, 2, 3, 4"),
+        ({"evaluation_ranks": [6], "max_rank": 4}, "evaluation_ranks: 6 is not a rank .* among 1, 2, 3, 4"),
         ({"final_rank": 0}, "final_rank: must be at least 1; got 0"),
-        ({"final_rank": 9}, "final_rank: 9 is no rank that is trained here"),
+        ({"final_rank": 9}, "final_rank: 9 is not a rank that is trained here"),
     ],
 )
 def test_faulty_options_are_refused(options, message):

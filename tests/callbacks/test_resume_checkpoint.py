@@ -68,7 +68,7 @@ def train(folder: Path, every: int, accumulate: int, stop: int = 10**9, resume: 
     [
         (1, 7, 9),
         (1, 12, 14),  # right behind a validation within an epoch
-        (1, 24, 27),  # due at an epoch's last batch, hence made at the next one's first
+        (1, 24, 27),  # due at an epoch's last batch, so made at the next one's first
         (1, 25, 27),  # at an epoch's start
         (1, 37, 39),
         (3, 4, 6),

@@ -57,7 +57,7 @@ def test_the_rows_give_the_metrics(tmp_path, task):
     else:
         assert list(rows) == ["id", "label", "prediction", "score", "loss"]
         assert (rows["label"] == rows["prediction"]).mean() == pytest.approx(metrics["test/accuracy"])
-        # Of two classes the predicted one has the greater probability; the loss is of the label's.
+        # Of two classes the predicted one has the larger probability; the loss is of the label's.
         assert rows["score"].between(0.5, 1).all()
         right = rows[rows["label"] == rows["prediction"]]
         assert (-np.log(right["score"])).tolist() == pytest.approx(right["loss"].tolist(), abs=1e-5)

@@ -81,8 +81,8 @@ def test_numbers_of_every_usual_form_reach_fields_for_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("seed: 1\nname: a\nseed: 2", "the key 'seed' stands twice, in lines 3 and 5"),
-        ("adapter: {method: lora, rank: 2, rank: 3}", "the key 'rank' stands twice, in lines 3 and 3"),
+        ("seed: 1\nname: a\nseed: 2", "the key 'seed' occurs twice, in lines 3 and 5"),
+        ("adapter: {method: lora, rank: 2, rank: 3}", "the key 'rank' occurs twice, in lines 3 and 3"),
         ("seed: &s [*s]", "holds itself"),
         ("seed: " + "[" * 5000, "nests more than"),
         ("seed: !!python/name:os.system", "tag"),

@@ -189,7 +189,7 @@ CAUSAL = {
         "gate_up": "mlp.gate_up_proj",
         "down": "mlp.down_proj",
     },
-    # The experts are parameters of three dimensions, the router's map is no gate of a feed-forward part.
+    # The experts are parameters of three dimensions, the router's map is not a gate of a feed-forward part.
     "qwen3_moe": ATTENTION,
     "gpt_neox": NEOX
     | {"query_key_value": "attention.query_key_value", "attention_output": "attention.dense"},
@@ -250,7 +250,7 @@ def test_default_targets_of_a_model_without_attention_are_refused_with_what_ther
 
 
 def test_fused_roles_stay_with_the_parts_of_other_attentions():
-    """Longformer's global projections, which only some tokens use, are no query, key or value."""
+    """Longformer's global projections, which only some tokens use, are not queries, keys or values."""
     sites = find_roles(tiny_model("sequence_to_sequence", "led"))
     encoder = {site.role: site.path.rpartition(".")[2] for site in sites if "encoder.layers.0." in site.path}
     assert encoder == {

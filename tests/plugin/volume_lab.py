@@ -2,7 +2,7 @@
 
 W' = (1 + v) W
 
-v   ()   learned; zero at the start, hence W' = W
+v   ()   learned; zero at the start, so W' = W
 """
 
 from __future__ import annotations

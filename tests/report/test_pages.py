@@ -80,7 +80,7 @@ BASE = [0.80, 0.81, 0.79]
         (
             {"lora": BASE, "dora": [0.80, None, None]},
             None,
-            "In test/accuracy, dora has too few finished seeds beside lora for a test; 2 of 6 runs did not "
+            "In test/accuracy, dora has too few finished seeds next to lora for a test; 2 of 6 runs did not "
             "finish and are in no mean.",
         ),
     ],

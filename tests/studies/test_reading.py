@@ -93,7 +93,7 @@ BAD = {
         {"grid": {"adapter.rank": 4}},
         "grid.adapter.rank: must be a list of values; write [4]",
     ),
-    "a value twice": ({"grid": {"adapter.rank": [1, 2, 1]}}, "grid.adapter.rank: 1 stands twice"),
+    "a value twice": ({"grid": {"adapter.rank": [1, 2, 1]}}, "grid.adapter.rank: 1 occurs twice"),
     "a value without a name": (
         {"grid": {"adapter": [{"method": "lora"}]}},
         "grid.adapter: a value of several settings needs a name",
@@ -120,7 +120,7 @@ BAD = {
         },
         "has no test rows; name them, set data.test_fraction, or compare by a validation metric",
     ),
-    "seeds twice": ({"seeds": [0, 1, 0]}, "seeds: 0 stands twice"),
+    "seeds twice": ({"seeds": [0, 1, 0]}, "seeds: 0 occurs twice"),
     "no seeds": ({"seeds": []}, "seeds: give at least one seed"),
     "negative seed": ({"seeds": [-1]}, "seeds: must lie from 0"),
     "seed in a cell": (
@@ -156,7 +156,7 @@ BAD = {
         "learning_rate: must be above 0; got -1.0",
     ),
     "one value": ({"tune": TUNE | {"values": [0.1]}}, "tune.values: a search needs at least two values"),
-    "values and a range": ({"tune": TUNE | {"low": 0.1}}, "tune.values: stands beside low, high or trials"),
+    "values and a range": ({"tune": TUNE | {"low": 0.1}}, "tune.values: excludes low, high and trials"),
     "half a range": (
         {"tune": {"key": "optimization.learning_rate", "low": 0.1, "seeds": [9]}},
         "needs `values`, or `low`",
@@ -170,7 +170,7 @@ BAD = {
         {"grid": {"adapter.method": ["lora", "ia3"]}, "match_parameters": 500, "baseline": "lora"},
         "cell 'ia3': ia3 has no field that sets its size",
     ),
-    "a size to match beside its own": (
+    "a size to match in addition to its own": (
         {"match_parameters": 500},
         "sets adapter.rank itself, which the match would",
     ),

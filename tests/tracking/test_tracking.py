@@ -1,4 +1,4 @@
-"""Rows reach the CSV file and W&B, each exactly once, whatever happens to the process."""
+"""Rows reach the CSV file and W&B, each exactly once, no matter what happens to the process."""
 
 import math
 import os

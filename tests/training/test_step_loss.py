@@ -1,4 +1,4 @@
-"""The loss of a step is one number: whatever the batches, windows, processes and paddings, by brute force."""
+"""The loss of a step is one number: for any batches, windows, processes and paddings, by brute force."""
 
 from pathlib import Path
 

@@ -38,7 +38,7 @@ def check_blocks(sites: list[Site], spec: AdapterSpec, size: str, count: str, ad
     """Checks that the inputs of every site can be divided into blocks as the spec says.
 
     Args:
-        sites: where the adapters will stand.
+        sites: where the adapters will be placed.
         spec: the method's spec.
         size: its field of the inputs in a block.
         count: its field of the number of blocks.
@@ -66,7 +66,7 @@ def check_blocks(sites: list[Site], spec: AdapterSpec, size: str, count: str, ad
 
 
 def with_identities(R: Float[Tensor, "blocks b b"], dropout: float) -> Float[Tensor, "blocks b b"]:
-    """Replaces a share of the blocks, rounded down and drawn anew in each call, by the identity."""
+    """Replaces a share of the blocks, rounded down and drawn again in each call, by the identity."""
     blocks, size, _ = R.shape
     dropped = torch.randperm(blocks, device=R.device) < int(dropout * blocks)
     identity = torch.eye(size, dtype=R.dtype, device=R.device)
@@ -79,6 +79,6 @@ def warn_of_dropouts(adapters: Mapping[str, Adapter], dropout: float) -> None:
     if dropout and whole:
         warnings.warn(
             f"adapter.dropout: {dropout} of the blocks is less than one at {', '.join(whole[:3])}: it does "
-            "nothing there. Use more blocks, or a greater dropout.",
+            "nothing there. Use more blocks, or a larger dropout.",
             stacklevel=4,
         )

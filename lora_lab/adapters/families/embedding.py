@@ -2,7 +2,7 @@
 
 Wᵀ' = Wᵀ + s B A       y = base(t) + s B a_t, with a_t the column of A for token t
 
-A   (rank, vocabulary)   learned; zeros at the start, hence W' = W
+A   (rank, vocabulary)   learned; zeros at the start, so W' = W
 B   (width, rank)        learned; N(0, 1) at the start
 """
 

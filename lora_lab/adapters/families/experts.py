@@ -3,7 +3,7 @@
     W_e' = W_e + s B_e A_e      for every expert e of every parameter W (experts, out, in)
 
     A.<name>   (experts, rank, in)    learned; U(±1/√in) at the start
-    B.<name>   (experts, out, rank)   learned; zeros at the start, hence W' = W
+    B.<name>   (experts, out, rank)   learned; zeros at the start, so W' = W
 
 Modules with `is_transposed` hold W as (experts, in, out); the update is transposed like it. The matrix of a
 router (experts, in), which no linear map holds, is adapted as a stack of one. `exclude` leaves out single
@@ -84,7 +84,7 @@ class LowRankExperts(Adapter[ScaledSpec]):
 
     @property
     def rank(self) -> int:
-        """The greatest of the parameters' ranks."""
+        """The largest of the parameters' ranks."""
         return max(part.rank for part in self.parts.values())
 
     def without_gradient_at_start(self) -> tuple[str, ...]:
@@ -118,7 +118,7 @@ class LowRankExperts(Adapter[ScaledSpec]):
         return copy.deepcopy(self.base, {id(self.base.get_parameter(name)): p for name, p in merged.items()})
 
     def _prefixes(self) -> dict[str, str]:
-        """Returns what stands before the tensors of each parameter in PEFT's files, by its name."""
+        """Returns what is before the tensors of each parameter in PEFT's files, by its name."""
         names = list(self.A)
         return {name: "base_layer." * (len(names) - 1 - i) for i, name in enumerate(names)}
 

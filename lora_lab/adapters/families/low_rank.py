@@ -55,8 +55,8 @@ class LowRankAdapter(AdditiveAdapter[ScaledT], Droppable):
     Attributes:
         A: (rank, in), learned.
         B: (out, rank), learned.
-        start_A: (rank, in), frozen; None where the update starts at zero.
-        start_B: (out, rank), frozen; None where the update starts at zero.
+        start_A: (rank, in), frozen; None if the update starts at zero.
+        start_B: (out, rank), frozen; None if the update starts at zero.
         kept: (rank,), flags of the components that no controller has silenced.
         active: scalar, 1; 0 once the adapter was dropped.
     """
@@ -182,7 +182,7 @@ class LowRankAdapter(AdditiveAdapter[ScaledT], Droppable):
         return not self.active
 
     def share_key(self) -> Hashable | None:
-        """Returns None where a start is subtracted, which belongs to its own base."""
+        """Returns None if a start is subtracted, which belongs to its own base."""
         shapes = tuple(tuple(tensor.shape) for tensor in self.parameters(recurse=False))
         return (type(self), self.scale, shapes) if self.start_A is None else None
 
@@ -210,7 +210,7 @@ class LowRankAdapter(AdditiveAdapter[ScaledT], Droppable):
         return resized(self.spec, self.stored_rank(int(self.held().sum())))
 
     def stored_rank(self, count: int) -> int:
-        """Returns how many components a file has for so many held: for none, one of zeros."""
+        """Returns how many components a file has for this many held: for none, one of zeros."""
         return max(1, count)
 
     def peft_tensors(self) -> dict[str, Tensor]:
@@ -309,7 +309,7 @@ def write_lora_config(spec: ScaledSpec, factor: int = 1) -> dict[str, Any]:
 
 
 def read_lora_config(config: dict[str, Any], kind: str) -> dict[str, Any] | None:
-    """Returns our spec's fields for a file of PEFT's type LORA, which is the type of three methods.
+    """Returns our spec's fields for a PEFT file type LORA, which is the type of three methods.
 
     Args:
         config: PEFT's fields.
@@ -335,11 +335,11 @@ def read_lora_config(config: dict[str, Any], kind: str) -> dict[str, Any] | None
             f"init_lora_weights: {init!r} {why}. Convert it in PEFT: "
             "save_pretrained(path_initial_model_for_weight_conversion=…)."
         )
-    config.get("target_parameters")  # where adapters stand, which is read with the tensors
+    config.get("target_parameters")  # where adapters are placed, which is read with the tensors
     for name in VARIANTS if kind == "lora" else ("target_parameters", *VARIANTS):
         if config.get(name):
             raise IncompatibleError(
-                f"{name}: {config[name]!r} of PEFT's config has no counterpart in lora_lab."
+                f"{name}: {config[name]!r} of the PEFT config has no counterpart in lora_lab."
             )
     return {
         "rank": config["r"],

@@ -44,7 +44,7 @@ class LycorisSpec(RankedSpec):
     """Probability of leaving a module's whole update out of a training step, in [0, 1)."""
 
     use_effective_conv2d: bool = False
-    """Learn a core (rank, rank, *kernel) beside the channels of a convolution, Conv1d too: fewer numbers.
+    """Learn a core (rank, rank, *kernel) next to the channels of a convolution, Conv1d too: fewer numbers.
     Linear maps and kernels of size 1 have none."""
 
     @property
@@ -91,7 +91,7 @@ class LycorisAdapter(AdditiveAdapter[LycorisT]):
         return tuple(name for name in own if name not in self.zeros)
 
     def kept_outputs(self, x: Tensor, rescale: bool) -> Float[Tensor, " out"] | None:
-        """Draws the factors of the update's outputs for one step; None where nothing is dropped.
+        """Draws the factors of the update's outputs for one step; None if nothing is dropped.
 
         Args:
             x: the input, for its device.

@@ -68,7 +68,7 @@ class Positions:
         """Returns the edited positions of a block's output.
 
         Raises:
-            IncompatibleError: if the block puts out other tokens than those of the model's input.
+            IncompatibleError: if the block returns other tokens than those of the model's input.
         """
         if self.shape != tuple(hidden.shape[:2]):
             raise IncompatibleError(
@@ -116,7 +116,7 @@ PLAIN = (Tensor, bool, int, float, str, torch.dtype, type(None))
 
 
 def cached_tokens(given: Mapping[str, Any]) -> int:
-    """Returns how many tokens the cache of a call holds, under whatever name it comes; 0 without one.
+    """Returns how many tokens the cache of a call holds, under any name; 0 without one.
 
     Args:
         given: the call's arguments by name.

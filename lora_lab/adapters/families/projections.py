@@ -64,7 +64,7 @@ class Projections(nn.Module):
 
     Attributes:
         A: the smaller matrix or matrices, in PEFT's shape.
-        B: the greater ones, in PEFT's shape.
+        B: the larger ones, in PEFT's shape.
         sizes: (largest in, largest out, 0): no numbers, only a shape, by which a checkpoint without A and B
             shows that it was made with other slices of them. None if A and B are stored.
     """
@@ -180,7 +180,7 @@ class ScaledLinear(TensorFunction):
         x, left, frozen, right = ctx.saved_tensors
         scaled = left * frozen
         M = scaled * right
-        # Under autocast the output, hence its gradient, has another type than M.
+        # Under autocast the output, so its gradient, has another type than M.
         grad_x = gradient @ M.reshape(-1, x.shape[-1]).to(gradient) if ctx.needs_input_grad[0] else None
         grad_M = torch.einsum("...o,...i->oi", gradient, x.to(gradient)).reshape(M.shape).to(M)
         grad_left = (grad_M * (frozen * right)).sum_to_size(left.shape)

@@ -34,7 +34,7 @@ Basis = tuple[Float[Tensor, "out k"], Float[Tensor, " k"], Float[Tensor, "k in"]
 """U, S and Vᵀ."""
 
 SAME = 1e-3
-"""Largest difference between stored and recomputed numbers of one basis, as a share of the greatest."""
+"""Largest difference between stored and recomputed numbers of one basis, as a share of the largest."""
 
 
 @dataclass
@@ -129,12 +129,12 @@ class BasisAdapter(LinearAdapter[BasisT]):
         else:
             self._take_signs(given[f"{self.spec.method}_basis_probe"])
             for name, own in self.stored_basis().items():
-                # Relative to the greatest: the smallest values and their vectors have the fewest digits.
+                # Relative to the largest: the smallest values and their vectors have the fewest digits.
                 if not (given[name] - own).abs().max() <= SAME * own.abs().max():
                     raise CheckpointError(
                         f"{self.spec.method}: the folder holds no singular vectors (save_basis: false), and "
                         f"the singular basis of this base differs from the one trained in ({name}). Load the "
-                        "base that it was trained on, in the same type of numbers; where that works, save "
+                        "base that it was trained on, in the same dtype; where that works, save "
                         "the adapter again with save_basis: true."
                     )
         super().load_peft_tensors({name: t for name, t in tensors.items() if name not in basis})
@@ -174,7 +174,7 @@ class BasisUpdate(BasisAdapter[BasisT], AdditiveAdapter[BasisT]):
 
 
 class CoreUpdate(BasisUpdate[BasisT]):
-    """W' = W + U C Vᵀ, hence y = base(x) + ((x V) Cᵀ) Uᵀ. A method defines `core`, which is C.
+    """W' = W + U C Vᵀ, so y = base(x) + ((x V) Cᵀ) Uᵀ. A method defines `core`, which is C.
 
     k may be nearly all of W's rank: the frozen vectors are applied as they are, and nothing of W's size is
     made for a step. The backward pass keeps x V alone, (..., k).

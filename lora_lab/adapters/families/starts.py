@@ -68,7 +68,7 @@ class StartedSpec(ScaledSpec):
                         f"{name}: must be above 0 for pissa, whose start takes its root; got {alpha}"
                     )
         elif self.niter is not None:
-            found.append(f"niter: goes with init: pissa; got init: {self.init}")
+            found.append(f"niter: needs init: pissa; got init: {self.init}")
         if self.niter is not None and self.niter < 0:
             found.append(f"niter: must be at least 0, or null for an exact SVD; got {self.niter}")
         return found
@@ -115,7 +115,7 @@ def start(base: nn.Module, spec: StartedSpec) -> Factors:
             if full is None:
                 raise IncompatibleError(
                     "adapter.init: loftq makes up for what quantisation has taken from W, and this base has "
-                    "no W beside its codes. Train with model.quantization: nf4, or build the base with "
+                    "no W next to its codes. Train with model.quantization: nf4, or build the base with "
                     "build_model(config, keep_weights=True); without codes, choose another init."
                 )
             codes = _decomposable(base, rank, "init: loftq")

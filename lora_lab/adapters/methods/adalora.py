@@ -5,7 +5,7 @@
     penalty = γ · mean of ‖QQᵀ − I‖_F and ‖PᵀP − I‖_F over all sites
 
     A = Q   (rank, in)    learned; N(0, 0.02²) at the start
-    E = Λ   (rank,)       learned; zeros at the start, hence W' = W
+    E = Λ   (rank,)       learned; zeros at the start, so W' = W
     B = P   (out, rank)   learned; N(0, 0.02²) at the start
 
 A silenced component has Λ_i = 0 and keeps its gradients, so that it may grow back. s never changes with it.

@@ -9,7 +9,7 @@
     θ_v       (rank · (rank − 1) / 2,)           learned; N(0, (0.006·√2)²), or zeros with init: identity
     Δ         (rank,)                            learned; N(4e-4, (4e-4)²), or zeros with init: identity
 
-R(−c) is the inverse of R(c): c and −c steer oppositely. W'(0) = W bitwise. c is no tensor and not stored;
+R(−c) is the inverse of R(c): c and −c steer oppositely. W'(0) = W bitwise. c is not a tensor and not stored;
 `steering.set_coefficient` sets it. The authors' loss, a product over c and −c, has no gradient at zeros.
 """
 
@@ -67,7 +67,7 @@ class AntiPaSTOSpec(BasisSpec):
     bounds the angle of two directions alone: 64 with all entries at a bound of π/3 turn by up to 3.06."""
 
     dim_select: Literal["top_s", "random", "wanda_trip"] = "top_s"
-    """Which singular directions: the greatest, random ones, or the paper's: those that count on examples, for
+    """Which singular directions: the largest, random ones, or the paper's: those that count on examples, for
     which Python calls `steering.calibrate` before training (the command line has no such examples)."""
 
     init: Literal["reference", "identity"] = "reference"
@@ -185,5 +185,5 @@ class AntiPaSTO(CoreUpdate[AntiPaSTOSpec], Steerable, Selectable):
 
 
 def _directions(base: LinearMap, spec: AntiPaSTOSpec) -> Basis:
-    """Returns all singular directions of W, from the greatest singular value down."""
+    """Returns all singular directions of W, from the largest singular value down."""
     return singular_basis(base, spec, torch.arange(checked_rank(base, spec.rank)))

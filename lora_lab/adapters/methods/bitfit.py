@@ -2,7 +2,7 @@
 
     b' = b + δ       y = base(x) + δ
 
-    delta   (width,)   learned; zeros at the start, hence b' = b
+    delta   (width,)   learned; zeros at the start, so b' = b
 
 Any module whose last step adds a bias can be edited: linear maps and layer norms.
 """
@@ -29,7 +29,7 @@ class BitFitSpec(AdapterSpec):
     method: str = "bitfit"
 
     targets: Union[str, list[str]] = "all"  # noqa: UP007
-    """Where adapters stand; `all` means every linear map and layer norm that has a bias."""
+    """Where adapters are placed; `all` means every linear map and layer norm that has a bias."""
 
 
 class Biased(nn.Module):

@@ -4,12 +4,12 @@
     B_i = P_iᵀ blkdiag(R_{i,1}, …, R_{i,D}) P_i            R_{i,j} = (I − K)(I + K)⁻¹
                                                           K = ½ (A_{i,j} − A_{i,j}ᵀ)
 
-    A   (N, D, b, b)   learned; zeros at the start, hence R = I
-    s   (out, 1)       learned; ones at the start, hence W' = W bitwise
+    A   (N, D, b, b)   learned; zeros at the start, so R = I
+    s   (out, 1)       learned; ones at the start, so W' = W bitwise
 
-N = boft_n_butterfly_factor, b = boft_block_size, and D blocks of b make up the inputs. P_0 is no permutation;
-P_i brings half-blocks together which are 2^i apart, so that N factors mix b · 2^(N−1) inputs. With N = 1 and
-without s it is OFT.
+N = boft_n_butterfly_factor, b = boft_block_size, and D blocks of b make up the inputs. P_0 is not a
+permutation; P_i brings half-blocks together which are 2^i apart, so that N factors mix b · 2^(N−1) inputs.
+With N = 1 and without s it is OFT.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class BOFTSpec(AdapterSpec):
     0 where `boft_block_num` is given."""
 
     boft_block_num: int = 0
-    """Number of blocks D, instead of their size; 0 where `boft_block_size` is given."""
+    """Number of blocks D, instead of their size; 0 if `boft_block_size` is given."""
 
     boft_n_butterfly_factor: int = 1
     """Number of factors N, the paper's m; at least 1, and 2^(N−1) must divide the number of blocks."""
@@ -70,11 +70,11 @@ class BOFTSpec(AdapterSpec):
 
 
 FIELDS = {name: name for name in ("boft_block_size", "boft_block_num", "boft_n_butterfly_factor")}
-"""Fields of PEFT's by the same names."""
+"""PEFT fields with the same names."""
 
 
 def _read_factors(sites: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[str, Any]:
-    """Counts the factors: without its CUDA extension PEFT makes one, whatever its config says."""
+    """Counts the factors: without its CUDA extension PEFT makes one, no matter what its config says."""
     counts = {shapes["boft_R"][0] for shapes in sites.values() if len(shapes.get("boft_R", ())) == 4}
     return {"boft_n_butterfly_factor": max(counts)} if counts else {}
 

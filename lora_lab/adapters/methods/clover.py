@@ -5,13 +5,13 @@
 
     A          (in + 1, d)     [W, b]ᵀ of a head of `value` or `query`, frozen
     B          (·, d)          W of a head of `attention_output`, or [W, b]ᵀ of one of `key`, frozen
-    ΔS         (heads, d, d)   learned; zeros at the start, hence A' B'ᵀ = A Bᵀ
+    ΔS         (heads, d, d)   learned; zeros at the start, so A' B'ᵀ = A Bᵀ
     M⁻¹, N⁻ᵀ   (heads, d, d)   frozen
 
 The authors' code puts U and V in the place of A and B: the same function of ΔS, which here leaves B as it is.
 Heads that share a key or a value are stacked, the rows of one below those of the other, and share one ΔS. A
-map without a partner, and a query which a rotation or a norm parts from its key, is decomposed alone as the
-reference does: A = Q R by QR and A' = Q (R + ΔS), which is M = R and N = I.
+map without a partner, and a query which a rotation or a norm separates from its key, is decomposed alone as
+the reference does: A = Q R by QR and A' = Q (R + ΔS), which is M = R and N = I.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ class CLOVERSpec(AdapterSpec):
     Query and key are a pair where only a dot product joins them."""
 
     rank: int | None = None
-    """Train only the block of ΔS of this many greatest singular values of each head; null means all,
+    """Train only the block of ΔS of this many largest singular values of each head; null means all,
     as in the paper."""
 
     block_size: int | None = None
-    """Width of the blocks of a map that is no query, key or value; at least 1, a divisor of its outputs. Null
-    means half the width of the model's heads, as in the paper."""
+    """Width of the blocks of a map that is not a query, key or value; at least 1, a divisor of its outputs.
+    Null means half the width of the model's heads, as in the paper."""
 
     dropout: float = 0.0
     """Probability of zeroing a number before ΔS while training, in [0, 1); 0.05 in the authors' code."""
@@ -93,7 +93,7 @@ class CLOVER(OutputAdapter[CLOVERSpec]):
 
     Attributes:
         dS: (heads, rank, rank), learned.
-        partner: path of the map that holds B; None where there is none.
+        partner: path of the map that holds B; None if there is none.
         M_inverse: (heads, d, rank), frozen, the first columns of M⁻¹.
         N_inverse: (heads, rank, d), frozen, the first rows of N⁻ᵀ.
     """
@@ -196,7 +196,7 @@ class CLOVER(OutputAdapter[CLOVERSpec]):
         """Makes ΔS and its bases: the model shows how wide heads are and what joins query and key.
 
         Raises:
-            IncompatibleError: if these must not be parted, if no width is known, or by `decompose`.
+            IncompatibleError: if these must not be separated, if no width is known, or by `decompose`.
         """
         for path, width, other in cls._joined(model, adapters):
             cast(CLOVER, adapters[path]).decompose(path, width, other)

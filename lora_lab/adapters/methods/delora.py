@@ -1,13 +1,13 @@
-"""DeLoRA: an update of bounded, learned strength beside its directions (Bini et al. 2025, arXiv:2503.18225).
+"""DeLoRA: an update of bounded, learned strength and direction (Bini et al. 2025, arXiv:2503.18225).
 
     W' = W + Δ(A, B, λ) − Δ(A₀, B₀, λ₀)
-    Δ(A, B, λ) = λ / rank · Σ_i b_i a_iᵀ / (‖b_i‖ ‖a_i‖) · diag(w)      hence ‖Δ‖_F ≤ λ · max w
+    Δ(A, B, λ) = λ / rank · Σ_i b_i a_iᵀ / (‖b_i‖ ‖a_i‖) · diag(w)      so ‖Δ‖_F ≤ λ · max w
 
     A    (rank, in)    rows a_i, learned; U(±1/√in) at the start
     B    (out, rank)   columns b_i, learned; U(±1/√rank) at the start, or zeros with init: zero_b
     λ    (1,)          learned; delora_lambda at the start
     w    (in,)         frozen; the norms of W's columns
-    A₀, B₀             frozen copies of the start, hence W' = W bitwise; none with init: zero_b
+    A₀, B₀             frozen copies of the start, so W' = W bitwise; none with init: zero_b
     λ₀                 delora_lambda, or λ itself with residual_lambda: current
 
 PEFT has no A₀, B₀: ours opens there as a DELORA of rank 2·rank where λ₀ is λ, else as a LORA.
@@ -85,7 +85,7 @@ class DeLoRASpec(AdapterSpec):
         if not (math.isfinite(self.delora_lambda) and self.delora_lambda > 0):
             found.append(f"delora_lambda: must be finite and above 0; got {self.delora_lambda}")
         if self.init == "zero_b" and self.residual_lambda == "current":
-            found.append("residual_lambda: current goes with init: residual; got init: zero_b")
+            found.append("residual_lambda: current needs init: residual; got init: zero_b")
         return found
 
 
@@ -143,7 +143,7 @@ class DeLoRA(LowRankAdapter, RankAllocatable):
         if spec.init == "zero_b":
             warnings.warn(
                 "delora with init: zero_b starts as the identity and jumps away from it in its first step, "
-                "whatever the learning rate: train with init: residual. An adapter already trained may stay.",
+                "with any learning rate: train with init: residual. An adapter already trained may stay.",
                 stacklevel=3,
             )
         return super().build(sites, spec)

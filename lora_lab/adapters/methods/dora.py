@@ -6,7 +6,7 @@
 
     A   (rank, in)      learned; U(±1/√in) at the start
     B   (out, rank)     learned; zeros at the start
-    m   (out,) or (in,) learned; ‖W‖ at the start, by the routine that gives ‖V‖: g is exactly 1, hence W' = W
+    m   (out,) or (in,) learned; ‖W‖ at the start, by the routine that gives ‖V‖: g is exactly 1, so W' = W
 
 The authors' code and PEFT have one magnitude per output; the paper's text, read literally, one per input. The
 bias is never scaled. Norms are computed in float32 or wider.

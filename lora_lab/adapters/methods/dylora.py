@@ -3,7 +3,7 @@
     W' = W + s B[:, :k] A[:k]       s = alpha / k, or alpha / √k with rslora; k the active rank, 1 to rank
 
     A   (rank, in)    learned; U(±1/√in) at the start
-    B   (out, rank)   learned; zeros at the start, hence W' = W at every k
+    B   (out, rank)   learned; zeros at the start, so W' = W at every k
 
 A step learns the components that it uses, with `frozen` the last of them alone. All others stay bitwise as
 they are, and so does the optimizer's state of them: the paper's code lets momentum and decay move them.
@@ -121,7 +121,7 @@ class DyLoRA(LowRankAdapter[DyLoRASpec], NestedRank):
         return [(self.A, ~learned.unsqueeze(1)), (self.B, ~learned)]
 
     def peft_tensors(self) -> dict[str, Tensor]:
-        """Returns LoRA's tensors at the active rank, and the others under names of ours."""
+        """Returns LoRA's tensors at the active rank, and the others under our own names."""
         idle = {"idle_A": self.A[~self.used], "idle_B": self.B[:, ~self.used] * self.active}
         return super().peft_tensors() | (idle if len(self.used) > self.active_rank else {})
 

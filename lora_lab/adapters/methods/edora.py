@@ -4,9 +4,9 @@
     V  = W + s B R A
     W' = diag(g) V,  g = m / ‖V‖       one magnitude per row of W, as in DoRA; ‖V‖ counts as a constant
 
-    R          (rank, rank)   learned; N(0, init_sigma²) at the start, hence W' ≈ W, or exactly W with 0
+    R          (rank, rank)   learned; N(0, init_sigma²) at the start, so W' ≈ W, or exactly W with 0
     m          (out,)         learned; ‖W‖ at the start
-    U, S, Vh                  frozen; the `rank` greatest singular vectors and values
+    U, S, Vh                  frozen; the `rank` largest singular vectors and values
 
 The bias is never scaled. A core on the smallest singular values, without magnitudes, is part of `salt_edora`.
 """

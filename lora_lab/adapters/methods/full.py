@@ -2,7 +2,7 @@
 
     W' = W*        every module that owns parameters is trained in a copy
 
-    trained   the module's own shapes; learned; a copy of the base at the start, hence W' = W
+    trained   the module's own shapes; learned; a copy of the base at the start, so W' = W
 
 The frozen original is kept, so that `remove()` is bitwise and a run can say what changed. That costs the
 base's memory once more; tied parameters stay tied.
@@ -53,7 +53,7 @@ class Full(TrainedCopy[AdapterSpec]):
 
     @classmethod
     def build(cls, sites: list[Site], spec: AdapterSpec) -> dict[str, Adapter]:
-        """Copies the modules; one that owns parameters beside its parts is copied with its parts.
+        """Copies the modules; one that owns parameters besides its parts is copied with its parts.
 
         Raises:
             IncompatibleError: if a module is quantised.

@@ -38,7 +38,7 @@ class GOFTSpec(AdapterSpec):
     removed_fields = {"topology": "tree", "scaling": False, "angle_param": "tanh_pi"}
 
     strict_oft: bool = True
-    """Train angles, hence rotations; without it the paper's qGOFT, which trains four numbers a pair."""
+    """Train angles, so rotations; without it the paper's qGOFT, which trains four numbers a pair."""
 
     soft_reg: float = 0.01
     """Weight of qGOFT's penalty in the loss, at least 0; in the paper 0.01 for LLaMA and 0.001

@@ -1,9 +1,9 @@
-"""IA3: rescale what a frozen map puts out or takes in (Liu et al. 2022, arXiv:2205.05638).
+"""IA3: rescale the outputs or inputs of a frozen map (Liu et al. 2022, arXiv:2205.05638).
 
 W' = diag(l) W,  b' = l ⊙ b      y = l ⊙ base(x)      the output form, on keys and values
 W' = W diag(l)                   y = base(l ⊙ x)      the input form, on `feedforward_modules`
 
-l   (out, 1) or (1, in)   learned; ones at the start, hence W' = W bitwise
+l   (out, 1) or (1, in)   learned; ones at the start, so W' = W bitwise
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class IA3(OutputAdapter[IA3Spec]):
         """Makes the adapters, whose form `feedforward_modules` chooses.
 
         Raises:
-            TargetError: if a name in `feedforward_modules` is no role and matches no target.
+            TargetError: if a name in `feedforward_modules` is not a role and matches no target.
         """
         for name in spec.feedforward_modules:
             if name not in ROLES and not any(is_named(site, name) for site in sites):

@@ -5,7 +5,7 @@
 
     w1_a, w2_a   (out, rank)            learned; U(±1/√rank) at the start
     w1_b         (rank, in)             learned; U(±1/√in) at the start
-    w2_b         (rank, in)             learned; zeros at the start, hence W' = W
+    w2_b         (rank, in)             learned; zeros at the start, so W' = W
     t1, t2       (rank, rank, *kernel)  learned, with use_effective_conv2d; the others: (rank, channels)
 
 init: lycoris draws w1_a from N(0, 0.1²), w1_b and w2_b from N(0, 1), cores from N(0, 0.1²), and w2_a is zero.
@@ -69,7 +69,7 @@ class LoHa(LycorisAdapter[LoHaSpec]):
         self.zeros = {"default": ("w2_b",), "lycoris": ("w2_a",), "random": ()}[spec.init]
         for name in self.zeros:
             nn.init.zeros_(getattr(self, name))
-        # Products per row of x, forward and backward: P and Q take 3 rank² (out + in), beside the base's
+        # Products per row of x, forward and backward: P and Q take 3 rank² (out + in), besides the base's
         # 2 out · in; W + ΔW takes 3 out · in and replaces the base's.
         self.factored = 3 * rank**2 * (out + columns) < out * columns
 

@@ -9,7 +9,7 @@
     w1_a (l, rank), w1_b (rank, p), w2_a (k, rank), w2_b (rank, q · kernel); with use_effective_conv2d
     t2 (rank, rank, *kernel), w2_a (rank, k) and w2_b (rank, q)
 
-At the start w1 or w1_a is zero, hence W' = W; with init: lycoris it is w2 or w2_b. All others are drawn from
+At the start w1 or w1_a is zero, so W' = W; with init: lycoris it is w2 or w2_b. All others are drawn from
 U(±1/√n), n counting the numbers in a row.
 """
 
@@ -42,7 +42,7 @@ from lora_lab.linalg.rank import product_singular_values
 
 @dataclass
 class LoKrSpec(LycorisSpec):
-    """LoKr's options; the greater the rank and the smaller the factor, the more numbers are learned."""
+    """LoKr's options; the larger the rank and the smaller the factor, the more numbers are learned."""
 
     method: str = "lokr"
 
@@ -50,7 +50,7 @@ class LoKrSpec(LycorisSpec):
     """Whether W1 may be a product of two factors too."""
 
     decompose_factor: int = -1
-    """Bound of W1's sides: l is the greatest divisor of out up to it and to √out, p that of in; -1 leaves √
+    """Bound of W1's sides: l is the largest divisor of out up to it and to √out, p that of in; -1 leaves √
     alone. Where it divides a side itself, it is taken as it is, even above √."""
 
     rank_dropout_scale: bool = False
@@ -66,7 +66,7 @@ class LoKrSpec(LycorisSpec):
 def factorization(dimension: int, factor: int) -> tuple[int, int]:
     """Returns two numbers with the product `dimension`, for W1 and W2.
 
-    A divisor is taken as it is, even above the root; else the first is the greatest divisor up to the root
+    A divisor is taken as it is, even above the root; else the first is the largest divisor up to the root
     and to `factor`, -1 meaning no bound.
     """
     if factor > 0 and dimension % factor == 0:

@@ -1,10 +1,10 @@
-"""LoRA: a low-rank update beside the frozen map (Hu et al. 2021, arXiv:2106.09685).
+"""LoRA: a low-rank update added to the frozen map (Hu et al. 2021, arXiv:2106.09685).
 
     W' = W + s B A       s = alpha / rank, or alpha / √rank with rslora
     y  = base(x) + s (drop(x) Aᵀ) Bᵀ  [+ s c]
 
     A   (rank, in)    learned; U(±1/√in) at the start, see `starts` for others
-    B   (out, rank)   learned; zeros at the start, hence W' = W
+    B   (out, rank)   learned; zeros at the start, so W' = W
     c   (out,)        learned, with lora_bias; zeros at the start
 
 Embeddings: see `embedding`; experts stacked in one parameter: see `experts`.
@@ -38,12 +38,12 @@ class LoRASpec(StartedSpec):
     method: str = "lora"
 
     lora_bias: bool = False
-    """Learn a bias c beside B."""
+    """Learn a bias c in addition to B."""
 
     def faults(self) -> list[str]:
         found = super().faults()
         if self.lora_bias and self.init not in ("default", "random"):
-            found.append(f"lora_bias: goes with init: default or random; got init: {self.init}")
+            found.append(f"lora_bias: needs init: default or random; got init: {self.init}")
         return found
 
 

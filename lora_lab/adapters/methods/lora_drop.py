@@ -5,8 +5,8 @@
     W' = W + s B A                             evaluation and merging
 
     A   (rank, in)    learned; U(±1/√in) at the start
-    B   (out, rank)   learned; zeros at the start, hence W' = W
-    M   (…, rank)     drawn anew for every token
+    B   (out, rank)   learned; zeros at the start, so W' = W
+    M   (…, rank)     drawn again for every token
 
 A unit is multiplied by 0, never skipped: every tensor has a gradient in every step and process. Masks come
 from torch's own generator, which gradient checkpointing sets back where it computes a block again.

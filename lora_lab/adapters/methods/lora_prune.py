@@ -1,10 +1,10 @@
-"""LoRA whose weak rank units are pruned for good (hybrid LoRA with pruning; no paper).
+"""LoRA whose weak rank units are pruned permanently (hybrid LoRA with pruning; no paper).
 
     W' = W + s B diag(kept) A            s = alpha / rank, of the rank at the start
     importance_i = (Σ_j |A_ij|) (Σ_k |B_ki|)
 
     A      (rank, in)    learned; U(±1/√in) at the start
-    B      (out, rank)   learned; zeros at the start, hence W' = W
+    B      (out, rank)   learned; zeros at the start, so W' = W
     kept   (rank,)       flags of the units alive; a dead one never comes back
 
 `linalg.pruning.alive` is the rule by which units die. The row of A and the column of B of a dead unit are

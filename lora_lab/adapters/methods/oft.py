@@ -4,7 +4,7 @@
     R_i = (I − Q_i)(I + Q_i)⁻¹                         Q_i = −Q_iᵀ, of b = oft_block_size rows
     R_i ≈ (I + Q_i)(I − Q_i)⁻¹, a polynomial           with use_cayley_neumann (Qiu et al. 2025)
 
-    q   (blocks, b(b−1)/2)   the Q_i above their diagonals, learned; zeros at the start, hence W' = W bitwise
+    q   (blocks, b(b−1)/2)   the Q_i above their diagonals, learned; zeros at the start, so W' = W bitwise
         (1, b(b−1)/2)        with block_share
 
 R is orthogonal, so the rows of W' keep their lengths and angles. The two forms turn in opposite directions,
@@ -51,7 +51,7 @@ class OFTSpec(AdapterSpec):
     """Inputs in a block, b; at least 2, and a divisor of the number of inputs. 0 where `r` is given."""
 
     r: int = 0
-    """Number of blocks, instead of their size; 0 where `oft_block_size` is given."""
+    """Number of blocks, instead of their size; 0 if `oft_block_size` is given."""
 
     auto_adjust: bool = False
     """Where that does not divide the inputs, take the nearest number that does, as PEFT does."""
@@ -91,7 +91,7 @@ class OFTSpec(AdapterSpec):
 
 
 SAME = ("oft_block_size", "r", "block_share", "coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms")
-"""Fields of PEFT's by the same names."""
+"""PEFT fields with the same names."""
 
 
 def _write_config(spec: OFTSpec) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def _read_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def block_size(inputs: int, spec: OFTSpec) -> int:
-    """Returns b for a map with so many inputs."""
+    """Returns b for a map with this many inputs."""
     given = nearest_divisor(inputs, spec.oft_block_size or spec.r)
     return given if spec.oft_block_size else inputs // given
 
@@ -161,7 +161,7 @@ class OFT(InputAdapter[OFTSpec]):
 
     @torch.no_grad()
     def shrinkage(self) -> Float[Tensor, "rows 1"]:
-        """Returns the factors that bring every ‖Q_i‖_F within its bound; 1 where it is."""
+        """Returns the factors that bring every ‖Q_i‖_F within its bound; 1 if it is."""
         bound = self.spec.eps / math.sqrt(len(self.q))
         norm = math.sqrt(2) * torch.linalg.vector_norm(self.q, dim=1, keepdim=True)
         # A norm may come out of the shrinking above the bound by rounding, and must not shrink again.
@@ -194,8 +194,8 @@ class OFT(InputAdapter[OFTSpec]):
         """Returns W Rᵀ: the transposed blocks on the rows of W."""
         if self.spec.use_cayley_neumann and torch.linalg.matrix_norm(self.blocks_of_Q()).max() > 1:
             warnings.warn(
-                "oft: a block has ‖Q‖ > 1, where the polynomial of use_cayley_neumann is no rotation. Train "
-                "with a smaller learning rate, or use_cayley_neumann: false.",
+                "oft: a block has ‖Q‖ > 1, for which the polynomial of use_cayley_neumann is not a "
+                "rotation. Train with a smaller learning rate, or use_cayley_neumann: false.",
                 stacklevel=2,
             )
         return rotate_blocks(weight, self.rotation().mT)

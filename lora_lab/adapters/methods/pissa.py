@@ -4,7 +4,7 @@
     W' = W + s (B A − B₀ A₀)
 
     A    (rank, in)   learned; A₀ at the start
-    B    (out, rank)  learned; B₀ at the start, hence W' = W
+    B    (out, rank)  learned; B₀ at the start, so W' = W
     A₀, B₀            frozen copies
 
 `mode: subtract` is LoRA with init: pissa. `mode: residual` computes W' as the paper does: W_res + s B A with

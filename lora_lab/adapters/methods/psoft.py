@@ -7,7 +7,7 @@
     U, S, V   (out, rank), (rank,), (in, rank)   frozen, see `singular_basis`
     q         (rank · (rank − 1) / 2,)           learned; strict upper triangle of Q by rows, from zeros
     q         (rank, rank)                       instead, with psoft_orth: false; R itself, from I
-    a, b      (rank,)                            learned; ones at the start, hence W' = W
+    a, b      (rank,)                            learned; ones at the start, so W' = W
 
 While a and b are ones, W' W'ᵀ = W Wᵀ: the rows of W keep their lengths and angles (with psoft_init). The
 paper writes U R diag(S) Vᵀ for the transpose of torch's W. PEFT's psoft_alpha cancels; there is none here.
@@ -89,7 +89,7 @@ class PSOFTSpec(BasisSpec):
         if eps is not None and not 0 < eps < 1:
             found.append(f"cayley_neumann_eps: must lie in (0, 1), or null; got {eps}")
         if eps is not None and not (self.use_cayley_neumann and self.psoft_orth):
-            found.append("cayley_neumann_eps: goes with use_cayley_neumann: true and psoft_orth: true")
+            found.append("cayley_neumann_eps: needs use_cayley_neumann: true and psoft_orth: true")
         if self.niter is not None and self.niter < 0:
             found.append(f"niter: must be at least 0, or null for an exact SVD; got {self.niter}")
         if self.rank == 1 and self.psoft_orth and not (self.psoft_mag_a or self.psoft_mag_b):

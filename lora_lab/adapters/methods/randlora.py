@@ -5,7 +5,7 @@
 
     A    (rank, 1, d)    frozen, the first columns of one A for all sites; random, of deviation 1
     B    (D, N, rank)    frozen, the first rows and bases of one B for all sites; random, of deviation 1
-    λ    (rank, N)       learned; zeros at the start, hence W' = W
+    λ    (rank, N)       learned; zeros at the start, so W' = W
     γ    (N, d)          learned; 1 / d at the start
 
 A and B equal PEFT's, see `projections`. As there, column j · rank + i of all B_j side by side meets

@@ -11,7 +11,7 @@ On the output h of a block, at some positions of the prompt, with a function a:
     b         (rank,)        learned; U(±1/√width) at the start, in consreft and lobireft U(0, 1)
 
 The reference's start is not the identity, on purpose. `init: identity` starts loreft and noreft with W = Rᵀ
-and b = 0, the others with W = 0 and b = 0, hence h' = h; consreft has no such start.
+and b = 0, the others with W = 0 and b = 0, so h' = h; consreft has no such start.
 
 Positions count from the first token that is not padding. The prompt is the whole row, or its first
 `prompt_lengths` (batch,) tokens if the model is called with that keyword, which it never gets to see. While a
@@ -58,7 +58,7 @@ class ReFTSpec(AdapterSpec):
     removed_fields = {"dropout_on": "output", "add_bias": False}
 
     targets: Union[str, list[str]] = "block"  # noqa: UP007
-    """Modules that put out hidden states: blocks, by role, name or pattern."""
+    """Modules that return hidden states: blocks, by role, name or pattern."""
 
     intervention: Literal["loreft", "noreft", "direft", "nodireft", "consreft", "lobireft"] = "loreft"
     """Which member of the paper's family."""
@@ -209,7 +209,7 @@ class ReFT(HiddenStateAdapter[ReFTSpec]):
         if hidden.shape[-1] != self.width:
             raise IncompatibleError(
                 f"adapter.targets: reft stands on a {type(self.base).__name__} that reads width {self.width} "
-                f"and puts out {hidden.shape[-1]}; hidden states keep their width. Name other targets."
+                f"and returns {hidden.shape[-1]}; hidden states keep their width. Name other targets."
             )
         if not self.positions.counts:
             shift: Tensor = self.edits["t"](hidden)
@@ -235,7 +235,7 @@ class ReFT(HiddenStateAdapter[ReFTSpec]):
         return [edit.original for edit in self.edits.values()] if orthonormal else []
 
     def peft_tensors(self) -> dict[str, Tensor]:
-        """Returns R itself, whatever its parametrisation."""
+        """Returns R itself, however it is parametrised."""
         return {
             f"reft_{name}.{letter}": tensor
             for name, edit in self.edits.items()

@@ -9,7 +9,7 @@
     θ, α   (n,)       learned, road_2: one each for every number
     θ, α   (2 n,)     learned, road_4: one each for every c₁ and every c₂, group by group
 
-n counts the outputs. θ = 0 and α = 1 at the start, hence W' = W bitwise. In
+n counts the outputs. θ = 0 and α = 1 at the start, so W' = W bitwise. In
 each group of `group_size` numbers, j of the first half is paired with j of the second; 2 pairs neighbours.
 """
 
@@ -39,7 +39,7 @@ class RoAdSpec(AdapterSpec):
     removed_fields = {"side": "output"}
 
     variant: Literal["road_1", "road_2", "road_4"] = "road_1"
-    """How many numbers are learned: as many as there are outputs, twice, or four times as many."""
+    """How many parameters are learned: as many as there are outputs, twice, or four times as many."""
 
     group_size: int = 64
     """Numbers in a group, even, a divisor of the outputs. 2 pairs neighbours
@@ -98,7 +98,7 @@ class RoAd(OutputAdapter[RoAdSpec]):
         for path, width in widths.items():
             if width % spec.group_size:
                 fits = [g for g in range(2, spec.group_size, 2) if not any(w % g for w in widths.values())]
-                way = f"use {fits[-1]}, the greatest" if fits else "take odd ones out: no size"
+                way = f"use {fits[-1]}, the largest" if fits else "take odd ones out: no size"
                 raise IncompatibleError(
                     f"adapter.group_size: {spec.group_size} does not divide the {width} outputs of "
                     f"{path}; {way} that suits all targets."

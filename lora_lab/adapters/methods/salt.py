@@ -1,6 +1,6 @@
 """SALT: singular values scaled and shifted, the rest of the spectrum by low rank (arXiv:2503.16055).
 
-    W  = U diag(S) Vᵀ                       p = min(out, in) singular values, the greatest `rank` on top
+    W  = U diag(S) Vᵀ                       p = min(out, in) singular values, the largest `rank` on top
     Σ' = [ diag((1 + α) S_top + β)    0                   ]
          [ 0                          diag(S_rest) + X Y  ]
     W' = U Σ' Vᵀ,  computed as W + L R with L = [U_top diag(S_top α + β), U_rest X],  R = [V_topᵀ; Y V_restᵀ]
@@ -8,7 +8,7 @@
 
     α, β   (rank,)            learned; zeros at the start
     X      (p − rank, r_lora) learned; U(±√(2/7 / r_lora)) at the start
-    Y      (r_lora, p − rank) learned; zeros at the start, hence W' = W
+    Y      (r_lora, p − rank) learned; zeros at the start, so W' = W
     U, S, Vh                  frozen; all p singular vectors and values, or the top ones if r_lora is 0
 
 `r_lora: 0` scales and shifts alone. The authors' code clamps all of Σ' at 0 (`relu: all`). That takes every
@@ -47,7 +47,7 @@ class SALTSpec(BasisSpec):
     method: str = "salt"
 
     rank: int | None = 8
-    """How many of the greatest singular values to scale and shift, at least 1; null where `ratio` says."""
+    """How many of the largest singular values to scale and shift, at least 1; null if `ratio` says."""
 
     ratio: float | None = None
     """Their share of all singular values instead, in (0, 1], rounded down, but to one at least, as in the

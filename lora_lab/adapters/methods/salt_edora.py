@@ -1,10 +1,10 @@
-"""SALT on the greatest singular values and a core of EDoRA's on the smallest ones (no paper).
+"""SALT on the largest singular values and a core of EDoRA's on the smallest ones (no paper).
 
-    W  = U diag(S) Vᵀ,   head: the `rank` greatest values,   tail: the smallest ones, apart from the head
+    W  = U diag(S) Vᵀ,   head: the `rank` largest values,   tail: the smallest ones, apart from the head
     W' = W + U_head diag(S_head α + β) V_headᵀ + U_tail R V_tailᵀ
 
     α, β       (rank,)         learned; zeros at the start
-    R          (tail, tail)    learned; zeros at the start, hence W' = W
+    R          (tail, tail)    learned; zeros at the start, so W' = W
     U, S, Vh                   frozen; singular vectors and values of head, then tail
 
 The tail has as many values as the head, or as many as the head leaves.
@@ -42,7 +42,7 @@ class SaltEDoRASpec(BasisSpec):
     removed_fields = {"r_tail": None, "tail_mode": "free"}
 
     rank: int = 8
-    """How many of the greatest singular values are scaled and shifted, and of the smallest ones mixed by the
+    """How many of the largest singular values are scaled and shifted, and of the smallest ones mixed by the
     core; at least 1."""
 
     @property
@@ -71,7 +71,7 @@ class SaltEDoRA(BasisUpdate[SaltEDoRASpec]):
         index = torch.cat([torch.arange(spec.rank), torch.arange(values - tail, values)])
         super().__init__(base, spec, singular_basis(base, spec, index))
         self.alpha, self.beta = self._zeros(spec.rank), self._zeros(spec.rank)
-        self.R = self._zeros(tail, tail) if tail else None  # None where the head has all singular values
+        self.R = self._zeros(tail, tail) if tail else None  # None if the head has all singular values
 
     @classmethod
     def site_parameter_count(cls, module: nn.Module, spec: SaltEDoRASpec) -> int:

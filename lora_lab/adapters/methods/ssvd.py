@@ -1,17 +1,17 @@
 """SSVD: right singular vectors rotated, singular values shifted (Wang et al. 2025, arXiv:2509.02830).
 
     W  = U diag(S) Vᵀ
-    W' = W + U_k C V_kᵀ,   C = diag(S_k + Δσ) G − diag(S_k)      k the rank: the greatest singular values
+    W' = W + U_k C V_kᵀ,   C = diag(S_k + Δσ) G − diag(S_k)      k the rank: the largest singular values
 
     rotation       G
     cayley         (I − K)(I + K)⁻¹, orthogonal; K the skew matrix of θ
     first_order    I − 2 K, near it for small K; what the paper's tables were made with
     free           any matrix
 
-    θ     (k·(k−1)/2,)   learned; zeros at the start, hence G = I and W' = W
+    θ     (k·(k−1)/2,)   learned; zeros at the start, so G = I and W' = W
     G     (k, k)         learned with free instead; I at the start
     Δσ    (k,)           learned; zeros at the start
-    U, S, Vh             frozen; the k greatest singular vectors and values
+    U, S, Vh             frozen; the k largest singular vectors and values
 
 Inputs are rotated, outputs keep their directions U, whichever of the two is wider. With cayley the singular
 values of W' are |S_k + Δσ| and those left alone.
@@ -43,11 +43,11 @@ class SSVDSpec(BasisSpec):
     removed_fields = {"gate": False}
 
     rank: int | None = None
-    """How many of the greatest singular values, the paper's k, at least 1; null where
+    """How many of the largest singular values, the paper's k, at least 1; null where
     `rotation_ratio` says."""
 
     rotation_ratio: float | None = 0.4
-    """Their share of all singular values instead, in (0, 1], rounded down; null where `rank` says."""
+    """Their share of all singular values instead, in (0, 1], rounded down; null if `rank` says."""
 
     rotation: Literal["cayley", "first_order", "free"] = "cayley"
     """How the right vectors are mixed: by a rotation, by its first-order part, which the paper's experiments
@@ -72,7 +72,7 @@ class SSVDSpec(BasisSpec):
 
 
 def rotated_values(spec: SSVDSpec, values: int) -> int:
-    """Returns k for a map with so many singular values."""
+    """Returns k for a map with this many singular values."""
     return spec.rank or int(values * (spec.rotation_ratio or 0))
 
 

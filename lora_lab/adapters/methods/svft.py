@@ -5,13 +5,13 @@
 
     U, Vh        (out, q), (q, in)   frozen; the first q = rank singular vectors, or all min(in, out)
     rows, cols   (K,)                frozen: i and j of every pair, row by row
-    c            (K,)                learned; zeros at the start, hence W' = W
+    c            (K,)                learned; zeros at the start, so W' = W
 
     pattern    pairs                                                K
     plain      i = j: S alone changes                               q
     banded     |i − j| ≤ off_diag = d                               q (2 d + 1) − d (d + 1)
     random     drawn from all q², the same ones in every run        k, or as many as banded has
-    top_k      those of the greatest |u_iᵀ v_j|, for in = out       k, or as many as banded has
+    top_k      those of the largest |u_iᵀ v_j|, for in = out       k, or as many as banded has
 
 Singular vectors are unique up to signs only, so that U, Vh and the pattern are stored with c.
 """
@@ -71,7 +71,7 @@ class SVFTSpec(AdapterSpec):
             value = getattr(self, name)
             found += least_fault(name, 1 if value is None else value, 1)
         if self.k is not None and self.pattern in ("plain", "banded"):
-            found.append(f"k: goes with pattern: random or top_k; got pattern: {self.pattern}")
+            found.append(f"k: needs pattern: random or top_k; got pattern: {self.pattern}")
         return found
 
 
@@ -122,7 +122,7 @@ class SVFT(AdditiveAdapter[SVFTSpec], RankAllocatable):
 
     @property
     def rank(self) -> int:
-        """The greatest rank that the pairs in use allow."""
+        """The largest rank that the pairs in use allow."""
         return min(len(self.Vh), int(self.components_in_use().sum()))
 
     def core(self) -> Float[Tensor, "q q"]:

@@ -5,7 +5,7 @@
 
     A     (rank, in)    frozen, the first columns of one A for all sites; U(±√(6 / largest in))
     B     (out, rank)   frozen, the first rows of one B for all sites; U(±√(6 / rank))
-    λ_b   (out,)        learned; zeros at the start, hence W' = W
+    λ_b   (out,)        learned; zeros at the start, so W' = W
     λ_d   (rank,)       learned; d_initial at the start
 
 A and B equal PEFT's, see `projections`.
@@ -69,7 +69,7 @@ class VeRA(ProjectedAdapter[VeRASpec]):
     def draw(
         cls, rows: int, columns: int, spec: VeRASpec, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Draws A first, then B, in float32 whatever the model's type."""
+        """Draws A first, then B, in float32 for any type of the model."""
 
         def uniform(height: int, width: int) -> Tensor:
             bound = math.sqrt(6 / width)

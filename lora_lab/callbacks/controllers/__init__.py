@@ -62,16 +62,16 @@ CONTROLLERS = Registry[Controller](
     ),
 )
 """Every controller by its id, in the order in which those of one run act; those of other packages, see
-`Registry`, act last. A new one of ours is one file, one entry here and one YAML in configs/controllers."""
+`Registry`, act last. A new one here is one file, one entry here and one YAML in configs/controllers."""
 
 FORMER_NAMES: dict[str, dict[str, str]] = {
     "lora_drop": {"output_evaluation": "output_evaluation", "stochastic": "dropout_schedule"}
 }
-"""Id that stored runs may have, of a controller that was several → its strategy → the id of today."""
+"""Id that stored runs may have, of a controller that was several → its strategy → today's id."""
 
 
 def renamed(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the `controllers` of a stored config under the ids and with the options of today."""
+    """Returns the `controllers` of a stored config under today's ids and with today's options."""
     found = {}
     for name, options in stored.items():
         strategies = FORMER_NAMES.get(name, {})

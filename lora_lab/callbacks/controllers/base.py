@@ -49,7 +49,7 @@ class ControllerSpec:
         return False
 
     def decides(self) -> str | None:
-        """Returns what this controller alone must decide in a run; None where it disturbs no other."""
+        """Returns what this controller alone must decide in a run; None if it disturbs no other."""
         return None
 
 
@@ -62,7 +62,7 @@ class Controller(L.Callback):
         seed: seed of its random decisions.
 
     Raises:
-        ConfigError: if the spec is at fault.
+        ConfigError: if the spec is invalid.
         IncompatibleError: if an adapter does not offer what the controller needs.
     """
 
@@ -178,7 +178,7 @@ def in_steps(duration: float, total_steps: int) -> int:
 
 
 def from_first_process(decision: Tensor) -> Tensor:
-    """Returns the first process's tensor in all processes: a difference in the last bit must part nobody."""
+    """Returns the first process's tensor in all processes, as they must not differ even in the last bit."""
     if distributed.is_initialized():
         decision = decision.contiguous()
         distributed.broadcast(decision, src=0)

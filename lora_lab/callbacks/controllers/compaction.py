@@ -1,4 +1,4 @@
-"""Compaction: silenced components leave memory, once no other controller will change the structure any more.
+"""Compaction: silenced components leave memory, once no other controller will change the structure.
 
 Parameters, gradients and the optimizer's moments are sliced in place, at the end of the optimizer step at
 which all other controllers have settled. A dropped adapter has no components left. The model computes the

@@ -57,14 +57,14 @@ class DropoutScheduleSpec(ControllerSpec):
 
 
 class DropoutSchedule(Controller):
-    """Sets the probability with which adapters drop their parts, anew for every step.
+    """Sets the probability with which adapters drop their parts, again for every step.
 
     Logs `budget/drop_prob`, the probability of the last step.
     """
 
     Spec = DropoutScheduleSpec
     name = "dropout_schedule"
-    # Masks are drawn anew for every batch, which no two ways to split a step share.
+    # Masks are drawn again for every batch, which no two ways to split a step share.
     trials = {"": {"start_prob": 0.0, "end_prob": 0.0}}
     spec: DropoutScheduleSpec
 

@@ -6,11 +6,11 @@ before clipping,
     I ← β1 I + (1 − β1) |p g|,   U ← β2 U + (1 − β2) ||p g| − I|            until t = T − tfinal
     score of a component = Σ over its parts of the mean of their I U
 
-and of all components of the model, the b(t) with the greatest scores are kept, the others silenced:
+and of all components of the model, the b(t) with the largest scores are kept, the others silenced:
 
     t ≤ tinit               b = b0, all that there are
     tinit < t < T − tfinal  b = ⌊(b0 − bT) (1 − (t − tinit) / (T − tfinal − tinit))³ + bT⌋, every deltaT steps
-    t = T − tfinal          b = bT = target_rank · adapters, for good; at T − 1 where tfinal is 0
+    t = T − tfinal          b = bT = target_rank · adapters, from then on; at T − 1 where tfinal is 0
 
 Until then a silenced component may grow back and be kept again; afterwards it is silenced after every step.
 Between two decisions it is in the weights again, and the logged ranks count it (`budget/kept` does not).
@@ -120,7 +120,7 @@ class ImportancePruning(SensitivityController):
             raise ConfigError(
                 f"controllers.importance_pruning.target_rank: {spec.target_rank} for each of "
                 f"{len(self.controlled)} adapters are {self.target} components; they start with "
-                f"{self.stacks.count}. Lower it, or give the adapters a greater rank."
+                f"{self.stacks.count}. Lower it, or give the adapters a larger rank."
             )
         self._scores: Tensor | None = None
         self._threshold: Tensor | None = None
@@ -172,7 +172,7 @@ class ImportancePruning(SensitivityController):
 
     @torch.no_grad()
     def allocate(self, budget: int) -> None:
-        """Keeps the components with the greatest scores, as many as the budget allows."""
+        """Keeps the components with the largest scores, as many as the budget allows."""
         self._scores = scores = self.scores()
         flags = from_first_process(strongest(scores, budget))
         self._threshold = scores.where(flags, math.inf).min()

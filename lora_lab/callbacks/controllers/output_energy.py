@@ -17,7 +17,7 @@ from lora_lab.errors import ConfigError
 from lora_lab.training.module import FineTuner
 
 Measure = Callable[[str, Adapter, Tensor, Tensor | None], None]
-"""Takes path, adapter, its input and the flags of real tokens (batch, time); None where all inputs count."""
+"""Takes path, adapter, its input and the flags of real tokens (batch, time); None if all inputs count."""
 
 
 def training_sample(trainer: Any, ratio: float, controller: str) -> Iterator[Mapping[str, Tensor]]:

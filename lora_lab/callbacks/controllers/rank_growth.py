@@ -53,7 +53,7 @@ class RankGrowthSpec(ControllerSpec):
     """Optimizer steps from one decision to the next, at least one; below 1 a share of all steps."""
 
     end: float = 0.7
-    """Optimizer steps after which nothing moves any more; below 1 a share of all steps."""
+    """Optimizer steps after which nothing moves any longer; below 1 a share of all steps."""
 
     min_rank: int = 1
     """Components that every adapter keeps; 0 or more."""

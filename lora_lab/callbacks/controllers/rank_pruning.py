@@ -1,4 +1,4 @@
-"""Rank pruning: components that are weak beside the strongest die, and stay dead (hybrid LoRA with pruning).
+"""Rank pruning: components that are weak next to the strongest die, and stay dead (hybrid LoRA with pruning).
 
     importance_i = Π over the component's parts of their L1 norms      (Σ_j |A_ij|) (Σ_k |B_ki|) for LoRA
     alive_i      = alive_i and importance_i > threshold · max importance
@@ -32,7 +32,7 @@ class RankPruningSpec(ControllerSpec):
     """The options of rank pruning."""
 
     threshold: float = 0.6
-    """Share of the largest importance at or below which a component dies, in [0, 1). LoRA's components seldom
+    """Share of the largest importance at or below which a component dies, in [0, 1). LoRA's components rarely
     differ by more than a factor of two; AdaLoRA's do by far more, for which 0.1 is enough."""
 
     scope: Literal["layer", "model"] = "layer"
@@ -45,7 +45,7 @@ class RankPruningSpec(ControllerSpec):
     """Optimizer steps from one pruning to the next, at least one; below 1 a share of all steps."""
 
     end: float = 0.8
-    """Optimizer steps after which nothing dies any more; below 1 a share of all steps."""
+    """Optimizer steps after which nothing dies any longer; below 1 a share of all steps."""
 
     min_rank: int = 1
     """Components that every adapter keeps, however weak; 0 or more."""

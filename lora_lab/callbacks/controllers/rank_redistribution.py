@@ -47,7 +47,7 @@ class RankRedistributionSpec(ControllerSpec):
     """Share of the training data whose inputs are measured, in (0, 1]; at least one batch is."""
 
     rho: float = 2.0
-    """Greatest rank of an adapter over that at its start, 1 or more; 2 by default, as in PEFT."""
+    """Largest rank of an adapter over that at its start, 1 or more; 2 by default, as in PEFT."""
 
     min_rank: int = 1
     """Components that every adapter gets; at least 1."""
@@ -123,7 +123,7 @@ class RankRedistribution(Controller):
         structure_changed(trainer, self.adapters)
 
     def ranks(self, shares: dict[str, Float[Tensor, " in"]]) -> dict[str, int]:
-        """Returns the rank of each adapter, from the falling shares of the directions of its inputs."""
+        """Returns the rank of each adapter, from the descending shares of the directions of its inputs."""
         sizes = {path: len(adapter.kept) for path, adapter in self.controlled.items()}
         most = {
             path: min(len(shares[path]), math.floor(self.spec.rho * size)) for path, size in sizes.items()

@@ -1,6 +1,6 @@
 """Rank switching: nested adapters train at another rank from step to step (DyLoRA, Valipour et al. 2022).
 
-    uniform         k ~ U{min_rank … max_rank}                  one k for the whole model, anew for every step
+    uniform         k ~ U{min_rank … max_rank}                  one k for the model, drawn at every step
     geometric       p(k) ∝ (1 − p)^(k−1) over the same ranks
     gradient_norm   one of `ranks` up where ‖∇‖ > high, one down where ‖∇‖ < low; ∇ of all adapters, unclipped
     recent_loss     the same for the mean of the last `window` training losses at the current rank
@@ -56,7 +56,7 @@ class RankSwitchingSpec(ControllerSpec):
     """Least rank of a step, the paper's b_min; null means the least there is."""
 
     max_rank: int | None = None
-    """Greatest rank of a step, the paper's b_max; null means the adapters' own. Components above it are never
+    """Largest rank of a step, the paper's b_max; null means the adapters' own. Components above it are never
     learned."""
 
     geometric_p: float = 0.15
@@ -168,7 +168,7 @@ class RankSwitching(Controller):
         self.ranks = (spec.ranks or doubling(drawn)) if spec.adaptive else drawn
         """The ranks of steps, rising."""
         self.evaluation_ranks = doubling(learned) if spec.evaluation_ranks is None else spec.evaluation_ranks
-        """The ranks of evaluations, beside the one in use."""
+        """The ranks of evaluations, besides the one in use."""
         self._active = self.ranks[0]  # rank of the step
         self._index = 0  # of an adaptive policy's rank in `ranks`
         self._pending = math.nan  # what the decision at the step's end is made from
@@ -180,7 +180,7 @@ class RankSwitching(Controller):
         for rank in ranks:
             if rank not in allowed:
                 raise ConfigError(
-                    f"controllers.rank_switching.{name}: {rank} is no rank that is trained here; choose "
+                    f"controllers.rank_switching.{name}: {rank} is not a rank that is trained here; choose "
                     f"among {', '.join(map(str, allowed))}."
                 )
 

@@ -24,7 +24,7 @@ def select_components(trainer: L.Trainer, adapter: Prunable, index: Int[Tensor, 
     Args:
         trainer: gives the optimizers.
         adapter: whose components.
-        index: the components, in rising order.
+        index: the components, in ascending order.
     """
     for parameter, axis in adapter.rank_components():
         # As long as that already: nothing is left out, or the adapter that shares the tensor has been here.
@@ -84,7 +84,7 @@ def structure_changed(trainer: L.Trainer, adapters: AdapterSet) -> None:
 
 
 def _wrap_again(strategy: Any) -> None:
-    """Puts a new DDP wrapper around a strategy's module: the old one knows tensors and shapes of before."""
+    """Puts a new DDP wrapper around a strategy's module: the old one knows the former tensors and shapes."""
     old = strategy.model
     # Both hold the node that gathers a tensor's gradient, which remembers the tensor's shape while it lives.
     del old.logger, old.reducer
