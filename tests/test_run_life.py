@@ -97,7 +97,7 @@ def test_a_folder_that_is_no_runs_is_not_written_over(config, tmp_path, overwrit
         run(compose(config, ["run=one"]), overwrite=overwrite)
     (folder / "adapter" / "adapter_config.json").unlink()
     (folder / "run.json").write_text('{"name": "a jog in the park"}')
-    with pytest.raises(CheckpointError, match="no record of a run"):
+    with pytest.raises(CheckpointError, match="not a record of a run"):
         run(compose(config, ["run=one"]), overwrite=overwrite)
     assert (folder / "thesis.txt").read_text() == "mine"
     assert {path.name for path in folder.iterdir()} - {".lock"} == {"thesis.txt", "run.json", "adapter"}

@@ -232,10 +232,10 @@ def test_a_parameter_of_a_transposed_map_is_refused_though_it_is_square(tmp_path
         ({"lora_alpha": "much"}, "much"),
         ({"rank_pattern": {"q_proj": 2}}, "have 4 components, and the config says 2"),
         ({"rank_pattern": [3]}, "rank_pattern"),
-        ({"rank_pattern": {"(q_proj": 2}}, "no regular expression"),
+        ({"rank_pattern": {"(q_proj": 2}}, "not a regular expression"),
         ({"alpha_pattern": {"(.*)*(.*)*(.*)*(.*)*x": 2}}, "takes more than a second|components|^$"),
-        ({"modules_to_save": 3}, "no config of PEFT"),
-        ({"peft_type": ["LORA"]}, "no config of PEFT"),
+        ({"modules_to_save": 3}, "not a PEFT config"),
+        ({"peft_type": ["LORA"]}, "not a PEFT config"),
     ],
     ids=str,
 )
@@ -256,7 +256,7 @@ def test_a_config_that_contradicts_its_tensors_is_refused(changes, says, tmp_pat
 def test_json_that_no_config_is_gets_one_message(text, tmp_path):
     written(tiny_llama, lora(), tmp_path)
     (tmp_path / CONFIG).write_text(text)
-    with pytest.raises(CheckpointError, match="no config of PEFT"):
+    with pytest.raises(CheckpointError, match="not a PEFT config"):
         load_adapter(tiny_llama(), tmp_path)
 
 

@@ -106,7 +106,7 @@ def test_values_behind_aliases_are_counted_where_they_are_used(tmp_path):
 
 def test_a_pipe_is_no_config(tmp_path):
     os.mkfifo(tmp_path / "pipe.yaml")
-    with pytest.raises(ConfigError, match="no plain file"):
+    with pytest.raises(ConfigError, match="not a plain file"):
         compose(tmp_path / "pipe.yaml")
 
 

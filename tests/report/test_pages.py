@@ -254,7 +254,7 @@ def test_what_cannot_be_reported_is_refused(folder, tmp_path):
         report([twice])
     (twice / "results.csv").write_text("cell,seed\n")
     with pytest.raises(
-        CheckpointError, match="no study that lora-lab ablate wrote: phase, status, run missing"
+        CheckpointError, match="not a study that lora-lab ablate wrote: phase, status, run missing"
     ):
         report([twice])
     unread = runs(tmp_path / "unread", 1)

@@ -162,7 +162,7 @@ def test_an_analysis_uses_examples_that_fit_and_says_why_others_do_not():
     assert compared.resampled.low < compared.mean < compared.resampled.high
     assert found.cell("lora").rank_interval.high == 2
     assert (
-        "no mean over examples"
+        "not a mean over examples"
         in analyse(runs.rename(columns={"test/accuracy": "test/f1"}), "test/f1", "lora", examples=rows).notes[
             0
         ]
