@@ -21,6 +21,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_copyright = False
+smartquotes = False  # they would make a quotation mark of the prime in W'
 pygments_dark_style = "github-dark"
 highlight_language = "text"
 default_role = "code"
