@@ -16,6 +16,6 @@ or without the config system, with a LightningModule, data and Trainer of your o
 
 import lazy_loader
 
-# The public names stand in __init__.pyi, for type checkers and for this: each is imported when it is first
-# used, since torch and transformers take seconds.
+# The public names are listed in __init__.pyi, which type checkers read too. Each is imported when it is first
+# used, since importing torch and transformers takes seconds.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -107,7 +107,7 @@ OVERRIDES = {
     ),
     "controllers that decide the same": (
         "controllers={rank_pruning: {}, importance_pruning: {target_rank: 1}}",
-        "decides which components are kept, as rank_pruning does; take one out",
+        "decides which components are kept, as rank_pruning does; remove one",
     ),
     "controller with nothing to do": (
         "controllers.compaction={}",

@@ -55,7 +55,7 @@ def test_a_folder_of_an_unknown_method_says_what_is_missing(register, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(METHODS._kinds, "twice", Twice)
         save_adapter(inject(nn.Sequential(nn.Linear(24, 16)), TwiceSpec(targets=["0"])), tmp_path / "adapter")
-    with pytest.raises(CheckpointError, match="method 'twice' is not known here. Install the package"):
+    with pytest.raises(CheckpointError, match="method 'twice' is not known here. Install its package"):
         load_adapter(nn.Sequential(nn.Linear(24, 16)), tmp_path / "adapter")
 
 

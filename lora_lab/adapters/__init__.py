@@ -1,4 +1,4 @@
-"""Adapters: this folder has what every method needs, `families` what some share, `methods` one file each.
+"""Adapters: what every method needs is here, what several share is in `families`, each method in `methods`.
 
 Every method's class and spec can be imported from here: `from lora_lab.adapters import LoRASpec`.
 """

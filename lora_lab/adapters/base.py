@@ -8,9 +8,9 @@ A method states its mathematics once, as `adapted_weight` or one of its fast for
     OutputAdapter       W' = S W          y = S base(x),  b' = S b
     HiddenStateAdapter  h' = f(h)         on the output of a whole block
 
-The base is never written to. An adapter's tensors are float32 where the base is in half precision or
-quantised, else of the base's type, and so are fully trained modules. That stays so when the model is cast:
-after `model.half()` the base is float16 and what is trained is float32.
+The base is never written to. An adapter's tensors, and those of fully trained modules, are float32 if the
+base is in half precision or quantised, else of the base's type. Casting the model keeps this: after
+`model.half()` the base is float16 and what is trained is float32.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from lora_lab.linalg.rank import narrows, singular_values, widened
 from lora_lab.linalg.updates import Update
 
 SpecT = TypeVar("SpecT", bound=AdapterSpec, default=Any)
-"""The dataclass of a method's options; a method that names none is still one."""
+"""The dataclass of a method's options."""
 
 
 @dataclass(frozen=True)
 class PeftLayout:
-    """How a method's tensors and options are named in PEFT's two files."""
+    """How a method's tensors and options are called in PEFT's two files."""
 
     peft_type: str | None
     """PEFT's name of the method; None if PEFT has no such method and only lora_lab opens the folder."""
@@ -58,13 +58,13 @@ class PeftLayout:
     file means another of our methods (PEFT calls LoRA, DoRA and PiSSA all LORA)."""
 
     shared: Callable[[Any], Mapping[str, Tensor]] = lambda adapter: {}
-    """Any adapter → the tensors that all of them share, by their names at the root of the file."""
+    """Any adapter → the tensors that all adapters share, by their names at the root of the file."""
 
     from_shapes: Callable[[Mapping[str, Mapping[str, tuple[int, ...]]]], dict[str, Any]] = lambda sites: {}
-    """Path → name in the file → shape → the fields of our spec that PEFT's files say by shapes alone."""
+    """Path → name in the file → shape → the fields of our spec that follow from shapes in PEFT's files."""
 
     ranks: Callable[[dict[str, Any]], Mapping[str, int]] = lambda config: {}
-    """An `adapter_config.json` → path → components in the file, for sites that hold fewer than the rank."""
+    """An `adapter_config.json` → path → components in the file, for sites with fewer than the rank."""
 
     site_config: Callable[[Mapping[str, Adapter]], dict[str, Any]] = lambda adapters: {}
     """Adapters by path → fields of `adapter_config.json` that name modules: PEFT knows paths, not roles."""
@@ -95,7 +95,7 @@ class Adapter(nn.Module, Generic[SpecT]):
     trained_faster: ClassVar[tuple[str, ...]] = ()
     """Names of the tensors that LoRA+ trains at the larger rate: B, and vectors next to it."""
     reads_prompt_lengths: ClassVar[bool] = False
-    """Whether the model must be called with `prompt_lengths` (batch,); `watch` takes them out of the call."""
+    """Whether the model must be called with `prompt_lengths` (batch,); `watch` removes them from the call."""
     peft: ClassVar[PeftLayout]
 
     base: nn.Module
@@ -107,19 +107,19 @@ class Adapter(nn.Module, Generic[SpecT]):
         self.base = base
 
     def __getattr__(self, name: str) -> Any:
-        """Looks a name up in the adapter, then in its base: model code reads attributes (`conv1.stride`)."""
+        """Looks up a name in the adapter, then in its base: model code reads attributes (`conv1.stride`)."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # Before `__init__` has placed the base there is none to ask; a base's protocols (`__deepcopy__`)
-            # are not the adapter's.
+            # There is no base to ask before `__init__` has set it; a base's protocols (`__deepcopy__`) are
+            # not the adapter's.
             if name.startswith("__") or "base" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.lender, name)
 
     @property
     def lender(self) -> nn.Module:
-        """The module whose attributes the adapter shows as its own."""
+        """The module whose attributes the adapter also shows."""
         return self._modules["base"]  # type: ignore[return-value]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -156,14 +156,14 @@ class Adapter(nn.Module, Generic[SpecT]):
         """Returns how many parameters the adapter of one module trains: a formula of the spec and its sizes.
 
         Args:
-            module: what `accepts` lets through; `maps.sizes` gives (out, in).
-            spec: the spec that holds there.
+            module: one that `accepts` allows; `maps.sizes` gives (out, in).
+            spec: the spec for this site.
         """
         raise NotImplementedError
 
     @classmethod
     def build(cls, sites: list[Site], spec: SpecT) -> dict[str, Adapter]:
-        """Makes the adapters for these sites, by path. The default makes one each and shares nothing.
+        """Makes the adapters for these sites, by path; by default one for each, which share nothing.
 
         Args:
             sites: where the adapters will be placed.
@@ -174,21 +174,22 @@ class Adapter(nn.Module, Generic[SpecT]):
     @classmethod
     def at(cls, site: Site, spec: SpecT, *shared: object) -> Adapter:
         """Constructs the adapter of one site: seeded by the site, then with the base's device and mode."""
-        # A method's own constructor takes its spec too, and what its adapters share.
+        # The constructors of methods also take the spec, and what the adapters share.
         construct: Callable[..., Adapter] = cls
         with site.seeded(), torch.no_grad():
             adapter = construct(site.module, spec, *shared)
         base = set(site.module.modules())
         for part in set(adapter.modules()) - base:
-            part.training = site.module.training  # a model in eval mode must not get live dropout
+            part.training = site.module.training  # a model in eval mode must not get active dropout
         tensor = next(iter(site.module.parameters()), next(iter(site.module.buffers()), None))
         return adapter if tensor is None else adapter.to(tensor.device)
 
     @classmethod
     def watch(cls, model: nn.Module, adapters: Mapping[str, Adapter]) -> list[RemovableHandle]:
-        """Registers hooks on the whole model, for adapters that have to know its inputs; most need none.
+        """Registers hooks on the whole model, for adapters that need its inputs; most do not.
 
-        Called before the adapters are placed, so that a model may still be refused. The hooks go with them.
+        Called before the adapters are placed, so that a model can still be refused. `remove` removes the
+        hooks too.
         """
         return []
 
@@ -212,22 +213,22 @@ class Adapter(nn.Module, Generic[SpecT]):
 
     @classmethod
     def total_penalty(cls, adapters: Iterable[Adapter]) -> Tensor | float:
-        """Returns the term of all adapters of a model; by default the sum, one after the other."""
+        """Returns the term of all adapters of a model; by default their sum."""
         return sum((adapter.penalty() for adapter in adapters), start=0.0)
 
     def without_gradient_at_start(self) -> tuple[str, ...]:
         """Names the trained tensors whose gradient is exactly zero before the first step, by the formula.
 
         LoRA's A, for example, as B is zero. Every other tensor has a gradient from the first step on, unless
-        dropout takes the whole update out of it; names are those of the adapter's own parameters.
+        dropout removes the whole update. Names are those of the adapter's own parameters.
         """
         return ()
 
     def frozen_parts(self) -> list[tuple[nn.Parameter, Bool[Tensor, ...]]]:
-        """Returns trained tensors of which the next step must leave a part as it is, with flags of that part.
+        """Returns trained tensors of which the next step must not change a part, with flags of that part.
 
-        A gradient of zero is not enough for that: momentum and weight decay move what it does not. The flags
-        broadcast to the tensor's shape. The optimizer's own state of these parts stays as it is too.
+        A gradient of zero is not enough for this, because of momentum and weight decay. The flags broadcast
+        to the tensor's shape. The optimizer's state of these parts does not change either.
         """
         return []
 
@@ -238,8 +239,8 @@ class Adapter(nn.Module, Generic[SpecT]):
             IncompatibleError: if it is not a linear map that the adapter edits.
         """
         raise IncompatibleError(
-            f"{type(self).__name__} on a {type(self.base).__name__} has no update of a matrix, which factors "
-            "could express. Keep the adapter as it is, or merge it."
+            f"{type(self).__name__} on a {type(self.base).__name__} has no matrix update that factors could "
+            "express. Keep the adapter as it is, or merge it."
         )
 
     def merged_module(self) -> nn.Module:
@@ -250,7 +251,7 @@ class Adapter(nn.Module, Generic[SpecT]):
         )
 
     def decay_exempt(self) -> list[nn.Parameter]:
-        """Returns the trainable tensors for which 0 is not "no change", and which weight decay must spare."""
+        """Returns the trainable tensors for which 0 is not "no change": weight decay must not touch them."""
         return self._parameters_named(self.spared_from_decay)
 
     def loraplus_parameters(self) -> list[nn.Parameter]:
@@ -282,12 +283,12 @@ class Adapter(nn.Module, Generic[SpecT]):
     def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns a file's tensors for this adapter in the form of `peft_tensors`.
 
-        For methods whose files by PEFT leave out what PEFT computes again, or hold more than is needed.
+        For methods whose PEFT files leave out what PEFT computes again, or hold more than is needed.
         """
         return tensors
 
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes over tensors under PEFT's names, which `storage` has checked against `peft_tensors`."""
+        """Loads tensors by PEFT's names; `storage` has checked them against `peft_tensors`."""
         with torch.no_grad():
             for name, tensor in tensors.items():
                 own = getattr(self, self.peft.tensors[name])
@@ -303,9 +304,10 @@ class Adapter(nn.Module, Generic[SpecT]):
 
 
 class LinearAdapter(Adapter[SpecT]):
-    """Edits a linear map. `adapted_weight` is the method; all else follows from it.
+    """Edits a linear map. `adapted_weight` defines the method; everything else follows from it.
 
-    A convolution is such a map too, see `maps`: `in` then counts the numbers of a patch, `out` the channels.
+    A convolution is also such a map, see `maps`: then `in` is the size of a patch, `out` the number of
+    channels.
     """
 
     base: LinearMap
@@ -319,7 +321,7 @@ class LinearAdapter(Adapter[SpecT]):
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        """Whether it is a linear map, or a convolution where the method knows them."""
+        """Whether it is a linear map, or a convolution if the method supports them."""
         return is_linear(module) or (cls.convolves and is_convolution(module))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -328,8 +330,8 @@ class LinearAdapter(Adapter[SpecT]):
         self.dtype = torch.promote_types(self.base.weight.dtype, torch.float32)
         return self
 
-    # Some models read the weight of a map and never call it (Mamba's `dt_proj`), or ask for its type alone
-    # (T5's `wo.weight.dtype`): what they see is what the merged map would show.
+    # Some models read the weight of a map without calling it (Mamba's `dt_proj`), or only ask for its type
+    # (T5's `wo.weight.dtype`): they see what the merged map would have.
     @property
     def weight(self) -> Tensor:
         """W', in the shape and type of the base's weight; the gradient reaches the adapter through it."""
@@ -344,7 +346,7 @@ class LinearAdapter(Adapter[SpecT]):
         return adapted if adapted is None else adapted.to((self.base.weight if own is None else own).dtype)
 
     def adapted_weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """Returns W' from W: the method's definition, and the oracle of every faster form."""
+        """Returns W' from W: the method's definition, with which tests compare every faster form."""
         raise NotImplementedError
 
     def adapted_bias(self, bias: Float[Tensor, " out"] | None) -> Float[Tensor, " out"] | None:
@@ -358,7 +360,7 @@ class LinearAdapter(Adapter[SpecT]):
 
     @torch.no_grad()
     def update(self) -> Update:
-        """See `Adapter.update`: by the singular values of W' − W."""
+        """Returns the update, decomposed by the singular values of W' − W."""
         return Update.of_matrix(self.delta_weight(), self._bias_shift())
 
     def _bias_shift(self) -> Float[Tensor, " out"] | None:
@@ -378,7 +380,7 @@ class LinearAdapter(Adapter[SpecT]):
         return x if torch.is_autocast_enabled(x.device.type) else x.to(self.dtype)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        """Applies the adapted map; the slow form, for methods without a better one."""
+        """Applies the adapted map; the slow form, for methods that have no better one."""
         weight, bias = widened(matrix(self.base)), self.base.bias
         bias = self.adapted_bias(None if bias is None else widened(bias))
         return project(self.base, self.cast(x), self.adapted_weight(weight), bias).to(x.dtype)
@@ -442,7 +444,7 @@ class OutputAdapter(LinearAdapter[SpecT]):
         return self.transform_output(weight.T).T
 
     def adapted_bias(self, bias: Float[Tensor, " out"] | None) -> Float[Tensor, " out"] | None:
-        """Returns S b: the base's output, which S turns, holds its bias."""
+        """Returns S b: the base's output, to which S is applied, includes its bias."""
         return None if bias is None else self.transform_output(bias)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
@@ -452,13 +454,13 @@ class OutputAdapter(LinearAdapter[SpecT]):
 
 
 class HiddenStateAdapter(Adapter[SpecT]):
-    """h' = f(h) on a block's output. Not a map of weights, so never mergeable."""
+    """h' = f(h) on a block's output. No change of weights, so never mergeable."""
 
     mergeable = False
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        """Whether the module is a block (it has parts of its own)."""
+        """Whether the module is a block (it has submodules)."""
         return any(True for _ in module.children())
 
     def transform_hidden(

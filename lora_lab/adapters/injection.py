@@ -1,4 +1,4 @@
-"""Putting adapters into a model, and the one object that callbacks, storage and reports talk to."""
+"""Putting adapters into a model, and `AdapterSet`, through which callbacks, storage and reports use them."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ from lora_lab.models.quantization import QuantizedLinear
 P = TypeVar("P")
 
 USUAL_NAMES = ("head", "heads", "fc", "output", "out", "logits", "decoder")
-"""Names under which models that are not from transformers hold their last map."""
+"""Names of the last map in models that are not from transformers."""
 
 OWNERS = "owners"
-"""Name in a state of the numbers of the adapters whose tensors are used, one for each adapter."""
+"""Name of the tensor in a state that holds, for each adapter, the number of the adapter whose tensors it
+uses."""
 
 
 def inject(model: nn.Module, spec: AdapterSpec, seed: int = 0) -> AdapterSet:
-    """Freezes a model and puts the spec's adapters in the places of its targets.
+    """Freezes a model and puts the spec's adapters on its targets.
 
-    Everything is found and built before anything is placed: a model that raises is left as it was.
+    Everything is found and built before anything is placed: after an error the model is unchanged.
 
     Args:
-        model: any module; transformers' models also understand roles as targets.
+        model: any module; for models of transformers, targets can also be roles.
         spec: the method's spec, `LoRASpec(rank=4)`.
         seed: seed of the adapters' random start; each site derives its own from it.
 
@@ -56,7 +57,7 @@ def inject(model: nn.Module, spec: AdapterSpec, seed: int = 0) -> AdapterSet:
 
 
 def place(model: nn.Module, spec: AdapterSpec, seed: int = 0, untied: bool = False) -> AdapterSet:
-    """Does what `inject` does; with `untied`, fully trained modules share no parameters that they shared."""
+    """Does what `inject` does; with `untied`, fully trained modules no longer share parameters."""
     method = _method_of(spec)
     for path, module in model.named_modules():
         if isinstance(module, Adapter):
@@ -86,8 +87,8 @@ def place(model: nn.Module, spec: AdapterSpec, seed: int = 0, untied: bool = Fal
 def parameter_count(model: nn.Module, spec: AdapterSpec) -> int:
     """Returns how many parameters the method of a spec would train on a model, task heads aside.
 
-    A formula of the method gives it, before any adapter is made. `spec.size_field` names the field to change
-    for another count; it need not rise with that field.
+    A formula of the method gives it, before any adapter is made. `spec.size_field` names the field that
+    changes the count, not always monotonically.
 
     Args:
         model: the model, not yet adapted.
@@ -104,7 +105,7 @@ def parameter_count(model: nn.Module, spec: AdapterSpec) -> int:
 def parameter_counts(
     model: nn.Module, spec: AdapterSpec, field: str, values: Iterable[int]
 ) -> dict[int, int]:
-    """Returns what `parameter_count` does for each value of one field; values that do not fit are left out.
+    """Returns `parameter_count` for each value of one field; values that do not fit are left out.
 
     Args:
         model: the model, not yet adapted.
@@ -143,19 +144,19 @@ def _sites(model: nn.Module, spec: AdapterSpec, method: type[Adapter], seed: int
 
 
 def _warn_of_second_names(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
-    """Warns of modules that the model holds under several names: one adapter is at work at all of them."""
+    """Warns of modules that the model has under several names: one adapter works at all of them."""
     first = {id(model.get_submodule(path)): path for path in adapters}
     for path, module in model.named_modules(remove_duplicate=False):
         if first.get(id(module), path) != path:
             warnings.warn(
-                f"{first[id(module)]} is also {path}: one module under two names has one adapter, which "
-                "files hold under the first name. PEFT adapts it there alone and computes otherwise.",
+                f"{first[id(module)]} is also {path}: a module under two names has one adapter, which files "
+                "hold under the first name. PEFT adapts it only there and computes something else.",
                 stacklevel=3,
             )
 
 
 def _warn_of_frozen_head(model: nn.Module, spec: AdapterSpec, adapters: Mapping[str, Adapter]) -> None:
-    """Warns where a model that is not from transformers may end in a fresh head, which would stay frozen."""
+    """Warns where a model that is not from transformers may end in a new head, which would stay frozen."""
     if hasattr(model, "config") or spec.modules_to_save is not None:
         return
     children = [
@@ -166,14 +167,14 @@ def _warn_of_frozen_head(model: nn.Module, spec: AdapterSpec, adapters: Mapping[
         reached = any(path == name or path.startswith(f"{name}.") for path in adapters)
         if (name == last or name in USUAL_NAMES) and is_linear(child) and not reached:
             warnings.warn(
-                f"{name}, a {type(child).__name__} of {child.out_features} outputs, stays frozen. If it is a "
-                f"fresh head, train it: adapter.modules_to_save: [{name}]; if not, say so with [].",
+                f"{name}, a {type(child).__name__} of {child.out_features} outputs, stays frozen. If it is "
+                f"a new head, train it: adapter.modules_to_save: [{name}]; if not, say so with [].",
                 stacklevel=3,
             )
 
 
 def _warn_of_experts(model: nn.Module, spec: AdapterSpec, adapters: Mapping[str, Adapter]) -> None:
-    """Warns of what targets that sound like everything leave out: experts stacked in one parameter."""
+    """Warns if targets like `all-linear` leave out experts stacked in one parameter."""
     if not {"all", "all-linear"} & {*([spec.targets] if isinstance(spec.targets, str) else spec.targets)}:
         return
     stacked = {
@@ -201,7 +202,7 @@ def _warn_of_experts(model: nn.Module, spec: AdapterSpec, adapters: Mapping[str,
 
 
 def _refuse_to_save(*_: object, **__: object) -> None:
-    """Stands for `save_pretrained` while adapters are in a model.
+    """Replaces `save_pretrained` while adapters are in a model.
 
     Raises:
         IncompatibleError: always.
@@ -219,7 +220,7 @@ class AdapterSet:
     Attributes:
         model: the adapted model.
         spec: the spec they were made from.
-        adapters: the method's adapters, by path of the module they stand for.
+        adapters: the method's adapters, by path of the module that each replaces.
         saved: the fully trained modules next to them (task heads), by path.
         owners: path of each adapter that uses another's tensors → the other's path; see `share`.
     """
@@ -265,7 +266,7 @@ class AdapterSet:
     def named_tensors(self) -> dict[str, Tensor]:
         """Returns parameters and persistent buffers of adapters and saved modules, shared ones once.
 
-        The base's tensors are not among them. Names are paths in the adapted model.
+        They do not include the base's tensors. Names are paths in the adapted model.
         """
         found, seen = {}, set()
         for path, adapter in self._all.items():
@@ -289,9 +290,9 @@ class AdapterSet:
         return list(self.named_parameters().values())
 
     def without_gradient_at_start(self) -> set[str]:
-        """Returns the names in `named_parameters` of what has no gradient before the first step.
+        """Returns the names in `named_parameters` of tensors without a gradient before the first step.
 
-        It holds for adapters as `inject` starts them, and says nothing of trained or loaded ones.
+        This holds for new adapters, not for trained or loaded ones.
         """
         return {
             f"{path}.{name}"
@@ -317,7 +318,7 @@ class AdapterSet:
 
         Args:
             path: the adapter that gives up its own tensors.
-            owner: the one whose tensors it takes; itself no sharer.
+            owner: the one whose tensors it uses; it must not share another's itself.
 
         Raises:
             IncompatibleError: if the method or the shapes do not allow it.
@@ -331,17 +332,17 @@ class AdapterSet:
         ):
             raise IncompatibleError(
                 f"{path} cannot share the adapter of {owner}: shapes, scale or method differ, or its start "
-                "belongs to its own base. Share among adapters of one shape."
+                "depends on its own base. Share only between adapters of one shape."
             )
         sharer.share(other)
         self.owners[path] = owner
 
     @torch.no_grad()
     def restart(self, seed: int) -> None:
-        """Puts the adapters' trained tensors where `inject` starts them; what is shared or dropped stays so.
+        """Resets trained tensors to the start that `inject` gives; what is shared or dropped stays so.
 
-        Each is built again at its own site, so this is for methods like LoRA, whose adapters have nothing
-        in common from the start.
+        Each is built again at its own site, so this is for methods like LoRA, whose adapters share nothing at
+        the start.
 
         Args:
             seed: seed of the random start, as for `inject`.
@@ -354,9 +355,9 @@ class AdapterSet:
                 getattr(adapter, name).copy_(tensor)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns `named_tensors` detached: all that training changes, nothing of the base.
+        """Returns `named_tensors` detached: everything that training changes, nothing of the base.
 
-        Where adapters share tensors, OWNERS says of each by number whose it uses.
+        If adapters share tensors, OWNERS has for each the number of the one whose tensors it uses.
         """
         state = {name: tensor.detach() for name, tensor in self.named_tensors().items()}
         if self.owners:
@@ -365,10 +366,10 @@ class AdapterSet:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over a `state_dict` of a set made from the same spec on the same model.
+        """Loads a `state_dict` of a set made from the same spec on the same model.
 
-        Adapters that had lost components or shared tensors by then do so again. That replaces tensors: an
-        optimizer is built after it.
+        Adapters then have as many components and share the same tensors as those of the state. This replaces
+        tensors, so build the optimizer afterwards.
 
         Raises:
             CheckpointError: if names, shapes or dtypes differ; no number is changed then.
@@ -399,7 +400,7 @@ class AdapterSet:
             loaded.tensors_changed()
 
     def _owners_in(self, state: dict[str, Tensor]) -> dict[str, str]:
-        """Takes OWNERS out of a state and returns what it says."""
+        """Removes OWNERS from a state and returns its contents."""
         paths = list(self.adapters)
         numbers = state.pop(OWNERS, torch.arange(len(paths))).tolist()
         if len(numbers) != len(paths) or not all(0 <= number < len(paths) for number in numbers):
@@ -417,15 +418,14 @@ class AdapterSet:
     # Merging and removing -----------------------------------------------------------------------------
 
     def merge(self) -> nn.Module:
-        """Puts plain modules with the merged weights in the adapters' places, permanently.
+        """Replaces the adapters by plain modules with the merged weights, permanently.
 
         Returns:
-            The model, without a trace of lora_lab in it.
+            The model, with nothing of lora_lab left in it.
 
         Raises:
-            IncompatibleError: if the method cannot be merged, or a number of it or of a merged
-                weight is not finite; the model is
-                unchanged then.
+            IncompatibleError: if the method cannot be merged, or a number of an adapter or of a merged weight
+                is not finite; the model is unchanged then.
         """
         self._place(self._merged_modules())
         self._leave()
@@ -433,7 +433,7 @@ class AdapterSet:
 
     @contextmanager
     def merged(self) -> Iterator[nn.Module]:
-        """Merges inside the context. Leaving it puts the adapters back: nothing is subtracted or drifts."""
+        """Merges inside the context. Leaving it puts the adapters back, without any rounding."""
         plain = self._merged_modules()
         self._place(plain)
         try:
@@ -450,9 +450,9 @@ class AdapterSet:
         return self.model
 
     def check_alive(self) -> None:
-        """Judges by the gradients of the optimizer's steps so far whether every adapter learns.
+        """Checks by the gradients of the optimizer's steps so far that every adapter learns.
 
-        Steps are looked at by themselves; a training that ends after few of them calls this.
+        Every step is checked automatically; call this after a training of few steps.
 
         Raises:
             TargetError: if an adapter had no gradient; see `liveness`.
@@ -490,7 +490,7 @@ class AdapterSet:
         return all(id(adapter) in modules for adapter in self._all.values())
 
     def _place(self, modules: Mapping[str, nn.Module]) -> None:
-        """Puts modules at their paths, and at every other path under which the same module is reached."""
+        """Puts modules at their paths, and at every other path of the same module."""
         replacement = {id(self.model.get_submodule(path)): module for path, module in modules.items()}
         inside = {id(part) for module in modules.values() for part in module.modules()}
         for parent in list(self.model.modules()):
@@ -502,7 +502,7 @@ class AdapterSet:
         self._guard_saving()
 
     def _guard_saving(self) -> None:
-        """Lets transformers' models write themselves only while no adapter is in them."""
+        """Lets models of transformers save themselves only while no adapter is in them."""
         holders = [m for m in self.model.modules() if callable(getattr(type(m), "save_pretrained", None))]
         for holder in holders:
             if any(isinstance(part, Adapter) for part in holder.modules()):
@@ -514,7 +514,7 @@ class AdapterSet:
 def load_tensors(
     own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str, write: bool = True
 ) -> None:
-    """Copies given tensors into own ones of the same names and shapes, all or nothing.
+    """Copies tensors into those of the same names and shapes, all of them or none.
 
     Args:
         own: the tensors to write.

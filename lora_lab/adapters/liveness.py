@@ -1,9 +1,8 @@
-"""Whether what counts as trained learns: no adapter may stand where the model never looks.
+"""Checks that everything that counts as trained learns: no adapter may be where the model does not use it.
 
 A model may hold a module and not use it (T5's `shared`), or use it where no gradient flows. Only a backward
-pass can tell which, so that gradients are looked at when an optimizer has made a step, whoever drives it: a
-loop in plain Python or a trainer. An adapter lives once a number in one of its gradients is not zero. Of the
-others:
+pass shows which, so gradients are checked when an optimizer has made a step, in a plain Python loop or in a
+trainer. An adapter is alive once a number in one of its gradients is not zero. For the others:
 
     no gradient, though parts around it have one          the model passes it by    fails after the first step
     the same in a list whose other items have gradients   a rare expert, a layer    a warning after PATIENCE
@@ -29,14 +28,14 @@ from lora_lab.adapters.trained import TrainedCopy
 from lora_lab.errors import TargetError
 
 PATIENCE = 10
-"""Optimizer steps in which a tensor may be without a gradient by chance."""
+"""Optimizer steps for which a tensor may have no gradient by chance."""
 
 PASSED_BY = "the model does not call them: it keeps them for another use, or never uses them"
 NO_GRADIENT = "no gradient comes to them: their output does not reach the loss, or is multiplied by zero"
 
 
 class Liveness:
-    """What the optimizer's steps have shown of the trained tensors of one model.
+    """What the optimizer's steps have shown about the trained tensors of one model.
 
     Args:
         model: the adapted model.
@@ -57,10 +56,10 @@ class Liveness:
         self._connected: set[str] = set()  # paths that had a gradient once, of any numbers
 
     def observe(self, optimized: Iterable[nn.Parameter]) -> None:
-        """Looks at the gradients of a step just made.
+        """Checks the gradients of the step just made.
 
         Args:
-            optimized: the tensors of the optimizer; others are not judged.
+            optimized: the tensors of the optimizer; others are not checked.
 
         Raises:
             TargetError: if a tensor is dead.
@@ -86,16 +85,16 @@ class Liveness:
         self._judge(trained, last=self.steps >= PATIENCE or (not self.steps and self.empty >= PATIENCE))
 
     def conclude(self) -> None:
-        """Judges by fewer steps than PATIENCE, at the end of a training that had no more.
+        """Decides after fewer steps than PATIENCE, at the end of a short training.
 
         Raises:
-            TargetError: if a tensor is dead; one that no first step reaches has more time.
+            TargetError: if a tensor is dead; those without a gradient at the start have more time.
         """
         if self.steps and not self.decided:
             self._judge({path: self._reached_at_once(path) for path in self._alive}, last=True)
 
     def _reached_at_once(self, path: str) -> dict[str, nn.Parameter]:
-        """Returns an adapter's trained tensors without those that only later steps are to reach."""
+        """Returns an adapter's trained tensors that have a gradient from the first step on."""
         late = self._all(path).without_gradient_at_start()
         return {name: p for name, p in _trained(self._all(path)).items() if name not in late}
 
@@ -139,7 +138,7 @@ class Liveness:
         return path in self._connected and (silenced or adapter.rests_by_chance)
 
     def _passed_by(self, path: str, living: set[str]) -> bool:
-        """Whether the module around an adapter ran without it. Of several heads one may serve a batch."""
+        """Whether the module around an adapter ran without it. Of several heads a batch may use only one."""
         if path in self._connected or path in self.saved:
             return False
         around = path.rpartition(".")[0]
@@ -147,7 +146,7 @@ class Liveness:
         return not self._is_list(around) and any(other.startswith(inside) for other in living)
 
     def _skipped(self, path: str, living: set[str]) -> bool:
-        """Whether an adapter is in an item of a list that has other items which live."""
+        """Whether an adapter is in a list in which adapters of other items are alive."""
         parts = path.split(".")
         for depth in range(1, len(parts)):
             around, item = ".".join(parts[:depth]), ".".join(parts[: depth + 1])
@@ -165,8 +164,8 @@ class Liveness:
         count = self.steps or self.empty
         steps = "the first optimizer step" if count == 1 else f"{count} optimizer steps"
         raise TargetError(
-            f"adapter.targets: {_listed(paths, most=8)} learned nothing in {steps}: {why}. What stands there "
-            "counts as trained and never will be. Take these out, by naming them in adapter.exclude."
+            f"adapter.targets: {_listed(paths, most=8)} learned nothing in {steps}: {why}. The adapters "
+            "there count as trained and never will be. Name these modules in adapter.exclude."
         )
 
 
@@ -174,7 +173,7 @@ _watched: weakref.WeakKeyDictionary[object, Liveness] = weakref.WeakKeyDictionar
 
 
 def watch(owner: object, liveness: Liveness) -> None:
-    """Shows every optimizer's step to a `Liveness`, until it is decided or its owner is gone."""
+    """Lets a `Liveness` see every optimizer's step, until it has decided or its owner is gone."""
     _watched[owner] = liveness
 
 
@@ -184,7 +183,7 @@ def unwatch(owner: object) -> None:
 
 
 def conclude(owner: object) -> None:
-    """Calls `Liveness.conclude` where an owner is still watched."""
+    """Calls `Liveness.conclude` if the owner is still watched."""
     if owner in _watched:
         _watched.pop(owner).conclude()
 
@@ -196,7 +195,7 @@ def _show(optimizer: Optimizer, arguments: object, keywords: object) -> None:
             unwatch(owner)
 
 
-# One hook of the whole process: an optimizer is not known before it makes a step.
+# One hook for the whole process, since an optimizer is not known before it makes a step.
 register_optimizer_step_post_hook(_show)
 
 

@@ -2,7 +2,7 @@
 
 A convolution is a linear map of patches: its weight (out, in, *kernel), flattened to (out, in · kernel), is
 the matrix W of every formula, and its outputs are the channels. So a low-rank update L R of it is a
-convolution with the rows of R followed by a 1 × 1 convolution with L, without a line of its own in a method.
+convolution with the rows of R followed by a 1 × 1 convolution with L, without extra code in a method.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {nn.Conv1d: F.conv1
 
 
 class LinearMap(nn.Module):
-    """A module that `is_linear` or `is_convolution` let through, for annotations; its class may be any."""
+    """A module for which `is_linear` or `is_convolution` is true, of any class; for annotations."""
 
     weight: Tensor
     bias: Tensor | None
     in_features: int
-    """Of all but convolutions, like `out_features`."""
+    """Not of convolutions; `out_features` neither."""
     out_features: int
     __call__: Callable[..., Tensor]
 
@@ -37,8 +37,8 @@ class LinearMap(nn.Module):
 def is_linear(module: nn.Module) -> TypeGuard[LinearMap]:
     """Whether a module is a linear map: y = x Wᵀ + b with a floating (out, in) `weight`.
 
-    A quantised map returns its weight dequantised. A class of its own has to compute what its weight says:
-    some use the weight of an `nn.Linear` in groups.
+    A quantised map returns its weight dequantised. Other classes must compute x Wᵀ + b: some use the weight
+    of an `nn.Linear` in groups.
     """
     if not (hasattr(module, "in_features") and hasattr(module, "out_features")):
         return False
@@ -59,7 +59,7 @@ def _computes(module: nn.Module, weight: Tensor) -> bool:
     x = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device)[None]
     bias = getattr(module, "bias", None)
     try:
-        y = module.forward(x)  # past the hooks that others may have put on it
+        y = module.forward(x)  # without hooks that others may have registered on it
     except (RuntimeError, TypeError, ValueError):
         return False
     expected = F.linear(x, weight, bias if isinstance(bias, Tensor) else None)
@@ -68,7 +68,7 @@ def _computes(module: nn.Module, weight: Tensor) -> bool:
 
 
 def stacked(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the matrices that a module of experts holds as parameters of its own, by name.
+    """Returns the matrices that a module of experts holds as parameters, by name.
 
     Those are (experts, …, …) in a module of experts, and the (experts, in) weight of a router, whose
     module is not a linear map. Any other module has none.
@@ -82,7 +82,7 @@ def stacked(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def is_router(module: nn.Module) -> bool:
-    """Whether a module chooses the experts of each token by a matrix of its own."""
+    """Whether a module has a matrix with which it chooses the experts of each token."""
     weight = getattr(module, "weight", None)
     matrix = isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.is_floating_point()
     return matrix and re.search("Top[Kk]Router", type(module).__name__) is not None
@@ -99,7 +99,7 @@ def is_convolution(module: nn.Module) -> TypeGuard[Convolution]:
 
 
 def matrix(base: nn.Module) -> Float[Tensor, "out in"]:
-    """Returns a map's weight as a matrix, a convolution's with its kernel in the columns."""
+    """Returns a map's weight as a matrix; a convolution's kernel is in the columns."""
     return cast(LinearMap, base).weight.flatten(1)
 
 
@@ -126,7 +126,7 @@ def finite_matrix(base: nn.Module, what: str) -> Float[Tensor, "out in"]:
 
 
 def project(base: nn.Module, x: Tensor, rows: Float[Tensor, "k in"], bias: Tensor | None = None) -> Tensor:
-    """Applies a matrix to x in the way the map applies its own, to (..., in) or (batch, in, *size).
+    """Applies a matrix to x as the map applies its weight, to (..., in) or (batch, in, *size).
 
     Returns:
         (..., k), or (batch, k, *size of the map's outputs). x may have other channels than the base's, if the
@@ -134,23 +134,23 @@ def project(base: nn.Module, x: Tensor, rows: Float[Tensor, "k in"], bias: Tenso
     """
     if not isinstance(base, Convolution):
         return F.linear(x, rows, bias)
-    if not len(rows):  # torch convolves to one channel at least
+    if not len(rows):  # torch needs at least one output channel
         return project(base, x, F.pad(rows, (0, 0, 0, 1))).narrow(1 - base.weight.ndim, 0, 0)
     kernel = rows.reshape(len(rows), -1, *base.weight.shape[2:])
     return CONVOLUTIONS[type(base)](x, kernel, bias, base.stride, base.padding, base.dilation)
 
 
 def mix(base: nn.Module, y: Tensor, rows: Float[Tensor, "out k"], bias: Tensor | None = None) -> Tensor:
-    """Applies a matrix to the channels of what `project` returned, at each position alone."""
+    """Applies a matrix to the channels of what `project` returned, at each position separately."""
     if not isinstance(base, Convolution):
         return F.linear(y, rows, bias)
-    if not rows.shape[1]:  # and from one channel at least
+    if not rows.shape[1]:  # and at least one input channel
         y, rows = F.pad(y, (0, 0) * (base.weight.ndim - 2) + (0, 1)), F.pad(rows, (0, 1))
     return CONVOLUTIONS[type(base)](y, pointwise(base, rows), bias)
 
 
 def pointwise(base: nn.Module, values: Tensor) -> Tensor:
-    """Appends an axis of length 1 for each axis of a convolution's kernel; values of a linear map pass."""
+    """Appends an axis of length 1 for each axis of a convolution's kernel; a linear map needs none."""
     if not isinstance(base, Convolution):
         return values
     return values.reshape(*values.shape, *[1] * (base.weight.ndim - 2))

@@ -1,8 +1,8 @@
 """What a folder written by PEFT means: its tensors say where adapters are, its config gives numbers only.
 
-PEFT's `target_modules`, `modules_to_save` and patterns are shorthands that its own rules resolve, and that
-can name less or more than a file holds. So places, saved modules and trained biases are read from the names
-and shapes in the safetensors header, before anything of their size is made:
+PEFT's `target_modules`, `modules_to_save` and patterns are abbreviations that PEFT resolves by its own rules,
+and can name less or more than a file holds. So places, saved modules and trained biases are read from the
+names and shapes in the safetensors header, before any tensor is made:
 
     base_model.model.<path>.<name of the method>      the adapter at <path>
     base_model.model.<path>.base_layer.<name>         a copy of the base's tensor, or its trained bias
@@ -10,10 +10,10 @@ and shapes in the safetensors header, before anything of their size is made:
     base_model.<name>                                 what all adapters share
 
 Of the parameters that `target_parameters` names in one module, each is wrapped around the one before: the
-last stands at the module's path, the others at <path>.base_layer, <path>.base_layer.base_layer …
+last is at the module's path, the others at <path>.base_layer, <path>.base_layer.base_layer …
 
-PEFT's patterns for rank and alpha are matched by PEFT's rule, never as roles. A field of PEFT's config that
-changes what is computed and has no counterpart here is refused by its name.
+PEFT's patterns for rank and alpha are matched by PEFT's rule, never as roles. A field of the PEFT config that
+changes what is computed and has no counterpart here is refused by name.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ from lora_lab.errors import CheckpointError, IncompatibleError, suggest
 PREFIX = "base_model.model."
 BASE_COPY = ".base_layer."
 TWICE = (".modules_to_save.", ".original_module.")
-"""Parts of names under which PEFT writes the biases of saved modules once more, with `bias: all`."""
+"""Parts of names under which PEFT writes the biases of saved modules a second time, with `bias: all`."""
 Shapes = Mapping[str, tuple[int, ...]]
 
 HARMLESS = frozenset(
-    # Who, when and from what; and where adapters are placed, which the tensors say.
+    # Origin; and where adapters are, which the tensors say.
     "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
     "target_modules feedforward_modules modules_to_save layers_to_transform "
     "layers_pattern exclude_modules bias "
-    # The orientation in which the base stores its matrix; ours is always (out, in).
+    # The orientation in which the base stores its matrix; here it is always (out, in).
     "fan_in_fan_out "
-    # How the tensors started and were trained: the file holds the end of that.
+    # How the tensors started and were trained; the file holds the result.
     "init_weights init_ia3_weights init_lora_weights loftq_config eva_config corda_config lora_ga_config "
     "target_r tinit tfinal deltaT beta1 beta2 total_step r psoft_svd_lowrank_niter psoft_alpha "
     "lambda_pattern "
-    # Options of options that are off, and of another library's parallel maps.
+    # Options of features that are off, and of another library's parallel maps.
     "megatron_config megatron_core qalora_group_size".split()
 )
 """Fields of PEFT configs that change nothing in what a file computes, where no method reads them."""
@@ -62,7 +62,7 @@ HARMLESS = frozenset(
 
 @dataclass(frozen=True)
 class PeftFolder:
-    """What a PEFT folder holds, in terms of one model."""
+    """What a PEFT folder holds, for one model."""
 
     spec: AdapterSpec
     """Method, exact places and numbers."""
@@ -76,7 +76,7 @@ class PeftFolder:
     """Name of a tensor of a fully trained module that the file leaves out → its path in the base."""
 
     def check_copies(self, model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-        """Checks that copies of the base's tensors are this base's.
+        """Checks that copies of the base's tensors equal this base's.
 
         Args:
             model: the base, not yet adapted.
@@ -95,7 +95,7 @@ class PeftFolder:
                 )
 
     def missing(self, model: nn.Module) -> dict[str, Tensor]:
-        """Returns the base's tensors of modules whose bias alone is in the file, by the file's names."""
+        """Returns the base's tensors of modules whose bias only is in the file, by the file's names."""
         found = {name: _tensor(model, path) for name, path in self.beside.items()}
         return {name: tensor.detach().clone() for name, tensor in found.items() if tensor is not None}
 
@@ -128,7 +128,7 @@ class PeftFolder:
             kept = getattr(adapter, "kept", None)
             if count is None or kept is None or len(kept) == self.ranks.get(path, count):
                 continue
-            # Components that are zero are held in a file where PEFT needs one, and not taken over.
+            # PEFT needs at least one component, so files may hold one of zeros, which is not loaded.
             rows = [len(tensor) for name, tensor in tensors[path].items() if "_A" in name]
             if len(kept) < count and rows == [self.ranks.get(path, count)]:
                 continue
@@ -237,7 +237,7 @@ def _places(
 
 
 class _Read(dict[str, Any]):
-    """A config that remembers which of its fields were looked at."""
+    """A config that remembers which of its fields were read."""
 
     def __init__(self, config: Mapping[str, Any]):
         super().__init__(config)
@@ -305,7 +305,7 @@ def _sort(
     sites: Collection[str],
     source: str,
 ) -> tuple[list[str], dict[str, str], dict[str, str], dict[str, str]]:
-    """Sorts the tensors of no adapter: saved modules, copies of the base, biases and what is next to them."""
+    """Sorts the tensors that belong to no adapter: saved modules, copies of the base, biases and others."""
     saved: list[str] = []
     copies, biases, beside = dict[str, str](), dict[str, str](), dict[str, str]()
     wanted = [str(name) for name in config.get("modules_to_save") or []]
@@ -315,7 +315,7 @@ def _sort(
     if inner is not None:
         raise IncompatibleError(
             f"modules_to_save: {wanted} names {inner} and a module around it. PEFT wraps both, computes with "
-            "one and may store the other. Make the adapter again with names of which none is inside another."
+            "one and may store the other. Make the adapter again without nested names."
         )
     for name in names:
         if any(part in name for part in TWICE):
@@ -348,7 +348,7 @@ def _sort(
 
 
 def _prefixes(path: str) -> Iterator[str]:
-    """Gives the paths of the modules around a tensor, the outermost first."""
+    """Yields the paths of the modules around a tensor, the outermost first."""
     parts = path.split(".")
     for count in range(1, len(parts)):
         yield ".".join(parts[:count])
@@ -363,7 +363,7 @@ def _tensor(model: nn.Module, path: str) -> Tensor | None:
 
 
 def _numbers(config: Mapping[str, Any], method: type[Adapter], places: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the patterns of a spec with one key a place, by PEFT's rule: the first key that matches."""
+    """Returns a spec's patterns with one key for each place, by PEFT's rule: the first key that matches."""
     found: dict[str, Any] = {}
     if method.peft.ranks(dict(config)):
         return {name: {} for name in ("rank_pattern", "alpha_pattern") if name in _fields(method)}

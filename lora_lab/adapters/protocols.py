@@ -1,7 +1,7 @@
 """What controllers may ask of an adapter: interfaces that a method inherits besides its base class.
 
-They are classes and not `typing.Protocol`s, for a method may have the functions and still not mean it:
-DyLoRA's components can be silenced like LoRA's, but its ranks would then not be what they are called.
+They are classes and not `typing.Protocol`s, since a method may have these functions with another meaning:
+DyLoRA's components can be silenced like LoRA's, but then its ranks would no longer be nested.
 """
 
 from __future__ import annotations
@@ -43,31 +43,32 @@ class Prunable:
     def components_in_use(self) -> Bool[Tensor, " rank"]:
         """Returns the flags of the components that are in the weights now.
 
-        Those kept, from the start on, and those that were silenced and that a step has filled again. None of
-        a dropped adapter. Logged ranks and sparsity count these, and folders hold them.
+        These are the kept ones, and silenced ones that an optimizer step has filled again; none if the
+        adapter is dropped. Logged ranks and sparsity count them, and folders hold them.
         """
         raise NotImplementedError
 
     @torch.no_grad()
     def select_components(self, index: Int[Tensor, " k"]) -> None:
-        """Makes the adapter consist of some of its components alone; every tensor stays the same object.
+        """Removes all other components of the adapter; every tensor stays the same object.
 
-        The update changes by what those left out contributed; its scale stays that of the rank at the start.
-        Of adapters that share tensors, each must be given the same choice.
+        The update loses what the removed components contributed; its scale stays that of the rank at the
+        start. Of adapters that share tensors, each must be given the same choice.
 
         Args:
             index: the components, in ascending order.
         """
         for name, axis in self.components.items():
             tensor = getattr(self, name)
-            # As long as that already: nothing is left out, or one that shares the tensor has done it.
+            # It has this length already: nothing is removed, or an adapter that shares the tensor has done
+            # it.
             if tensor is not None and tensor.shape[axis] != len(index):
                 tensor.data = tensor.data.index_select(axis, index)
         self.tensors_changed()
 
     @torch.no_grad()
     def resize_components(self, count: int) -> None:
-        """Makes room for another number of components, all kept, whose values are about to be loaded."""
+        """Changes the number of components, all kept, before their values are loaded."""
         for name, shape in self.component_shapes(count).items():
             tensor = getattr(self, name)
             if tensor.shape != shape:
@@ -94,19 +95,19 @@ class Growable(Prunable):
     """A `Prunable` adapter to which more components can be added while it trains."""
 
     def new_components(self, count: int) -> dict[str, Tensor]:
-        """Returns the start of this many more components, drawn from torch's generator.
+        """Returns the start of `count` more components, drawn from torch's generator.
 
-        By name of the tensor, `count` long on the axis that counts components, `kept` excepted. They add
-        exactly zero to the update, and their first step can change that.
+        By name of the tensor (without `kept`), `count` long on the axis that counts components. They add
+        exactly zero to the update, but have a gradient.
         """
         raise NotImplementedError
 
     @torch.no_grad()
     def extend_components(self, count: int, init: Mapping[str, Tensor] | None = None) -> None:
-        """Adds components behind the present ones; the counterpart of `select_components`.
+        """Adds components after the present ones; the counterpart of `select_components`.
 
-        The others keep their values, the update its scale, and every tensor stays the same object. Not for
-        adapters that share tensors.
+        The others keep their values, the update keeps its scale, and every tensor stays the same object. Not
+        for adapters that share tensors.
 
         Args:
             count: how many, 0 or more.
@@ -168,7 +169,7 @@ class Shareable(Droppable):
         raise NotImplementedError
 
     def share(self, owner: Shareable) -> None:
-        """Takes the trained tensors of an adapter with the same key in place of its own."""
+        """Uses the trained tensors of an adapter with the same key instead of its own."""
         raise NotImplementedError
 
 
@@ -185,7 +186,7 @@ class RandomlyDropped:
 
 
 class Steerable:
-    """Its edit has a signed strength that is chosen while the model is used: 0 leaves the base as it is."""
+    """Its edit has a signed strength that is chosen while the model is used: 0 is the base."""
 
     @property
     def coefficient(self) -> float:
@@ -205,11 +206,11 @@ class Selectable:
         raise NotImplementedError
 
     def directions(self) -> tuple[Float[Tensor, "out k"], Float[Tensor, " k"], Float[Tensor, "k in"]]:
-        """Returns all that there are: U, S and Vᵀ, from the largest singular value down."""
+        """Returns all directions: U, S and Vᵀ, from the largest singular value down."""
         raise NotImplementedError
 
     def choose(self, indices: Int[Tensor, " rank"]) -> None:
-        """Takes the directions of these indices, in ascending order; only before training."""
+        """Chooses the directions of these indices, in ascending order; only before training."""
         raise NotImplementedError
 
 
@@ -222,4 +223,4 @@ PROTOCOLS: tuple[type, ...] = (
     Droppable,
     RandomlyDropped,
 )
-"""What controllers ask for, the narrower before the wider."""
+"""What controllers ask for, the more specific first."""

@@ -1,4 +1,4 @@
-"""Where adapters are placed: from what the user calls a place to the modules of a model."""
+"""Where adapters are placed: from the names that a user gives to the modules of a model."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Site:
 
     @contextmanager
     def seeded(self) -> Iterator[None]:
-        """Starts torch's CPU generator at this site's seed inside, and leaves no trace of it outside."""
+        """Seeds torch's CPU generator with this site's seed inside; its state outside is unchanged."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
             yield
@@ -79,8 +79,8 @@ def find_sites(
         The sites in the model's own order, each module once.
 
     Raises:
-        TargetError: if a target matches nothing, or something that the method cannot edit; if a layer does
-            not exist; if a target lies inside a module that is fully trained.
+        TargetError: if a target matches nothing, or a module that the method cannot edit; if a layer does not
+            exist; if a target is inside a fully trained module.
     """
     modules = {path: module for path, module in model.named_modules() if path}
     roles = {found.path: found for found in find_roles(model)}
@@ -91,9 +91,9 @@ def find_sites(
     for target in targets:
         paths = [path for path in _matching(target, model, modules, roles, saved, accepts)]
         if default:
-            # A default names a job; where one map has several of them, that map is what does it.
+            # A default names a role; a map that has several roles takes its place.
             paths += [path for path, found in roles.items() if found.role in FUSED.get(target, ())]
-            # Text alone reaches no tower of images or sounds.
+            # Text does not reach the parts of a model for images or sound.
             paths = [path for path in paths if reads_text(model, path)]
         if not paths:
             raise TargetError(_no_match(target, model, modules))
@@ -111,7 +111,7 @@ def find_sites(
         if parts_of(spec, site) and not part_specs(spec, site):
             del matched[path]
     if not matched:
-        raise TargetError("adapter.exclude: leaves out everything that targets name; shorten one of the two.")
+        raise TargetError("adapter.exclude: leaves out everything that targets name; shorten one of them.")
     for path, target in matched.items():
         _refuse_impossible(path, target, model, saved, accepts, spec.method)
     layers = {path: roles[path].layer if path in roles else layer_of(path) for path in matched}
@@ -139,10 +139,10 @@ def find_sites(
 
 
 def saved_modules(model: nn.Module, spec: AdapterSpec) -> list[str]:
-    """Returns the paths of the modules to train fully: those asked for, or else the model's fresh task head.
+    """Returns the paths of the modules to train fully: those of the spec, or else the model's new task head.
 
     Raises:
-        TargetError: if a name in `modules_to_save` matches no module, or one that cannot be trained.
+        TargetError: if a name in `modules_to_save` matches no module, or a module that cannot be trained.
     """
     if spec.modules_to_save is None:
         return head_paths(model)
@@ -160,7 +160,7 @@ def saved_modules(model: nn.Module, spec: AdapterSpec) -> list[str]:
             )
         empty = [path for path in paths if next(model.get_submodule(path).parameters(), None) is None]
         if empty:
-            raise TargetError(f"adapter.modules_to_save: {empty[0]} has no parameters to train; take it out.")
+            raise TargetError(f"adapter.modules_to_save: {empty[0]} has no parameters to train; remove it.")
         found += paths
     # A module inside another one of the list is trained with it.
     return [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
@@ -177,7 +177,7 @@ def match_regex(pattern: str, path: str, field: str, whole: bool = False) -> boo
     """Returns whether a pattern matches a path from its start (or the whole of it), in bounded time.
 
     Args:
-        pattern: a regular expression, perhaps somebody else's.
+        pattern: a regular expression, perhaps from an unknown source.
         path: a module's path.
         field: the field that holds the pattern, for messages.
         whole: whether the match must reach the path's end.
@@ -205,14 +205,14 @@ def match_pattern(pattern: Mapping[str, Value], site: Site) -> Value | None:
 
 
 def is_named(site: Site, target: str) -> bool:
-    """Whether one target names a site, by its role, path ending or pattern, as in `find_sites`."""
+    """Whether a target names a site, by its role, path ending or pattern, as in `find_sites`."""
     if target.startswith("regex:"):
         return match_regex(target.removeprefix("regex:"), site.path, "targets", whole=True)
     return target == site.role or ends_with(site.path, target)
 
 
 def site_spec(spec: SpecType, site: Site) -> SpecType:
-    """Returns the spec that holds at one site, with its `rank_pattern` and `alpha_pattern` resolved."""
+    """Returns the spec for one site, with its `rank_pattern` and `alpha_pattern` resolved."""
     found: dict[str, float] = {}
     for name in ("rank", "alpha"):
         value = match_pattern(getattr(spec, f"{name}_pattern", {}), site)
@@ -222,7 +222,7 @@ def site_spec(spec: SpecType, site: Site) -> SpecType:
 
 
 def parts_of(spec: AdapterSpec, site: Site) -> dict[str, Site]:
-    """Returns the parameters inside a site's module that count as places of their own, by name."""
+    """Returns the parameters inside a site's module that count as separate places, by name."""
     if not spec.names_parts:
         return {}
     return {name: replace(site, path=f"{site.path}.{name}", role=None) for name in stacked(site.module)}
@@ -266,7 +266,7 @@ def _matching(
 
 
 def _names_or_holds(name: str, path: str, roles: Mapping[str, RoleSite]) -> bool:
-    """Whether a word of `exclude` means a module or one around it."""
+    """Whether a name in `exclude` means a module or one around it."""
     if name.startswith("regex:"):
         return match_regex(name.removeprefix("regex:"), path, "exclude", whole=True)
     if path in roles and roles[path].role == name:
@@ -288,7 +288,7 @@ def _refuse_impossible(
     if around is not None:
         raise TargetError(
             f"adapter.targets: '{target}' matches {path}, a part of {around} reads the weight and never "
-            f"calls the module: an adapter there would be silently dead. {SPLIT_FIRST}"
+            f"calls the module: an adapter there would have no effect. {SPLIT_FIRST}"
         )
     if not accepts(module):
         fused = isinstance(module, nn.MultiheadAttention)
@@ -308,10 +308,10 @@ def _computed_past(path: str, model: nn.Module, accepts: Callable[[nn.Module], b
     ends = [0, *(dot.start() for dot in re.finditer(r"\.", path))]
     for around in (model.get_submodule(path[:end]) for end in ends):
         attention, name = around, "nn.MultiheadAttention, which"
-        # Torch's kernel for a whole layer wants the batch first.
+        # Torch's kernel for a whole layer needs the batch first.
         if isinstance(around, nn.TransformerEncoderLayer) and getattr(around.self_attn, "batch_first", False):
             attention, name = around.self_attn, "nn.TransformerEncoderLayer, which in evaluation"
-        # A method that takes the attention and its part as well trains copies, and those are what is read.
+        # A method that also accepts the attention itself trains copies, and these are read.
         if isinstance(attention, nn.MultiheadAttention) and not (
             accepts(attention) and accepts(attention.out_proj)
         ):
@@ -320,7 +320,7 @@ def _computed_past(path: str, model: nn.Module, accepts: Callable[[nn.Module], b
 
 
 def _default_targets(spec: AdapterSpec) -> object:
-    """Returns the targets that a method has where its user names none."""
+    """Returns the targets of a method whose user names none."""
     factories = (f.default_factory for f in fields(spec) if f.name == "targets")
     return next((factory() for factory in factories if factory is not MISSING), None)
 
@@ -343,7 +343,7 @@ def _no_match(target: str, model: nn.Module, modules: Mapping[str, nn.Module]) -
 
 
 def _check_patterns(spec: AdapterSpec, sites: list[Site]) -> None:
-    """Raises for a pattern that matches no site: it would be silently ignored."""
+    """Raises for a pattern that matches no site, which would be ignored without a message."""
     places = [*sites, *(part for site in sites for part in parts_of(spec, site).values())]
     for name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(spec, name, {}):
@@ -367,5 +367,5 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 
 
 def site_seed(seed: int, path: str) -> int:
-    """Mixes seed and path, so that a start depends on neither the order of wrapping nor other sites."""
+    """Mixes seed and path, so that a start depends neither on the order of wrapping nor on other sites."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{path}".encode()).digest()[:8], "big") >> 1

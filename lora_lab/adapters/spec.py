@@ -1,4 +1,4 @@
-"""What a user may say about an adapter: one dataclass per method, all of them built on the two here."""
+"""The options of adapters: one dataclass per method, all built on those here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import (  # omegaconf reads typing.Union
 
 from lora_lab.errors import IncompatibleError
 
-# The names other libraries use, for the "did you mean" of a config error.
+# Names in other libraries, for the "did you mean" of a config error.
 FOREIGN_NAMES = {
     "r": "rank",
     "lora_r": "rank",
@@ -50,13 +50,13 @@ class AdapterSpec:
     """Name of the method, a key of METHODS."""
 
     meaningless: ClassVar[frozenset[str]] = frozenset()
-    """Fields of this class that a method cannot use; they are not kept from another method's settings."""
+    """Fields of this class that a method cannot use; settings of another method do not carry over to them."""
 
     names_parts: ClassVar[bool] = False
     """Whether `exclude` and the patterns also name parameters inside a module, `experts.down_proj`."""
 
     removed_fields: ClassVar[Mapping[str, object]] = {}
-    """Fields that a stored spec may still hold, each with the one value that means today's method."""
+    """Fields that a stored spec may still hold, each with the only value that is still supported."""
 
     targets: Union[str, list[str]] = field(default_factory=lambda: ["query", "value"])  # noqa: UP007
     """Where adapters are placed: roles (`query`), module names or path endings (`q_proj`, `mlp.down_proj`),
@@ -64,7 +64,7 @@ class AdapterSpec:
     heads), or `all` (every module the method can edit)."""
 
     exclude: list[str] = field(default_factory=list)
-    """What to leave out of the targets, in the same words; a name also leaves out all that is inside."""
+    """What to leave out of the targets, named in the same way; a name also leaves out everything inside."""
 
     layers: list[int] | None = None
     """Indices of the blocks to adapt, counted from 0; null means all."""
@@ -86,7 +86,7 @@ class AdapterSpec:
             stored: field → value, as a run or an adapter folder holds it.
 
         Raises:
-            IncompatibleError: if one of them has a value that means another method than today's.
+            IncompatibleError: if one of them has a value that is no longer supported.
         """
         for name, value in cls.removed_fields.items():
             if name in stored and stored[name] != value:
@@ -98,7 +98,7 @@ class AdapterSpec:
 
     @property
     def reads_full_weights(self) -> bool:
-        """Whether the adapters' start reads the weights that a quantised base was made from."""
+        """Whether the adapters' start needs the full-precision weights of a quantised base."""
         return False
 
     def for_stored(self) -> Self:
@@ -118,14 +118,14 @@ class AdapterSpec:
         """Returns this spec with the values that the `…_pattern` fields give for one site.
 
         Args:
-            values: field name (`rank`) to the value whose key matched the site.
+            values: field name (`rank`) → the value whose key matched the site.
         """
         return replace(self, **values)
 
 
 @dataclass
 class RankedSpec(AdapterSpec):
-    """Adds what all methods of rank-one components share."""
+    """Adds the fields that all methods with rank-one components share."""
 
     rank: int = 8
     """Number of rank-one components; at least 1."""
@@ -154,11 +154,11 @@ class RankedSpec(AdapterSpec):
         return "rank"
 
     def ranks(self) -> dict[str, int]:
-        """Returns every rank that is asked for, by the field that says it."""
+        """Returns every rank in the spec, by its field."""
         return {"rank": self.rank, **_keyed("rank_pattern", self.rank_pattern)}
 
     def alphas(self) -> dict[str, float]:
-        """Returns every alpha that is asked for, by the field that says it."""
+        """Returns every alpha in the spec, by its field."""
         return {"alpha": self.alpha, **_keyed("alpha_pattern", self.alpha_pattern)}
 
 
@@ -176,7 +176,7 @@ class LowRankSpec(RankedSpec):
 
 
 def choice_faults(spec: object) -> list[str]:
-    """Returns the fault of every field that has some values to choose from and another one."""
+    """Returns the fault of every field whose value is not one of its choices."""
     return [
         f"{name}: must be one of {', '.join(get_args(hint))}; got {getattr(spec, name)!r}"
         for name, hint in get_type_hints(type(spec)).items()
@@ -185,7 +185,7 @@ def choice_faults(spec: object) -> list[str]:
 
 
 def _width_faults(spec: Any) -> list[str]:
-    """Returns the fault of every whole number that fits no seed or size: it has more than 63 bits."""
+    """Returns the fault of every integer that has more than 63 bits."""
     return [
         f"{item.name}: must be a whole number below 2^63; got one of {abs(value).bit_length()} bits"
         for item in fields(spec)

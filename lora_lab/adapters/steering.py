@@ -1,6 +1,7 @@
-"""Edits with a signed strength: setting it, and choosing by examples where the edits work.
+"""Edits with a signed strength: setting it, and choosing their directions by examples.
 
-with set_coefficient(model, -1.0): everything that the model computes here is steered the other way.
+with set_coefficient(model, -1.0): everything that the model computes here is steered in the opposite
+direction.
 """
 
 from __future__ import annotations
@@ -27,20 +28,22 @@ Batches = Iterable[Mapping[str, Tensor]]
 def set_coefficient(model: nn.Module, coefficient: float) -> Iterator[None]:
     """Sets the strength of all steerable adapters of a model inside the context.
 
-    Gradient checkpointing computes activations again in the backward pass, which must lie inside then too.
+    With gradient checkpointing the backward pass must be inside too, as it computes activations again.
 
     Args:
         model: the adapted model, or a part of it.
         coefficient: the strength; 0 is the base.
 
     Raises:
-        IncompatibleError: if the model holds no such adapter, as after a merge, or the number is not finite.
+        IncompatibleError: if the model has no such adapter, for example after a merge, or the number is not
+            finite.
     """
     found = [part for part in model.modules() if isinstance(part, Adapter) and isinstance(part, Steerable)]
     if not found:
         raise IncompatibleError(
-            "no adapter in this model has a coefficient to set. A merged model has the one at which it was "
-            "merged: set it first, and merge inside `with adapters.merged()` to be able to set it again."
+            "no adapter in this model has a coefficient to set. A merged model keeps the coefficient at "
+            "which it was merged: set it first, and merge with `with adapters.merged()` to be able to set "
+            "it again."
         )
     before = [adapter.coefficient for adapter in found]
     try:
@@ -54,11 +57,11 @@ def set_coefficient(model: nn.Module, coefficient: float) -> Iterator[None]:
 
 @torch.no_grad()
 def calibrate(adapters: AdapterSet, chosen: Batches, rejected: Batches | None = None) -> None:
-    """Chooses the singular directions of adapters by the inputs x that their maps get from examples.
+    """Chooses the singular directions of adapters by the inputs x of their maps on examples.
 
-    Direction i scores S_i · mean |x v_i| on either kind of examples, and S_i · |mean x v_i − mean x' v_i| for
-    the difference; see `contrastive_directions`. With one kind alone, the highest scores win. The inputs are
-    those of the base, except for padding, where `attention_mask` is 0.
+    Direction i scores S_i · mean |x v_i| on each kind of examples, and S_i · |mean x v_i − mean x' v_i| for
+    the difference; see `contrastive_directions`. With only one kind, the highest scores are chosen. The
+    inputs are those of the base, except for padding, where `attention_mask` is 0.
 
     Args:
         adapters: still untrained.
@@ -66,7 +69,7 @@ def calibrate(adapters: AdapterSet, chosen: Batches, rejected: Batches | None = 
         rejected: batches of the opposite kind, or None.
 
     Raises:
-        IncompatibleError: if no adapter waits for it.
+        IncompatibleError: if no adapter needs it.
         DataError: if a kind has no inputs, or all have fewer than there are directions to choose.
     """
     waiting = {
@@ -76,7 +79,7 @@ def calibrate(adapters: AdapterSet, chosen: Batches, rejected: Batches | None = 
     }
     if not waiting:
         raise IncompatibleError(
-            f"{adapters.spec.method}: no adapter waits for examples to choose its directions by. Use "
+            f"{adapters.spec.method}: no adapter needs examples to choose its directions. Use "
             "antipasto with dim_select: wanda_trip, and calibrate it once, before training."
         )
     bases = {path: adapter.directions()[1:] for path, adapter in waiting.items()}
@@ -86,8 +89,8 @@ def calibrate(adapters: AdapterSet, chosen: Batches, rejected: Batches | None = 
         rank, counts = waiting[path].rank or 0, [kind[path][0] for kind in kinds]
         if min(counts) == 0 or sum(counts) < rank:
             raise DataError(
-                f"{path}: {' and '.join(map(str, counts))} tokens are too few to choose {rank} directions "
-                "by. Give at least as many, and some of each kind."
+                f"{path}: {' and '.join(map(str, counts))} tokens are too few to choose {rank} directions. "
+                "Give at least as many, and some of each kind."
             )
         scores = [S * sizes / count for count, sizes, _ in (kind[path] for kind in kinds)]
         means = [total / count for count, _, total in (kind[path] for kind in kinds)]
@@ -103,7 +106,7 @@ def calibrate(adapters: AdapterSet, chosen: Batches, rejected: Batches | None = 
 def _projections(
     adapters: AdapterSet, bases: Mapping[str, tuple[Tensor, Tensor]], batches: Batches
 ) -> dict[str, tuple[int, Tensor, Tensor]]:
-    """Returns by path the number of inputs x, the sum of |x V| and the sum of x V."""
+    """Returns, by path, the number of inputs x, the sum of |x V| and the sum of x V."""
     found = {path: (0, torch.zeros_like(S), torch.zeros_like(S)) for path, (S, _) in bases.items()}
     mask: Tensor | None = None
 

@@ -1,11 +1,11 @@
-"""Adapters on disk, in PEFT's layout: two files that PEFT opens, and one that says all that we know.
+"""Adapters on disk, in PEFT's layout: two files that PEFT opens, and one with everything else.
 
     adapter_config.json          PEFT's fields of the method
     adapter_model.safetensors    `base_model.model.<path>.<PEFT's tensor name>`
     lora_lab.yaml                the full spec, and which adapters share tensors or were dropped; PEFT
                                  ignores unknown files
 
-A method says how its tensors and options are called there in its `PeftLayout`; nothing here knows a method.
+A method's `PeftLayout` says how its tensors and options are called there; nothing here depends on a method.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ CLASSES = "classes"
 UNREADABLE = "cannot be read as the spec of a method"
 READ_INSTEAD = f"Delete the file to read {CONFIG} instead."
 EXPERTS_NAMES = frozenset(("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"))
-"""Names that experts had before they lay stacked in one parameter, which PEFT still reads as theirs."""
+"""Names of experts before they were stacked in one parameter, which PEFT still reads as theirs."""
 MOST_SPARED = 1000
-"""Times that adapters may be larger than their file, where most of their components were pruned away."""
+"""Factor by which adapters may be larger than their file, if most of their components were pruned."""
 
 
 def save_adapter(
@@ -68,7 +68,7 @@ def save_adapter(
         adapters: the adapters, with their saved modules.
         folder: where; an older folder of this name is replaced.
         base_model: hub name or path of the base, for PEFT's Auto classes.
-        task_type: PEFT's `SEQ_CLS` or `CAUSAL_LM`, for the same.
+        task_type: PEFT's `SEQ_CLS` or `CAUSAL_LM`, also for these.
         label_names: names of a classifier's classes in the order of its outputs.
 
     Raises:
@@ -77,7 +77,7 @@ def save_adapter(
     folder = Path(folder)
     if folder.exists() and not (folder / CONFIG).is_file() and not (folder.is_dir() and _empty(folder)):
         raise CheckpointError(
-            f"{folder}: holds other things than an adapter and would be replaced. Name a new folder."
+            f"{folder}: holds something other than an adapter, which would be replaced. Name a new folder."
         )
     # Shared and sliced storage is copied: safetensors refuses both.
     tensors = {
@@ -104,7 +104,7 @@ def save_adapter(
             save_file(tensors, fresh / TENSORS, metadata={"format": "pt"})
             (fresh / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             own = {"adapter": asdict(spec)} | {name: value for name, value in structure.items() if value}
-            # Apart: a name may look like a reference to another value.
+            # Added here, because a name may look like a reference to another value.
             names = yaml.safe_dump({CLASSES: list(label_names)}, allow_unicode=True) if label_names else ""
             (fresh / OWN).write_text(OmegaConf.to_yaml(OmegaConf.create(own)) + names, encoding="utf-8")
     except (OSError, SafetensorError) as error:
@@ -116,10 +116,10 @@ def save_adapter(
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterSet:
     """Puts the adapters of a folder, ours or PEFT's, into a model.
 
-    The names of a classifier's classes, where the folder has them, go into the model's config.
+    The names of a classifier's classes, if the folder has them, are written into the model's config.
 
     Args:
-        model: the base model; it is left as it was if anything is wrong.
+        model: the base model; it is unchanged after an error.
         folder: holds `adapter_config.json` and `adapter_model.safetensors`.
 
     Returns:
@@ -162,7 +162,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterSet
         }
         if foreign is not None:
             foreign.check_ranks(adapters, by_path, str(folder / CONFIG))
-        # Shared tensors follow from the spec, so that a file may leave them out.
+        # Shared tensors follow from the spec, so a file may leave them out.
         given |= _shared_tensors(adapters)
         given |= others
         load_tensors(_file_tensors(adapters), given, str(folder), write=False)
@@ -186,8 +186,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterSet
 def read_label_names(folder: str | os.PathLike[str]) -> list[str]:
     """Returns the names of the classes of a stored classifier in the order of its outputs.
 
-    They are empty for other tasks, for PEFT's folders, and for folders that were written before the names
-    were.
+    Empty for other tasks, for PEFT's folders, and for folders from before names were stored.
 
     Raises:
         CheckpointError: if `lora_lab.yaml` cannot be read, or holds something else there.
@@ -206,7 +205,7 @@ def _label_names(own: Mapping[str, Any], path: Path) -> list[str]:
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Reads the header of `adapter_model.safetensors`: names and shapes, no tensor.
+    """Reads names and shapes from the header of `adapter_model.safetensors`, but no tensor.
 
     Raises:
         CheckpointError: if it is missing, truncated, or a pickle.
@@ -248,10 +247,11 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
 
 
 def _check_size(model: nn.Module, spec: AdapterSpec, shapes: Mapping[str, Any], folder: Path) -> None:
-    """Checks, before anything is made, that the adapters would not be larger than what the folder holds."""
+    """Checks, before any tensor is made, that the adapters would not be larger than the folder's contents."""
     held = sum(math.prod(shape) for shape in shapes.values())
     count = parameter_count(model, spec.for_stored())
-    # Adapters that share, were pruned or dropped are stored smaller than they are made, by this much at most.
+    # Adapters that share, were pruned or dropped are stored smaller than they are built, at most by this
+    # factor.
     if count > MOST_SPARED * max(held, 1000):
         raise CheckpointError(
             f"{folder}: its config asks for adapters of {count:,} numbers on this model, and the folder "
@@ -260,7 +260,7 @@ def _check_size(model: nn.Module, spec: AdapterSpec, shapes: Mapping[str, Any], 
 
 
 def _read_own(path: Path) -> dict[str, Any]:
-    """Reads `lora_lab.yaml`, which may be somebody else's: nothing in it is interpolated."""
+    """Reads `lora_lab.yaml`, which may come from an unknown source: nothing in it is interpolated."""
     try:
         own = read_yaml(path)
     except DocumentError as error:
@@ -277,8 +277,8 @@ def _own_spec(own: Mapping[str, Any], path: Path) -> AdapterSpec:
     method = texts(given.get("method"))
     if not isinstance(method, str) or method not in METHODS:
         raise CheckpointError(
-            f"{path}: {UNREADABLE}: method '{method}' is not known here. Install the package that it is of, "
-            "or call lora_lab.register with its class."
+            f"{path}: {UNREADABLE}: method '{method}' is not known here. Install its package, or call "
+            "lora_lab.register with its class."
         )
     schema: Any = OmegaConf.structured(METHODS[method].Spec)
     faults: list[str] = []
@@ -327,7 +327,7 @@ def _read_foreign(model: nn.Module, path: Path, shapes: Mapping[str, tuple[int, 
 def _apart(model: nn.Module, spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> bool:
     """Returns whether the file holds two different tensors for one parameter that two saved modules share.
 
-    PEFT trains each module of `modules_to_save` apart, tied or not.
+    PEFT trains each module of `modules_to_save` separately, tied or not.
     """
     first: dict[int, Tensor] = {}
     for path in saved_modules(model, spec):
@@ -348,9 +348,9 @@ def _warn_of_experts_names(adapters: AdapterSet) -> None:
     own = [path for path in named if not stacked(adapters.adapters[path].base)]
     if own:
         warnings.warn(
-            f"{own[0]}: in models like {kind} PEFT takes this name for the experts themselves and leaves the "
-            "adapter out, so that it computes otherwise from this folder. lora_lab opens it as it is; for "
-            "PEFT, exclude such maps (shared experts, dense blocks) and train again.",
+            f"{own[0]}: in models like {kind} PEFT takes this name for the experts themselves and leaves "
+            "out the adapter, so it computes something else from this folder. lora_lab opens it correctly; "
+            "for PEFT, exclude such maps (shared experts, dense blocks) and train again.",
             stacklevel=3,
         )
 
@@ -369,7 +369,7 @@ def _file_tensors(adapters: AdapterSet) -> dict[str, Tensor]:
 def _by_path(
     adapters: AdapterSet, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Sorts a file's tensors by the adapter that they belong to; returns those that belong to none apart."""
+    """Sorts a file's tensors by adapter; those that belong to none are returned separately."""
     found: dict[str, dict[str, Tensor]] = {path: {} for path in adapters._all}
     others = dict(tensors)
     for key, tensor in tensors.items():
@@ -390,7 +390,7 @@ def _shared_tensors(adapters: AdapterSet) -> dict[str, Tensor]:
 
 
 def _patterns(adapters: AdapterSet) -> dict[str, Any]:
-    """Spells patterns out as PEFT understands them: ours may name roles, which PEFT does not know."""
+    """Writes patterns as PEFT understands them: ours may name roles, which PEFT does not know."""
     if not any(field.name == "rank_pattern" for field in fields(adapters.spec)):
         return {}
     layout = _layout(adapters)

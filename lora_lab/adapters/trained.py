@@ -18,10 +18,11 @@ from lora_lab.linalg.updates import Update
 
 
 class TrainedCopy(Adapter[SpecT]):
-    """A whole module trained in place of its frozen original, which is kept aside for `remove`.
+    """A fully trained copy of a module, in place of its frozen original, which is kept for `remove`.
 
-    On a base in half precision the trained tensors are float32, as bfloat16 has too few digits for the steps
-    of a weight. Every call casts them to the base's types: the module computes as the merged one will.
+    On a base in half precision the trained tensors are float32, as bfloat16 has too few digits for small
+    steps of a weight. Every call casts them to the base's types: the module computes what the merged one
+    will.
     """
 
     trained: nn.Module
@@ -41,11 +42,11 @@ class TrainedCopy(Adapter[SpecT]):
 
     @property
     def lender(self) -> nn.Module:
-        """The trained copy: model code that looks at a weight must see the one in use."""
+        """The trained copy: model code that reads a weight must see the one in use."""
         return self._modules["trained"]  # type: ignore[return-value]
 
     def __getattr__(self, name: str) -> Any:
-        """Looks a name up here, then in the copy; a trained tensor shows in the base's type."""
+        """Looks up a name here, then in the copy; trained tensors are cast to the base's type."""
         found = super().__getattr__(name)
         parts = self.__dict__["_modules"]
         if isinstance(found, nn.Parameter) and found.dtype != (own := getattr(parts["base"], name)).dtype:
@@ -69,7 +70,7 @@ class TrainedCopy(Adapter[SpecT]):
 
     @torch.no_grad()
     def merged_module(self) -> nn.Module:
-        """Returns the trained copy; one in the base's types where these differ."""
+        """Returns the trained copy, in the base's types."""
         narrowed = self.narrowed()
         if not narrowed:
             return self.trained
@@ -90,7 +91,7 @@ class TrainedCopy(Adapter[SpecT]):
 
     @torch.no_grad()
     def update(self) -> Update:
-        """See `Adapter.update`; for a linear map alone."""
+        """Returns the update of a linear map."""
         if not is_linear(self.base):
             return super().update()
         base, trained = self.base, cast(LinearMap, self.trained)

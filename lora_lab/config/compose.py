@@ -184,7 +184,7 @@ def read_layers(path: Path, trail: tuple[Path, ...] = ()) -> list[Layer]:
         ConfigError: if a file is missing or no mapping, or files extend each other in a circle.
     """
     if any(path.resolve() == earlier.resolve() for earlier in trail):
-        raise ConfigError(f"{trail[-1]}: extends: {path} is extended in a circle; take one of them out.")
+        raise ConfigError(f"{trail[-1]}: extends: {path} is extended in a circle; remove one of them.")
     if len(trail) > DEEPEST_EXTENDS:
         raise ConfigError(
             f"{trail[0]}: extends: goes through more than {DEEPEST_EXTENDS} files, down to {path}."

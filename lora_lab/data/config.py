@@ -108,7 +108,7 @@ class DataConfig:
             )
         weights = self.class_weights
         if weights and TASKS[task].labels != "classes":
-            faults.append(f"data.class_weights: {task} has no classes; take them out")
+            faults.append(f"data.class_weights: {task} has no classes; remove them")
         elif isinstance(weights, str) and weights != "balanced":
             faults.append(f"data.class_weights: must be balanced, or hold class: weight; got '{weights}'")
         elif isinstance(weights, dict):

@@ -126,7 +126,7 @@ def evaluate(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
         if getattr(config, part) != getattr(own, part):
             raise ConfigError(
                 f"command line: {part}: an evaluation uses the stored adapter as it is and trains and logs "
-                f"nothing, so that no setting of {part} can act; take it out, or train another run with it."
+                f"nothing, so that no setting of {part} can act; remove it, or train another run with it."
             )
     L.seed_everything(config.seed, workers=True, verbose=False)
     model, data = build_parts(config, label_names=read_label_names(folder.adapter))

@@ -222,7 +222,7 @@ def read_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     fixed = [key for layer in command_line for key in flat(layer.settings)]
     for key in sorted({key for _, keys, own_ in cells for key in flat(own_.settings)}):
         if under(key, fixed) or any(under(given, [key]) for given in fixed):
-            faults.append(f"{COMMAND_LINE}: {key}: is what the study compares; take it out of one of the two")
+            faults.append(f"{COMMAND_LINE}: {key}: is what the study compares; remove it from one of the two")
     composed = _composed(cells, base, spec, faults)
     if tuning:
         faults += _tuning_faults(tuning, composed, path)

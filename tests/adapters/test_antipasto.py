@@ -263,7 +263,7 @@ def test_merged_weight_keeps_the_coefficient_for_good(c):
     with set_coefficient(model, c):
         expected = model(x)
         with adapters.merged():
-            with pytest.raises(IncompatibleError, match="A merged model has the one at which it was merged"):
+            with pytest.raises(IncompatibleError, match="A merged model keeps the coefficient"):
                 set_coefficient(model, -c).__enter__()
             assert relative(model(x), expected) < TOLERANCE
         assert torch.equal(model(x), expected)
@@ -383,9 +383,9 @@ def test_adapters_that_wait_for_calibration_compute_nothing_and_those_that_do_no
             use()
     calibrate(adapters, [rows({3: 1.0}, {5: 1.0})])
     model(**rows({0: 1.0}))
-    with pytest.raises(IncompatibleError, match="antipasto: no adapter waits for examples"):
+    with pytest.raises(IncompatibleError, match="antipasto: no adapter needs examples"):
         calibrate(adapters, [rows({3: 1.0}, {5: 1.0})])
-    with pytest.raises(IncompatibleError, match="no adapter waits for examples"):
+    with pytest.raises(IncompatibleError, match="no adapter needs examples"):
         calibrate(adapt(linear(), rank=2)[1], [{"input": torch.randn(3, 24)}])
 
 

@@ -391,7 +391,7 @@ def no_config(model):
             tiny_bert,
             {"targets": ["attention_output"]},
             TargetError,
-            "add value, or take attention_output out",
+            "add value, or remove attention_output",
         ),
         (
             tiny_bert,
@@ -432,8 +432,8 @@ def test_fused_projections_are_refused_with_the_way_out(make_model):
 @pytest.mark.parametrize(
     ("part", "role", "remedy"),
     [
-        ("attention.self.value", "its own map", "take it out of targets"),
-        ("attention.output.dense", "its partner", "take attention_output out of targets"),
+        ("attention.self.value", "its own map", "remove it from targets"),
+        ("attention.output.dense", "its partner", "remove attention_output from targets"),
     ],
 )
 def test_a_head_near_singular_is_refused_with_the_way_out(part, role, remedy):

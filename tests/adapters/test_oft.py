@@ -283,7 +283,7 @@ def saved_by_peft(folder, **changes):
 @pytest.mark.parametrize("version", [None, "0.17.1"])
 def test_files_with_the_former_polynomial_are_warned_of(version, tmp_path):
     saved_by_peft(tmp_path, peft_version=version)
-    with pytest.warns(UserWarning, match="PEFT before 0.18, whose polynomial was another one"):
+    with pytest.warns(UserWarning, match="PEFT before 0.18, which had another polynomial"):
         load_adapter(linear(), tmp_path)
 
 
@@ -295,7 +295,7 @@ def test_files_without_the_former_polynomial_are_not_warned_of(tmp_path):
 
 def test_files_of_the_former_oft_are_refused(tmp_path):
     saved_by_peft(tmp_path, oft_block_size=None)
-    with pytest.raises(IncompatibleError, match="PEFT before 0.14, whose OFT was another one"):
+    with pytest.raises(IncompatibleError, match="PEFT before 0.14, which had another OFT"):
         load_adapter(linear(), tmp_path)
 
 
@@ -308,7 +308,7 @@ def test_files_of_the_former_oft_are_refused(tmp_path):
         ),
         ({"oft_block_size": 0}, "adapter.oft_block_size: give it or r"),
         ({"oft_block_size": -2}, "adapter.oft_block_size: must be at least 0; got -2"),
-        ({"oft_block_size": 1}, "adapter.oft_block_size: must be at least 2, as one number alone"),
+        ({"oft_block_size": 1}, "adapter.oft_block_size: must be at least 2, as a single number"),
         ({"num_cayley_neumann_terms": 1}, "adapter.num_cayley_neumann_terms: must be at least 2; got 1"),
         ({"coft": True, "eps": 0.0}, "adapter.eps: must be finite and above 0; got 0.0"),
         ({"dropout": 1.0}, r"adapter.dropout: must lie in \[0, 1\); got 1.0"),

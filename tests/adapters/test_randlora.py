@@ -197,7 +197,7 @@ def test_rank_above_a_side_is_refused_before_anything_is_placed():
 
 
 def test_float16_base_is_warned_of():
-    with pytest.warns(UserWarning, match="alpha / rank = 20, and on this float16 base an output above 65504"):
+    with pytest.warns(UserWarning, match="alpha / rank = 20, and on this float16 base outputs above 65504"):
         adapt(linear().half(), rank=4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -325,7 +325,7 @@ def test_a_cache_counts_whatever_its_name(make_model):
 
     assert cached_tokens({"input_ids": torch.zeros(1, 1), "use_cache": True, "new_name": Held()}) == 4
     assert cached_tokens({"cache": None, "attention_mask": {}}) == 0
-    with pytest.raises(IncompatibleError, match="states, a tuple that does not tell"):
+    with pytest.raises(IncompatibleError, match="states, a tuple that does not say"):
         cached_tokens({"states": (torch.zeros(1),)})
 
 
@@ -352,10 +352,10 @@ def test_a_call_past_the_model_is_refused(make_model):
     model = make_model("bert")
     inject(model, ReFTSpec(rank=2))
     ids = torch.randint(5, 100, (2, 6))
-    with pytest.raises(IncompatibleError, match="Call the model as a whole"):
+    with pytest.raises(IncompatibleError, match="Call the whole model"):
         model.bert(ids)
     model(ids)
-    with pytest.raises(IncompatibleError, match="Call the model as a whole"):
+    with pytest.raises(IncompatibleError, match="Call the whole model"):
         model.bert(ids[:, :4])
 
 

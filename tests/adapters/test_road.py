@@ -190,7 +190,7 @@ def test_unknown_variants_are_refused():
             {"group_size": 6},
             "6 does not divide the 16 outputs of 1; use 4, the largest",
         ),
-        ([(8, 9), (15, 9)], {}, "4 does not divide the 15 outputs of 1; take odd ones out: no size that"),
+        ([(8, 9), (15, 9)], {}, "4 does not divide the 15 outputs of 1; remove odd ones: no size that"),
     ],
 )
 def test_groups_that_do_not_fit_are_refused_before_anything_is_placed(sizes, options, message):

@@ -163,7 +163,7 @@ def test_faulty_options_are_refused(options, message):
     ("options", "message"),
     [
         ({"rank": 17}, "a map from 24 to 16 has 16 singular values; got rank 17"),
-        ({"rotation_ratio": 0.05}, "0.05 of 16 singular values is none. Give at least 1 / 16"),
+        ({"rotation_ratio": 0.05}, "0.05 of 16 singular values is less than one. Give at least 1 / 16"),
     ],
 )
 def test_ranks_that_the_map_has_no_room_for_are_refused(options, message):

@@ -175,7 +175,7 @@ def test_folder_is_replaced_whole_and_only_if_it_is_an_adapter(folder, tmp_path)
     assert json.loads((folder / CONFIG).read_text())["peft_type"] == "IA3"
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis.tex").write_text("ten years")
-    with pytest.raises(CheckpointError, match="holds other things than an adapter"):
+    with pytest.raises(CheckpointError, match="holds something other than an adapter"):
         save_adapter(inject(tiny_bert(), LoRASpec()), tmp_path / "work")
     assert (tmp_path / "work" / "thesis.tex").read_text() == "ten years"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "work"]

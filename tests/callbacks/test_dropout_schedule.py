@@ -107,7 +107,7 @@ def test_mean_over_all_masks_is_evaluation_at_any_probability(monkeypatch):
         ({"start_prob": -0.1}, r"start_prob: must lie in \[0, 1\); got -0.1"),
         ({"start": -1}, "start: must be at least 0"),
         ({"course": "square"}, "course: must be one of constant, linear, cosine"),
-        ({"course": "constant", "end_prob": 0.5}, "constant has no end_prob, start and end; take them out"),
+        ({"course": "constant", "end_prob": 0.5}, "constant has no end_prob, start and end; remove them"),
     ],
 )
 def test_faulty_options_are_refused(options, message):

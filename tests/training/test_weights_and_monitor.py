@@ -63,7 +63,7 @@ def test_weights_that_cannot_be_meant_are_refused(config, given, fault):
         data_of(config).class_weights()
     assert fault in str(refused.value)
     faults = check_data(ToyConfig(class_weights="balanced"), "regression")
-    assert faults == ["data.class_weights: regression has no classes; take them out"]
+    assert faults == ["data.class_weights: regression has no classes; remove them"]
 
 
 @pytest.mark.parametrize("weights", [[0.2, 3.0, 1.0], [1e-3, 1e-3, 2e-3]])

@@ -17,14 +17,14 @@ from lora_lab.errors import IncompatibleError
 
 
 def block_faults(spec: AdapterSpec, size: str, count: str) -> list[str]:
-    """Returns the faults of the two fields, of which one is given and the other 0."""
+    """Returns the faults of the two fields; exactly one of them must be given, the other 0."""
     values = {name: getattr(spec, name) for name in (size, count)}
     found = [f"{name}: must be at least 0; got {value}" for name, value in values.items() if value < 0]
     if all(values.values()) or not any(values.values()):
         given = " and ".join(f"{name}: {value}" for name, value in values.items())
         found.append(f"{size}: give it or {count}, and 0 for the other; got {given}")
     elif values[size] == 1:
-        found.append(f"{size}: must be at least 2, as one number alone cannot be rotated; got 1")
+        found.append(f"{size}: must be at least 2, as a single number cannot be rotated; got 1")
     return found
 
 
@@ -55,18 +55,17 @@ def check_blocks(sites: list[Site], spec: AdapterSpec, size: str, count: str, ad
         if nearest != wanted and not adjust:
             raise IncompatibleError(
                 f"adapter.{name}: {wanted} does not divide the {inputs} inputs of {site.path}. "
-                f"Use {nearest}, the nearest that does, or take the module out of targets."
+                f"Use {nearest}, the nearest that does, or remove the module from targets."
             )
         if (nearest if name == size else inputs // nearest) < 2:
             raise IncompatibleError(
-                f"adapter.{name}: {wanted} gives blocks of one input at {site.path}, of "
-                f"{inputs}; one number alone cannot be rotated. Use other blocks, or take the "
-                "module out of targets."
+                f"adapter.{name}: {wanted} gives blocks of one input at {site.path}, of {inputs}; a single "
+                "number cannot be rotated. Use other blocks, or remove the module from targets."
             )
 
 
 def with_identities(R: Float[Tensor, "blocks b b"], dropout: float) -> Float[Tensor, "blocks b b"]:
-    """Replaces a share of the blocks, rounded down and drawn again in each call, by the identity."""
+    """Replaces a share of the blocks, rounded down and drawn in each call, by the identity."""
     blocks, size, _ = R.shape
     dropped = torch.randperm(blocks, device=R.device) < int(dropout * blocks)
     identity = torch.eye(size, dtype=R.dtype, device=R.device)
@@ -74,7 +73,7 @@ def with_identities(R: Float[Tensor, "blocks b b"], dropout: float) -> Float[Ten
 
 
 def warn_of_dropouts(adapters: Mapping[str, Adapter], dropout: float) -> None:
-    """Warns, once, of adapters with too few blocks for a share of them to be one."""
+    """Warns once of adapters with so few blocks that the share of them is less than one."""
     whole = [path for path, adapter in adapters.items() if dropout * adapter.blocks < 1]
     if dropout and whole:
         warnings.warn(

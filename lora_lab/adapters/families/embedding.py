@@ -40,7 +40,7 @@ class LowRankEmbedding(Adapter[ScaledSpec], RankAllocatable, Growable):
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        """Plain embeddings: those of a subclass scale or renormalise what they look up."""
+        """Plain embeddings only: subclasses scale or renormalise what they look up."""
         return type(module) is nn.Embedding and module.max_norm is None
 
     @classmethod
@@ -90,7 +90,7 @@ class LowRankEmbedding(Adapter[ScaledSpec], RankAllocatable, Growable):
         return ("B",)
 
     def new_components(self, count: int) -> dict[str, Tensor]:
-        """See `Growable`: rows of A that are zero, columns of B as they start."""
+        """Returns rows of A that are zero, and columns of B as they start."""
         return {"A": torch.zeros(count, self.A.shape[1]), "B": torch.randn(len(self.B), count)}
 
     @torch.no_grad()
@@ -112,7 +112,7 @@ class LowRankEmbedding(Adapter[ScaledSpec], RankAllocatable, Growable):
         return resized(self.spec, max(1, int(self.held().sum())))
 
     def peft_tensors(self) -> dict[str, Tensor]:
-        """Returns of A and B what is held."""
+        """Returns the part of A and B that files hold."""
         held = self.held()
         left, right = filled(self.B[:, held], self.A[held], self.stored_spec.rank)
         return {"lora_embedding_A": right, "lora_embedding_B": left}

@@ -6,9 +6,9 @@
     B.<name>   (experts, out, rank)   learned; zeros at the start, so W' = W
 
 Modules with `is_transposed` hold W as (experts, in, out); the update is transposed like it. The matrix of a
-router (experts, in), which no linear map holds, is adapted as a stack of one. `exclude` leaves out single
-parameters and patterns give them a rank of their own, by names like `experts.down_proj`. PEFT calls these
-`target_parameters` and wraps the module once for each, the first parameter innermost.
+router (experts, in), which is not in a linear map, is adapted as a stack of one. `exclude` can leave out
+single parameters, and patterns can give them another rank, by names like `experts.down_proj`. PEFT calls
+these `target_parameters` and wraps the module once for each, the first parameter innermost.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class LowRankExperts(Adapter[ScaledSpec]):
         super().__init__(base)
         self.spec, self.parts = spec, dict(parts)
         self.transposed = bool(getattr(base, "is_transposed", False))
-        # Filled one by one, in the module's own order: the constructor would sort them.
+        # Filled one by one in the module's order, since the constructor would sort them.
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
         for name, own in parts.items():
             weight = base.get_parameter(name)
@@ -62,7 +62,7 @@ class LowRankExperts(Adapter[ScaledSpec]):
         """Makes the adapter.
 
         Raises:
-            IncompatibleError: if an option has no meaning where no activation is seen.
+            IncompatibleError: if an option needs the activations, which are not available here.
         """
         if spec.dropout or getattr(spec, "lora_bias", False) or getattr(spec, "init", "default") != "default":
             raise IncompatibleError(
@@ -105,7 +105,7 @@ class LowRankExperts(Adapter[ScaledSpec]):
         return adapted.reshape(weight.shape).to(weight.dtype)
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
-        """Runs the experts with W' in W's place; autocast must not narrow the sum."""
+        """Runs the experts with W' instead of W; autocast must not narrow the sum."""
         device = next(self.base.parameters()).device
         with torch.autocast(device.type, enabled=False):
             adapted = {name: self.adapted(name) for name in self.A}
@@ -114,7 +114,7 @@ class LowRankExperts(Adapter[ScaledSpec]):
     @torch.no_grad()
     def merged_module(self) -> nn.Module:
         merged = {name: nn.Parameter(self.adapted(name), requires_grad=False) for name in self.A}
-        # Deepcopy takes what its memo holds for a copy: the old experts are not copied.
+        # Deepcopy uses what its memo holds as the copy: the old experts are not copied.
         return copy.deepcopy(self.base, {id(self.base.get_parameter(name)): p for name, p in merged.items()})
 
     def _prefixes(self) -> dict[str, str]:

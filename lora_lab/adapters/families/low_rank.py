@@ -4,7 +4,7 @@
 
 A method whose start is not zero freezes a copy A₀, B₀ of it and learns the difference: W' = W at the start,
 and the base's tensors stay as they are. PEFT rewrites the base instead and its file holds A and B alone; ours
-holds the stacked factors [B, −B₀] and [A; A₀], and opens there as the plain LoRA of rank 2·rank that it is.
+holds the stacked factors [B, −B₀] and [A; A₀], and opens there as a plain LoRA of rank 2·rank.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ScaledT = TypeVar("ScaledT", bound=ScaledSpec, default=Any)
 class LowRankAdapter(AdditiveAdapter[ScaledT], Droppable):
     """ΔW = s (B A − B₀ A₀), from a start A, B; by default LoRA's, U(±1/√in) and zeros.
 
-    It has what `RankAllocatable` and `Shareable` ask for; a method to which they apply inherits them too.
+    It has the methods of `RankAllocatable` and `Shareable`; a method to which they apply inherits them too.
 
     Attributes:
         A: (rank, in), learned.
@@ -58,7 +58,7 @@ class LowRankAdapter(AdditiveAdapter[ScaledT], Droppable):
         start_A: (rank, in), frozen; None if the update starts at zero.
         start_B: (out, rank), frozen; None if the update starts at zero.
         kept: (rank,), flags of the components that no controller has silenced.
-        active: scalar, 1; 0 once the adapter was dropped.
+        active: scalar, 1; 0 after the adapter was dropped.
     """
 
     family = "low-rank"
@@ -131,13 +131,13 @@ class LowRankAdapter(AdditiveAdapter[ScaledT], Droppable):
 
     def delta_output(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         left, right = self.factors()
-        # The scale goes onto the (..., rank) product: a pass over the (..., out) output costs far more.
+        # The (..., rank) product is scaled: a pass over the (..., out) output costs far more.
         hidden = project(self.base, self.dropout(x), right) * (self.scale * self.active)
         return mix(self.base, hidden, left)
 
     @torch.no_grad()
     def update(self) -> Update:
-        """See `Adapter.update`: the factors as they are."""
+        """Returns the factors as they are."""
         left, right = self.factors()
         return Update(widened(left) * (self.scale * self.active), widened(right), self._bias_shift())
 
@@ -154,20 +154,20 @@ class LowRankAdapter(AdditiveAdapter[ScaledT], Droppable):
 
     @torch.no_grad()
     def keep_components(self, keep: Bool[Tensor, " rank"]) -> None:
-        """Zeroes B's columns and leaves A: from both zero nothing would grow back."""
+        """Zeroes B's columns but not A: if both were zero, nothing could grow back."""
         self.kept.copy_(keep)
         self.B.masked_fill_(~keep, 0)
         if self.start_B is not None:
             self.start_B.masked_fill_(~keep, 0)
 
     def new_components(self, count: int) -> dict[str, Tensor]:
-        """See `Growable`: rows of A as LoRA starts them, columns of B that are zero."""
+        """Returns rows of A as LoRA starts them, and columns of B that are zero."""
         A = kaiming_uniform(count, self.in_features, dtype=self.dtype)
         B = torch.zeros(self.out_features, count, dtype=self.dtype)
         return {"A": A, "B": B, "start_A": A, "start_B": B}
 
     def drop(self) -> None:
-        """Turns a switch instead of zeroing B, which the optimizer's next step would fill again."""
+        """Sets a flag instead of zeroing B, which the optimizer's next step would fill again."""
         self.active.zero_()
         self.zero_grad()
         self.tensors_changed()
@@ -214,7 +214,7 @@ class LowRankAdapter(AdditiveAdapter[ScaledT], Droppable):
         return max(1, count)
 
     def peft_tensors(self) -> dict[str, Tensor]:
-        """Returns what is held of [B, −B₀] and [A; A₀]; once dropped, all but A is 0."""
+        """Returns the held part of [B, −B₀] and [A; A₀]; after `drop` everything except A is 0."""
         held = self.held()
         rank = self.stored_rank(int(held.sum()))
         left, right = filled(self.B[:, held], self.A[held], rank)
@@ -237,13 +237,13 @@ class LowRankAdapter(AdditiveAdapter[ScaledT], Droppable):
         self._resize_to_file(used if self.stored_rank(used) == count else count)  # see `filled`
 
     def _resize_to_file(self, count: int) -> None:
-        # Any other number is another adapter's, which is reported later.
+        # Any other number belongs to another adapter, which is reported later.
         if isinstance(self, Growable) or (isinstance(self, Prunable) and count < self.initial_components):
             self.resize_components(count)
 
     @torch.no_grad()
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes apart what `peft_tensors` stacks."""
+        """Splits what `peft_tensors` stacks."""
         left, right = tensors["lora_B.weight"].flatten(1), tensors["lora_A.weight"].flatten(1)
         rank, stored = len(self.A), len(right) // 2
         super().load_peft_tensors({**tensors, "lora_A.weight": right[:rank], "lora_B.weight": left[:, :rank]})
@@ -263,7 +263,7 @@ def resized(spec: ScaledT, rank: int) -> ScaledT:
 def filled(
     left: Float[Tensor, "out k"], right: Float[Tensor, "k in"], rank: int
 ) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
-    """Returns factors with components of zeros at the end, as many as are missing from a rank."""
+    """Returns factors with components of zeros added at the end, up to a rank."""
     missing = rank - len(right)
     return F.pad(left, (0, missing)), F.pad(right, (0, 0, 0, missing))
 
@@ -279,7 +279,7 @@ def in_pefts_shapes(base: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Te
 # PEFT's config ------------------------------------------------------------------------------------------
 
 STARTS_ON_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
-"""PEFT's `init_lora_weights` that leave the base as it is: of their files, A and B say all."""
+"""PEFT's `init_lora_weights` that do not change the base: A and B in their files are enough."""
 
 VARIANTS = (
     "alora_invocation_tokens",
@@ -313,13 +313,13 @@ def read_lora_config(config: dict[str, Any], kind: str) -> dict[str, Any] | None
 
     Args:
         config: PEFT's fields.
-        kind: the method that asks, `lora`, `dora` or `pissa`.
+        kind: the method, `lora`, `dora` or `pissa`.
 
     Returns:
-        The fields that the three share; None if the file is another one's.
+        The fields that the three share; None if the file is of another method.
 
     Raises:
-        IncompatibleError: if A and B do not say all that the file computes.
+        IncompatibleError: if the file computes something that A and B do not determine.
     """
     init = config.get("init_lora_weights", True)
     start = "pissa" if str(init).startswith("pissa") else "lora"

@@ -23,7 +23,7 @@ from lora_lab.adapters.spec import RankedSpec, probability_fault
 from lora_lab.linalg.kaiming import kaiming_uniform
 
 WORTH_RECOMPUTING = 2**16
-"""Numbers in an input from which on memory counts more than the fixed time of a recomputation."""
+"""Size of an input above which memory counts more than the fixed time of a recomputation."""
 
 
 @dataclass
@@ -38,7 +38,7 @@ class LycorisSpec(RankedSpec):
 
     rank_dropout: float = 0.0
     """Probability of zeroing an output of the update while training, in [0, 1); it has nothing to do with the
-    rank, but the name is PEFT's."""
+    rank; the name is PEFT's."""
 
     module_dropout: float = 0.0
     """Probability of leaving a module's whole update out of a training step, in [0, 1)."""
@@ -61,11 +61,11 @@ LycorisT = TypeVar("LycorisT", bound=LycorisSpec, default=Any)
 
 
 class LycorisAdapter(AdditiveAdapter[LycorisT]):
-    """An update with dropout of its outputs, and as a whole."""
+    """An update with dropout of its outputs, and dropout of the whole update."""
 
     convolves = True
     zeros: tuple[str, ...] = ()
-    """Names of the tensors of which the one that is there starts at zero."""
+    """Names of the tensors that start at zero, where they exist."""
 
     def __init__(self, base: LinearMap, spec: LycorisT):
         super().__init__(base)
@@ -84,14 +84,14 @@ class LycorisAdapter(AdditiveAdapter[LycorisT]):
         return nn.Parameter(flat.reshape(shape))
 
     def without_gradient_at_start(self) -> tuple[str, ...]:
-        """A product with one factor of zeros reaches that alone."""
+        """In a product with a factor of zeros only that factor has a gradient."""
         if self.spec.init == "random":
             return ()
         own = dict(self.named_parameters(recurse=False))
         return tuple(name for name in own if name not in self.zeros)
 
     def kept_outputs(self, x: Tensor, rescale: bool) -> Float[Tensor, " out"] | None:
-        """Draws the factors of the update's outputs for one step; None if nothing is dropped.
+        """Draws the dropout factors of the update's outputs for one step; None if nothing is dropped.
 
         Args:
             x: the input, for its device.
@@ -123,7 +123,7 @@ def product(a: Tensor, b: Tensor, core: Tensor | None) -> tuple[Float[Tensor, "m
 
 
 def recomputed(function: Callable[..., Tensor], x: Tensor, *others: Tensor | None) -> Tensor:
-    """Calls a function that draws nothing, and again in the backward pass: nothing it computes is kept."""
+    """Calls a function without randomness, and again in the backward pass: nothing it computes is kept."""
     if x.numel() < WORTH_RECOMPUTING:
         return function(x, *others)
     result: Tensor = checkpoint(function, x, *others, use_reentrant=False, preserve_rng_state=False)
@@ -152,7 +152,7 @@ def write_lycoris_config(spec: LycorisSpec) -> dict[str, Any]:
 
 def read_lycoris_config(config: dict[str, Any]) -> dict[str, Any]:
     """Returns our other fields for PEFT's."""
-    # What else is true starts as `true` does, in PEFT; the file holds the end of it.
+    # In PEFT every other true value starts as `true` does; the file holds the trained result.
     given = config.get("init_weights", True)
     init = next((own for own, name in STARTS.items() if name == given), "default")
     patterns = {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}

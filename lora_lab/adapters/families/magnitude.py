@@ -1,6 +1,6 @@
-"""What methods share that give each output a magnitude of its own: W' = diag(g) V with g = m / ‖V‖.
+"""What methods share that train a magnitude for each output: W' = diag(g) V with g = m / ‖V‖.
 
-    V = W + L R     L (out, rank) and R (rank, in), of which a method says how they are made
+    V = W + L R     L (out, rank) and R (rank, in), made by the method
     m   (out,)      learned; ‖W‖ at the start
 
 ‖V‖ holds the norms of V's rows. The bias is never scaled.
@@ -19,14 +19,14 @@ from lora_lab.linalg.norms import SMALLEST_NORM
 def gains(m: Float[Tensor, " k"], norm: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
     """Returns g = m / ‖V‖, and 1 where a row of V is zero.
 
-    There g means nothing, but a huge one would multiply the rounding errors of a sum that should be zero, and
-    train m on them.
+    There g means nothing, but a huge g would multiply the rounding errors of a sum that should be zero, and m
+    would be trained on them.
     """
     return (m / norm).where(norm > SMALLEST_NORM, 1.0)
 
 
 class MagnitudeAdapter(LinearAdapter[SpecT]):
-    """Edits the directions of a weight's rows, and perhaps their lengths."""
+    """Edits the directions of a weight's rows, and possibly their lengths."""
 
     dropout: nn.Dropout
 
@@ -50,8 +50,8 @@ class MagnitudeAdapter(LinearAdapter[SpecT]):
         y, dropped = self.base(x), self.dropout(x)
         hidden = project(self.base, self.cast(dropped), right)
         product = self.base(dropped) if self.training and self.dropout.p else y
-        # What the base gives holds its bias, taken out of the product again by −(g − 1) b.
+        # The base's output includes its bias, which −(g − 1) b removes from the product again.
         bias = None if self.base.bias is None else (1 - gain) * self.base.bias
-        # g goes onto the (out, rank) factor: a pass over the (..., out) output costs far more.
+        # The (out, rank) factor is multiplied by g: a pass over the (..., out) output costs far more.
         update = mix(self.base, hidden, gain.unsqueeze(1) * left, bias)
         return (y + pointwise(self.base, gain - 1) * product + update).to(y.dtype)

@@ -1,8 +1,8 @@
-"""Which tokens of the prompt are edited: what adapters of hidden states have to know of the model's input.
+"""Which tokens of the prompt are edited: what adapters of hidden states need to know of the model's input.
 
 A block sees neither the padding mask nor where the prompt ends. One `Positions` is shared by the adapters of
 a model and filled by a hook on the model itself, which runs before every forward. It is plain data and the
-hook a bound method of it, so that the model can still be copied and pickled.
+hook is its bound method, so that the model can still be copied and pickled.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Positions:
         self._names: list[str] = []
 
     def watch(self, model: nn.Module) -> list[RemovableHandle]:
-        """Hooks itself to a model.
+        """Registers its hook on a model.
 
         Raises:
             IncompatibleError: if positions have no meaning in the model.
@@ -56,7 +56,7 @@ class Positions:
     def _read(
         self, model: nn.Module, arguments: tuple[object, ...], keywords: dict[str, Any]
     ) -> tuple[tuple[object, ...], dict[str, Any]]:
-        """Finds the positions of one call, and takes `prompt_lengths` out of it."""
+        """Finds the positions of one call, and removes `prompt_lengths` from it."""
         keywords = dict(keywords)
         prompt_lengths = keywords.pop("prompt_lengths", None)
         if self.counts:
@@ -73,7 +73,7 @@ class Positions:
         if self.shape != tuple(hidden.shape[:2]):
             raise IncompatibleError(
                 f"adapter.positions: the block was called with {tuple(hidden.shape[:2])} tokens, the model "
-                f"with {self.shape}. Call the model as a whole, or use positions: all."
+                f"with {self.shape}. Call the whole model, or use positions: all."
             )
         return self.slots
 
@@ -112,7 +112,7 @@ class Positions:
 
 
 PLAIN = (Tensor, bool, int, float, str, torch.dtype, type(None))
-"""Types of what a model may be called with and which hold no earlier tokens."""
+"""Types of arguments that hold no earlier tokens."""
 
 
 def cached_tokens(given: Mapping[str, Any]) -> int:
@@ -122,7 +122,7 @@ def cached_tokens(given: Mapping[str, Any]) -> int:
         given: the call's arguments by name.
 
     Raises:
-        IncompatibleError: if something is given that may hold earlier tokens and does not tell how many.
+        IncompatibleError: if an argument may hold earlier tokens and does not say how many.
     """
     count = 0
     for name, value in given.items():
@@ -133,14 +133,14 @@ def cached_tokens(given: Mapping[str, Any]) -> int:
         except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
             raise IncompatibleError(
                 f"adapter.positions: the model is called with {name}, a {type(value).__name__} that does not "
-                "tell how many tokens it holds, so that the prompt cannot be found. Leave it out, or use "
+                "say how many tokens it holds, so the prompt cannot be found. Leave it out, or use "
                 "positions: all."
             ) from error
     return count
 
 
 def read_counts(text: str) -> dict[str, int]:
-    """Returns the numbers of first (`f`) and last (`l`) tokens in `f1+l2`; {} for what cannot be read."""
+    """Returns the numbers of first (`f`) and last (`l`) tokens in `f1+l2`; {} if it cannot be read."""
     parts = re.findall(r"([fl])([1-9]\d*)", text)
     written = "+".join(key + number for key, number in parts)
     readable = written == text and len(dict(parts)) == len(parts)

@@ -1,7 +1,7 @@
 """What methods on frozen random projections share: one pair A, B for all maps of a model, scaled per map.
 
-The pair is drawn once, for the largest sizes among the sites; each map uses the first rows and columns of it.
-It follows from `projection_prng_key`, the rank and those sizes, and equals PEFT's.
+The pair is drawn once, for the largest sizes among the sites; each map uses its first rows and columns. It
+follows from `projection_prng_key`, the rank and those sizes, and equals PEFT's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lora_lab.linalg.rank import product_singular_values, widened
 
 @dataclass
 class ProjectedSpec(AdapterSpec):
-    """Adds what the methods share."""
+    """Adds the fields that the methods share."""
 
     rank: int = 32
     """Number of rows of A; at least 1."""
@@ -39,11 +39,12 @@ class ProjectedSpec(AdapterSpec):
     """Seed of A and B, at least 0; the run's own seed does not touch them."""
 
     save_projection: bool = True
-    """Store A and B, once. Without them files are small, and need a torch that draws the same numbers."""
+    """Store A and B, once. Without them files are small, but need a torch version that draws the same
+    numbers."""
 
     @property
     def resolved(self) -> Self:
-        """This spec with a value for every null that has one."""
+        """This spec, with the value that each null stands for."""
         return self
 
     @property
@@ -65,8 +66,8 @@ class Projections(nn.Module):
     Attributes:
         A: the smaller matrix or matrices, in PEFT's shape.
         B: the larger ones, in PEFT's shape.
-        sizes: (largest in, largest out, 0): no numbers, only a shape, by which a checkpoint without A and B
-            shows that it was made with other slices of them. None if A and B are stored.
+        sizes: empty, of shape (largest in, largest out, 0). In a checkpoint without A and B it shows whether
+            other slices of them were used. None if A and B are stored.
     """
 
     A: Tensor
@@ -151,17 +152,17 @@ class ProjectedAdapter(AdditiveAdapter[ProjectedT]):
 
     @classmethod
     def file_names(cls) -> set[str]:
-        """See `Adapter.file_names`: PEFT writes RandLoRA's pair for every map."""
+        """Adds RandLoRA's pair, which PEFT writes for every map."""
         return {*cls.peft.tensors, *(f"{cls.Spec().method}_{name}" for name in "AB")}
 
     def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """PEFT writes RandLoRA's pair once more for every map."""
+        """Leaves out RandLoRA's pair, which PEFT writes again for every map."""
         pair = {f"{self.spec.method}_{name}" for name in "AB"}
         return {name: tensor for name, tensor in tensors.items() if name not in pair}
 
 
 class ScaledLinear(TensorFunction):
-    """x Mᵀ with M = left ⊙ frozen ⊙ right, which is made again in the backward pass instead of kept."""
+    """x Mᵀ with M = left ⊙ frozen ⊙ right, which is computed again in the backward pass instead of kept."""
 
     @staticmethod
     def forward(x: Tensor, left: Tensor, frozen: Tensor, right: Tensor) -> Tensor:
@@ -180,7 +181,7 @@ class ScaledLinear(TensorFunction):
         x, left, frozen, right = ctx.saved_tensors
         scaled = left * frozen
         M = scaled * right
-        # Under autocast the output, so its gradient, has another type than M.
+        # Under autocast the output, and so its gradient, has another type than M.
         grad_x = gradient @ M.reshape(-1, x.shape[-1]).to(gradient) if ctx.needs_input_grad[0] else None
         grad_M = torch.einsum("...o,...i->oi", gradient, x.to(gradient)).reshape(M.shape).to(M)
         grad_left = (grad_M * (frozen * right)).sum_to_size(left.shape)
@@ -190,7 +191,7 @@ class ScaledLinear(TensorFunction):
 def scaled_linear(
     x: Float[Tensor, "... in"], left: Tensor, frozen: Tensor, right: Tensor
 ) -> Float[Tensor, "... out"]:
-    """Applies a frozen tensor scaled by two learned ones, of which the backward pass keeps nothing but these.
+    """Applies a frozen tensor scaled by two learned ones; the backward pass keeps only these three and x.
 
     Args:
         x: the activation; the gradients of `left` and `right` need it.
@@ -205,7 +206,7 @@ def scaled_linear(
 
 
 def peft_layout(method: str, tensors: Mapping[str, str], fields: Mapping[str, str]) -> PeftLayout:
-    """Returns the layout of a method whose type, tensors and fields PEFT names after it.
+    """Returns the layout of a method whose type, tensors and fields PEFT prefixes with its name.
 
     Args:
         method: the method's id.

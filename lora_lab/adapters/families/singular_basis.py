@@ -7,9 +7,9 @@
     S    (k,)       frozen; their values
     Vh   (k, in)    frozen; the right singular vectors, rows of Vᵀ
 
-A pair of singular vectors is unique only up to a common sign, and machines choose it differently. What was
-learned with one basis means another edit with another one, so the basis is part of every checkpoint and is
-not computed again when training resumes. The base itself stays as it is, which makes the start exact.
+A pair of singular vectors is unique only up to a common sign, which differs between machines. Trained with
+one basis, the same numbers mean another edit with another basis, so the basis is part of every checkpoint and
+is not computed again when training resumes. The base is not changed, which makes the start exact.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ SAME = 1e-3
 
 @dataclass
 class BasisSpec(AdapterSpec):
-    """Adds whether singular vectors are stored."""
+    """Adds the option to store singular vectors."""
 
     save_basis: bool = True
     """Whether adapter folders hold U and Vh, k · (in + out) numbers a map. PEFT's files of PSOFT do not: then
-    loading decomposes W again, takes the signs from 2 · k numbers of the folder, and refuses a base whose
-    singular vectors are others."""
+    loading decomposes W again, takes the signs from 2 · k numbers of the folder, and refuses a base with
+    other singular vectors."""
 
 
 def checked_rank(base: nn.Module, rank: int) -> int:
@@ -57,7 +57,7 @@ def checked_rank(base: nn.Module, rank: int) -> int:
     if rank > most:
         raise IncompatibleError(
             f"adapter.rank: a map from {base.in_features} to {base.out_features} has {most} singular values; "
-            f"got rank {rank}. Lower the rank, or take the map out of targets."
+            f"got rank {rank}. Lower the rank, or remove the map from targets."
         )
     return most
 
@@ -109,17 +109,17 @@ class BasisAdapter(LinearAdapter[BasisT]):
         return super().peft_tensors() | self.stored_basis()
 
     def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns a file's tensors in today's form: earlier folders hold the two rows of the probe apart."""
+        """Returns a file's tensors in today's form: earlier folders hold two rows of the probe apart."""
         rows = [tensors.pop(f"{self.spec.method}_probe_{name}", None) for name in ("U", "Vh")]
         probe = [row for row in rows if row is not None]
         return tensors | ({f"{self.spec.method}_basis_probe": torch.stack(probe)} if len(probe) == 2 else {})
 
     @torch.no_grad()
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes over a file's tensors.
+        """Loads a file's tensors.
 
         Raises:
-            CheckpointError: if the file has no basis, and was made with another one than this base's.
+            CheckpointError: if the file has no basis, and was made with a different one.
         """
         basis = self.stored_basis()
         given = {name: tensors[name].to(self.S) for name in basis}
@@ -140,7 +140,7 @@ class BasisAdapter(LinearAdapter[BasisT]):
         super().load_peft_tensors({name: t for name, t in tensors.items() if name not in basis})
 
     def _take_signs(self, probe: Float[Tensor, "2 k"]) -> None:
-        """Gives each pair of singular vectors the sign with which it makes these numbers of the probe."""
+        """Gives each pair of singular vectors the sign that reproduces these numbers of the probe."""
         own = self.stored_basis()[f"{self.spec.method}_basis_probe"]
         signs = torch.where((own * probe).sum(0) < 0, -1.0, 1.0).to(self.S)
         self.U.mul_(signs)
@@ -176,12 +176,12 @@ class BasisUpdate(BasisAdapter[BasisT], AdditiveAdapter[BasisT]):
 class CoreUpdate(BasisUpdate[BasisT]):
     """W' = W + U C Vᵀ, so y = base(x) + ((x V) Cᵀ) Uᵀ. A method defines `core`, which is C.
 
-    k may be nearly all of W's rank: the frozen vectors are applied as they are, and nothing of W's size is
-    made for a step. The backward pass keeps x V alone, (..., k).
+    k may be nearly the whole rank of W: the frozen vectors are applied one after the other, and nothing of
+    W's size is computed in a step. The backward pass keeps only x V, (..., k).
     """
 
     def core(self) -> Float[Tensor, "k k"]:
-        """Returns C, in float32 or wider, autocast or not."""
+        """Returns C, in float32 or wider, also under autocast."""
         raise NotImplementedError
 
     def factors(self) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
@@ -201,10 +201,10 @@ class CoreUpdate(BasisUpdate[BasisT]):
         y, turned = self.base(x), self.turned(self.cast(x))
         if y.dtype != turned.dtype:
             return (y + mix(self.base, turned, self.U)).to(y.dtype)
-        # The last product adds to the base's output itself, which saves a pass over (..., out).
+        # The last product is added to the base's output in place, which saves a pass over (..., out).
         rows = turned.reshape(-1, turned.shape[-1])
         return torch.addmm(y.reshape(-1, y.shape[-1]), rows, self.U.T).reshape(y.shape)
 
     def singular_values(self) -> Float[Tensor, " k"]:
-        """Returns the singular values of C, which stands between orthonormal vectors."""
+        """Returns the singular values of C, as the vectors on both sides are orthonormal."""
         return singular_values(self.core())

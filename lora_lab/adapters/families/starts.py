@@ -10,9 +10,9 @@
     loftq              √(S_r/s) V_rᵀ   U_r √(S_r/s)   of W − dq(Q) = U S Vᵀ, on a quantised base Q
     random             U(±1/√in)       U(±1/√rank)    anything, for comparison
 
-What `olora` and `pissa` start with is subtracted again, see `low_rank`. LoftQ's start is not: dq(Q) + s B A
-is the best approximation of W by the codes Q and an update of this rank. It is the paper's first step (Li et
-al. 2023, arXiv:2310.08659); further ones change Q, and the base stays as it is here.
+The starts of `olora` and `pissa` are subtracted again, see `low_rank`. LoftQ's is not: dq(Q) + s B A is the
+best approximation of W by the codes Q and an update of this rank. This is the first step of the paper (Li et
+al. 2023, arXiv:2310.08659); its further steps change Q, but here the base is not changed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FROM_ZERO = ("default", "gaussian", "scaled_gaussian")
 """The starts with B = 0."""
 
 SUBTRACTED = ("olora", "pissa")
-"""The starts that are not zero and taken off again, so that W' = W."""
+"""The starts that are not zero and are subtracted again, so that W' = W."""
 
 
 @dataclass
@@ -50,7 +50,7 @@ class StartedSpec(ScaledSpec):
     ] = "default"
     """Start of A: `default` U(±1/√in), `gaussian` N(0, 1/rank²), `scaled_gaussian` N(0, 1/rank), B = 0 in
     each; `orthogonal` (even rank) starts both with B A = 0 up to rounding; `olora` (QR of W) and `pissa` (SVD
-    of W) start both and subtract the start; `loftq` starts with what quantisation took from W; `random` is
+    of W) start both and subtract the start; `loftq` starts with the error of quantisation; `random` is
     not the identity."""
 
     niter: int | None = None
@@ -78,7 +78,7 @@ class StartedSpec(ScaledSpec):
         return self.init == "loftq"
 
     def for_stored(self) -> Self:
-        """W may be gone, of which LoftQ's factors were made."""
+        """The W from which LoftQ's factors were made may be gone."""
         return replace(self, init="default") if self.init == "loftq" else self
 
 
@@ -114,8 +114,8 @@ def start(base: nn.Module, spec: StartedSpec) -> Factors:
             full = getattr(base, "full_weight", None)
             if full is None:
                 raise IncompatibleError(
-                    "adapter.init: loftq makes up for what quantisation has taken from W, and this base has "
-                    "no W next to its codes. Train with model.quantization: nf4, or build the base with "
+                    "adapter.init: loftq corrects the error of quantisation, and this base does not keep W "
+                    "in addition to its codes. Train with model.quantization: nf4, or build the base with "
                     "build_model(config, keep_weights=True); without codes, choose another init."
                 )
             codes = _decomposable(base, rank, "init: loftq")
@@ -130,7 +130,7 @@ def _principal(weight: Tensor, spec: StartedSpec) -> Factors:
 
 
 def _decomposable(base: nn.Module, rank: int, what: str) -> Tensor:
-    """Returns W in float32 or wider, if a decomposition of it can give the rank."""
+    """Returns W in float32 or wider, if its decomposition has the rank."""
     most = min(matrix(base).shape)
     if rank > most:
         raise IncompatibleError(

@@ -73,5 +73,5 @@ METHODS = Registry[Adapter](
         Full,
     ),
 )
-"""Every method by its id, those of other packages too, see `Registry`. A new method here is one file, one
+"""Every method by its id, also those of other packages, see `Registry`. A new method here is one file, one
 entry here and one YAML in configs/adapters."""

@@ -1,4 +1,4 @@
-"""AdaLoRA: an update P Λ Q whose ranks can be taken away one by one (Zhang et al. 2023, arXiv:2303.10512).
+"""AdaLoRA: an update P Λ Q whose components can be removed one by one (Zhang et al. 2023, arXiv:2303.10512).
 
     W' = W + s P diag(Λ) Q       s = alpha / (rank + 1e-5)
     y  = base(x) + s P (Λ ⊙ Q drop(x))
@@ -8,7 +8,7 @@
     E = Λ   (rank,)       learned; zeros at the start, so W' = W
     B = P   (out, rank)   learned; N(0, 0.02²) at the start
 
-A silenced component has Λ_i = 0 and keeps its gradients, so that it may grow back. s never changes with it.
+A silenced component has Λ_i = 0 and keeps its gradients, so it can grow back. s does not change.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class AdaLoRASpec(LowRankSpec):
     method: str = "adalora"
 
     rank: int = 12
-    """Number of components at the start; 1.5 times the average rank that is aimed at in the paper."""
+    """Number of components at the start; in the paper 1.5 times the average rank at the end."""
 
     orth_reg_weight: float = 0.5
     """Weight γ of the penalty, at least 0; 0.1 to 0.5 in the paper."""
@@ -60,7 +60,7 @@ class AdaLoRASpec(LowRankSpec):
 
 
 def _site_config(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-    """Returns PEFT's one rank, and where components are left out, which of them each site has in the file."""
+    """Returns PEFT's single rank and, if components are left out, which of them each site has in the file."""
     rank = next(iter(adapters.values())).file_spec.rank
     held = {path: adapter.held().tolist() for path, adapter in adapters.items()}
     pattern = {f"{path}.lora_E": flags + [False] * (rank - len(flags)) for path, flags in held.items()}
@@ -69,7 +69,7 @@ def _site_config(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
 
 
 def _ranks(config: dict[str, Any]) -> dict[str, int]:
-    """Counts the components that PEFT's budget left to each site."""
+    """Counts the components that each site has by PEFT's budget."""
     pattern = config.get("rank_pattern") or {}
     return {name.removesuffix(".lora_E"): sum(map(bool, flags)) for name, flags in pattern.items()}
 
@@ -111,7 +111,7 @@ class AdaLoRA(LowRankAdapter, RankAllocatable, Shareable):
 
     @classmethod
     def build(cls, sites: list[Site], spec: AdaLoRASpec) -> dict[str, Adapter]:
-        """PEFT's files have one rank and one alpha, which all sites must know."""
+        """PEFT's files have one rank and one alpha for all sites."""
         specs = {site.path: site_spec(spec, site) for site in sites}
         file_spec = replace(spec, rank=max(own.rank for own in specs.values()))
         return {site.path: cls.at(site, specs[site.path], file_spec) for site in sites}
@@ -132,24 +132,24 @@ class AdaLoRA(LowRankAdapter, RankAllocatable, Shareable):
         return weight * error
 
     def without_gradient_at_start(self) -> tuple[str, ...]:
-        """Returns A and B without a penalty: while Λ is zero, nothing else reaches them."""
+        """Returns A and B without a penalty: while Λ is zero, only the penalty gives them a gradient."""
         return () if self.spec.orth_reg_weight else ("A", "B")
 
     @torch.no_grad()
     def keep_components(self, keep: Bool[Tensor, " rank"]) -> None:
-        """Writes zeros in Λ alone."""
+        """Writes zeros into Λ only."""
         self.kept.copy_(keep)
         self.E.masked_fill_(~keep, 0)
 
     def held(self) -> Bool[Tensor, " rank"]:
-        """See `LowRankAdapter.held`: in PEFT's files of this type a rank may be 0."""
+        """Returns flags of the components in files; PEFT's files of this type can have rank 0."""
         return self.components_in_use()
 
     def nonzero_components(self) -> Bool[Tensor, " rank"]:
         return self.E != 0
 
     def peft_tensors(self) -> dict[str, Tensor]:
-        """Returns the components held, with Λ for the scale that a file has."""
+        """Returns the components held, with Λ for the scale of a file."""
         held = self.held()
         E = (self.active * self.file_ratio * self.E)[held].unsqueeze(1)
         return {"lora_A": self.A[held], "lora_B": self.B[:, held], "lora_E": E}

@@ -5,12 +5,13 @@
     W'(c) = W + U (diag(S + c Δ) Rᵀ − diag(S)) Vᵀ                          c is the coefficient
 
     U, S, V   (out, rank), (rank,), (in, rank)   frozen, see `singular_basis`
-    indices   (rank,)                            frozen; which singular directions of W they are
+    indices   (rank,)                            frozen; which singular directions of W are used
     θ_v       (rank · (rank − 1) / 2,)           learned; N(0, (0.006·√2)²), or zeros with init: identity
     Δ         (rank,)                            learned; N(4e-4, (4e-4)²), or zeros with init: identity
 
-R(−c) is the inverse of R(c): c and −c steer oppositely. W'(0) = W bitwise. c is not a tensor and not stored;
-`steering.set_coefficient` sets it. The authors' loss, a product over c and −c, has no gradient at zeros.
+R(−c) is the inverse of R(c): c and −c steer in opposite directions. W'(0) = W bitwise. c is not a tensor and
+not stored; `steering.set_coefficient` sets it. The authors' loss, a product over c and −c, has no gradient at
+zeros.
 """
 
 from __future__ import annotations
@@ -60,21 +61,21 @@ class AntiPaSTOSpec(BasisSpec):
     the paper."""
 
     coefficient: float = 1.0
-    """c until it is set otherwise, the paper's α. Training uses 1, 0 and −1; merging keeps the one in use."""
+    """Initial c, the paper's α. Training uses 1, 0 and −1; merging uses the current one."""
 
     max_rotation_angle: float = math.pi / 3
-    """Soft bound of each entry of A, in radians, above 0; none from π on. The paper names π/4 to π/2. It
-    bounds the angle of two directions alone: 64 with all entries at a bound of π/3 turn by up to 3.06."""
+    """Soft bound of each entry of A, in radians, above 0; no bound from π on. The paper has π/4 to π/2. It
+    bounds the angle of only two directions: 64 with all entries at a bound of π/3 rotate by up to 3.06."""
 
     dim_select: Literal["top_s", "random", "wanda_trip"] = "top_s"
-    """Which singular directions: the largest, random ones, or the paper's: those that count on examples, for
-    which Python calls `steering.calibrate` before training (the command line has no such examples)."""
+    """Which singular directions: the largest, random ones, or, as in the paper, those that are important on
+    examples. The last needs a call of `steering.calibrate` in Python before training."""
 
     init: Literal["reference", "identity"] = "reference"
     """`reference` starts with a small random edit; `identity` is for training on an ordinary loss."""
 
     def for_stored(self) -> Self:
-        """The folder says which directions were chosen."""
+        """The chosen directions are in the folder."""
         return replace(self, dim_select="top_s")
 
     @property
@@ -143,7 +144,7 @@ class AntiPaSTO(CoreUpdate[AntiPaSTOSpec], Steerable, Selectable):
     def core(self) -> Float[Tensor, "rank rank"]:
         if self.undecided:
             raise IncompatibleError(
-                "adapter.dim_select: wanda_trip chooses directions by examples, and has seen none. Call "
+                "adapter.dim_select: wanda_trip chooses directions by examples and has no examples yet. Call "
                 "lora_lab.adapters.steering.calibrate(adapters, chosen, rejected) before anything else, or "
                 "use top_s."
             )
@@ -174,11 +175,11 @@ class AntiPaSTO(CoreUpdate[AntiPaSTOSpec], Steerable, Selectable):
         return self._undecided
 
     def tensors_changed(self) -> None:
-        # Kept as a Python flag too: a forward pass would have to wait for the device to read the buffer.
+        # Also kept as a Python flag: reading the buffer in a forward pass would wait for the device.
         self._undecided = bool((self.indices < 0).any())
 
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """A folder without a basis says which directions of W it has."""
+        """Also loads which directions of W a folder without a basis has."""
         if not self.spec.save_basis:
             self.choose(tensors["antipasto_indices"])
         super().load_peft_tensors(tensors)

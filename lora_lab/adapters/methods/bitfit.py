@@ -1,4 +1,4 @@
-"""BitFit: train the biases alone (Ben Zaken et al. 2021, arXiv:2106.10199).
+"""BitFit: train only the biases (Ben Zaken et al. 2021, arXiv:2106.10199).
 
     b' = b + δ       y = base(x) + δ
 
@@ -33,7 +33,7 @@ class BitFitSpec(AdapterSpec):
 
 
 class Biased(nn.Module):
-    """What `BitFit.accepts` lets through, for annotations; its class may be any."""
+    """A module that `BitFit.accepts`, of any class; for annotations."""
 
     weight: Tensor
     bias: Tensor
@@ -75,7 +75,7 @@ class BitFit(Adapter[BitFitSpec]):
 
     @torch.no_grad()
     def update(self) -> Update:
-        """See `Adapter.update`: of the bias alone."""
+        """Returns the update, which has only a bias."""
         if isinstance(self.base, nn.LayerNorm):
             return super().update()
         rows, columns = self.base.weight.shape

@@ -8,7 +8,7 @@
     s   (out, 1)       learned; ones at the start, so W' = W bitwise
 
 N = boft_n_butterfly_factor, b = boft_block_size, and D blocks of b make up the inputs. P_0 is not a
-permutation; P_i brings half-blocks together which are 2^i apart, so that N factors mix b · 2^(N−1) inputs.
+permutation; P_i brings together half-blocks that are 2^i apart, so N factors mix b · 2^(N−1) inputs.
 With N = 1 and without s it is OFT.
 """
 
@@ -51,8 +51,8 @@ class BOFTSpec(AdapterSpec):
     """Train s, as PEFT does; the paper's formula has R alone."""
 
     dropout: float = 0.0
-    """Share of the blocks, rounded down, of one factor drawn at random, that are the identity in a pass of
-    training, in [0, 1); PEFT calls it boft_dropout."""
+    """Share of the blocks of one random factor, rounded down, that are the identity in a training pass, in
+    [0, 1); PEFT calls it boft_dropout."""
 
     @property
     def size_field(self) -> str | None:
@@ -63,7 +63,7 @@ class BOFTSpec(AdapterSpec):
         found += least_fault("boft_n_butterfly_factor", self.boft_n_butterfly_factor, 1)
         if self.boft_n_butterfly_factor > 1 and self.boft_block_size % 2:
             found.append(
-                "boft_block_size: must be even for more than one factor, which move half-blocks; got "
+                "boft_block_size: must be even for more than one factor, as these move half-blocks; got "
                 f"{self.boft_block_size}"
             )
         return found + probability_fault("dropout", self.dropout)
@@ -74,7 +74,7 @@ FIELDS = {name: name for name in ("boft_block_size", "boft_block_num", "boft_n_b
 
 
 def _read_factors(sites: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[str, Any]:
-    """Counts the factors: without its CUDA extension PEFT makes one, no matter what its config says."""
+    """Counts the factors: without its CUDA extension PEFT makes only one, for any config."""
     counts = {shapes["boft_R"][0] for shapes in sites.values() if len(shapes.get("boft_R", ())) == 4}
     return {"boft_n_butterfly_factor": max(counts)} if counts else {}
 
@@ -100,7 +100,7 @@ class BOFT(InputAdapter[BOFTSpec]):
         self.blocks = self.in_features // size
         shape = spec.boft_n_butterfly_factor, self.blocks, size, size
         self.A = nn.Parameter(torch.zeros(shape, dtype=self.dtype))
-        # It is stored in any case, because PEFT's modules have one.
+        # It is always stored, because PEFT's modules have it.
         s = torch.ones(self.out_features, 1, dtype=self.dtype)
         self.s = nn.Parameter(s, requires_grad=spec.train_scale)
 
@@ -126,9 +126,9 @@ class BOFT(InputAdapter[BOFTSpec]):
             if factors > 1 and (size % 2 or blocks % 2 ** (factors - 1)):
                 most = (blocks & -blocks).bit_length() if size % 2 == 0 else 1
                 raise IncompatibleError(
-                    f"adapter.boft_n_butterfly_factor: {factors} needs blocks of even size, and a number of "
-                    f"them that 2^{factors - 1} divides; {site.path} has {blocks} of {size}, which allow at "
-                    f"most {most}. Use fewer factors or other blocks."
+                    f"adapter.boft_n_butterfly_factor: {factors} needs blocks of even size, and "
+                    f"2^{factors - 1} must divide their number; {site.path} has {blocks} of {size}, which "
+                    f"allow at most {most}. Use fewer factors or other blocks."
                 )
         adapters = super().build(sites, spec)
         warn_of_dropouts(adapters, spec.dropout)
@@ -147,14 +147,14 @@ class BOFT(InputAdapter[BOFTSpec]):
         return butterfly(x, R)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The rotation is cast to the input, not the input to its type."""
+        """Applies the adapted map; the rotation is cast to the input's type."""
         y = self.base(self.transform_input(x))
         if not self.spec.train_scale:
             return y
         s = self.s.flatten()
         if self.base.bias is None:
             return (y * s).to(y.dtype)
-        return torch.addcmul((1 - s) * self.base.bias, y, s).to(y.dtype)  # the bias, in y too, is not scaled
+        return torch.addcmul((1 - s) * self.base.bias, y, s).to(y.dtype)  # the bias in y is not scaled
 
     def adapted_weight(self, weight: Tensor) -> Tensor:
         """Returns W Rᵀ by the inverse butterfly on the rows of W."""

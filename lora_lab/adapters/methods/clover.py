@@ -8,10 +8,10 @@
     ΔS         (heads, d, d)   learned; zeros at the start, so A' B'ᵀ = A Bᵀ
     M⁻¹, N⁻ᵀ   (heads, d, d)   frozen
 
-The authors' code puts U and V in the place of A and B: the same function of ΔS, which here leaves B as it is.
+The authors' code replaces A and B by U and V: the same function of ΔS, but here B is unchanged.
 Heads that share a key or a value are stacked, the rows of one below those of the other, and share one ΔS. A
-map without a partner, and a query which a rotation or a norm separates from its key, is decomposed alone as
-the reference does: A = Q R by QR and A' = Q (R + ΔS), which is M = R and N = I.
+map without a partner, and a query that a rotation or a norm separates from its key, is decomposed alone, as
+in the authors' code: A = Q R by QR and A' = Q (R + ΔS), which is M = R and N = I.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ TO_OUTPUT = ("value", "cross_value")
 """Roles whose partner reads heads, as columns of its weight; the others' writes them, as rows."""
 
 WORST_CONDITION = 1e5
-"""Of M and N; their inverses would have less than two digits in float32 beyond it."""
+"""Of M and N; above it their inverses would have less than two digits in float32."""
 
 
 @dataclass
@@ -62,15 +62,15 @@ class CLOVERSpec(AdapterSpec):
         default_factory=lambda: ["query", "key", "value", "attention_output"]
     )
     """The maps to decompose. Of a pair [query, key] or [value, attention_output] the first is trained; a map
-    named without its partner is decomposed alone, head by head, and any other in blocks of `block_size`.
-    Query and key are a pair where only a dot product joins them."""
+    without its partner is decomposed alone, head by head, and any other map in blocks of `block_size`. Query
+    and key are a pair if only a dot product joins them."""
 
     rank: int | None = None
-    """Train only the block of ΔS of this many largest singular values of each head; null means all,
+    """Train only the block of ΔS for this many of the largest singular values of each head; null means all,
     as in the paper."""
 
     block_size: int | None = None
-    """Width of the blocks of a map that is not a query, key or value; at least 1, a divisor of its outputs.
+    """Width of the blocks of maps other than query, key and value; at least 1, a divisor of its outputs.
     Null means half the width of the model's heads, as in the paper."""
 
     dropout: float = 0.0
@@ -127,8 +127,8 @@ class CLOVER(OutputAdapter[CLOVERSpec]):
         """Makes ΔS; returns M and N of all heads in float64.
 
         Args:
-            path: of the map, for messages.
-            width: of a head, d; a site alone does not show it.
+            path: path of the map, for messages.
+            width: width d of a head; a site alone does not show it.
             other: the map that stands at `partner`, or None.
 
         Raises:
@@ -160,23 +160,24 @@ class CLOVER(OutputAdapter[CLOVERSpec]):
         one = torch.eye(width, dtype=torch.float64, device=A.device).expand(heads, -1, -1)
         if rank == width:
             return positive_qr(A.double())[1], one
-        _, M, _, N = paired_svd(A, one)  # which directions to train is a question of their singular values
+        _, M, _, N = paired_svd(A, one)  # the singular values decide which directions to train
         return M, N
 
     @classmethod
     def build(cls, sites: list[Site], spec: CLOVERSpec) -> dict[str, Adapter]:
-        """Makes an adapter of every map but the second ones of pairs.
+        """Makes an adapter for every map except the second of each pair.
 
         Raises:
-            TargetError: if a map holds query, key and value in one, or the output stands without its values.
+            TargetError: if a map holds query, key and value in one, or the output is a target but its values
+                are not.
         """
         places = {(_block(site), site.role): site for site in sites}
         found: dict[str, Adapter] = {}
         for site in sites:
             if site.role == "query_key_value":
                 raise TargetError(
-                    f"adapter.targets: {site.path} holds query, key and value in one, which clover takes "
-                    "apart: set model.split_fused to true, then target query, key and value."
+                    f"adapter.targets: {site.path} holds query, key and value in one map, which clover has "
+                    "to split: set model.split_fused to true, then target query, key and value."
                 )
             first = next((role for role, second in PARTNERS.items() if second == site.role), None)
             if first is not None and (_block(site), first) in places:
@@ -184,7 +185,7 @@ class CLOVER(OutputAdapter[CLOVERSpec]):
             if first in TO_OUTPUT:
                 raise TargetError(
                     f"adapter.targets: {site.path} is decomposed together with its values; add {first}, or "
-                    f"take {site.role} out."
+                    f"remove {site.role}."
                 )
             partner = places.get((_block(site), PARTNERS.get(str(site.role), "")))
             found[site.path] = cls.at(site, spec, site.role, partner and partner.path)
@@ -193,7 +194,7 @@ class CLOVER(OutputAdapter[CLOVERSpec]):
     @classmethod
     @torch.no_grad()
     def watch(cls, model: nn.Module, adapters: Mapping[str, Adapter]) -> list[RemovableHandle]:
-        """Makes ΔS and its bases: the model shows how wide heads are and what joins query and key.
+        """Makes ΔS and its bases: the model shows the width of heads and what joins query and key.
 
         Raises:
             IncompatibleError: if these must not be separated, if no width is known, or by `decompose`.
@@ -204,7 +205,7 @@ class CLOVER(OutputAdapter[CLOVERSpec]):
 
     @classmethod
     def parameter_count(cls, model: nn.Module, sites: list[Site], spec: CLOVERSpec) -> int:
-        """Counts by the width of heads and the pairs of maps, which the model gives."""
+        """Counts with the width of heads and the pairs of maps, which need the model."""
         adapters, count = cls.build(sites, spec), 0
         for path, width, other in cls._joined(model, adapters):
             adapter = cast(CLOVER, adapters[path])
@@ -218,7 +219,7 @@ class CLOVER(OutputAdapter[CLOVERSpec]):
 
     @classmethod
     def _joined(cls, model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[tuple[str, int, Any]]:
-        """Gives the arguments of `decompose` for every map that is trained; parts pairs that must be."""
+        """Yields the arguments of `decompose` for every trained map; separates pairs where it has to."""
         heads = head_width(model)
         for path, adapter in adapters.items():
             assert isinstance(adapter, CLOVER)
@@ -226,7 +227,7 @@ class CLOVER(OutputAdapter[CLOVERSpec]):
             width = heads if headed else spec.block_size or (heads or 0) // 2
             if not width:
                 raise IncompatibleError(
-                    f"adapter.block_size: is needed for {path}: the model's config gives no width of heads."
+                    f"adapter.block_size: is needed for {path}: the model's config has no width of heads."
                 )
             between = None
             if adapter.partner is not None and adapter.role not in TO_OUTPUT:
@@ -246,11 +247,11 @@ class CLOVER(OutputAdapter[CLOVERSpec]):
             condition = torch.linalg.cond(matrices)
             if not (condition <= WORST_CONDITION).all():
                 worst = int(condition.nan_to_num(torch.inf).argmax())
-                remedy = "take it" if matrices is M else f"take {PARTNERS[str(self.role)]}"
+                remedy = "it" if matrices is M else PARTNERS[str(self.role)]
                 raise IncompatibleError(
                     f"adapter.targets: head {worst} of {path} is too close to singular in {name} (condition "
-                    f"{float(condition[worst]):.0e}, at most {WORST_CONDITION:.0e}): {remedy} out of "
-                    "targets, or leave its block out of layers."
+                    f"{float(condition[worst]):.0e}, at most {WORST_CONDITION:.0e}): remove {remedy} "
+                    "from targets, or leave its block out of layers."
                 )
         rank = self.rank
         for name, inverse in (
@@ -276,7 +277,7 @@ class CLOVER(OutputAdapter[CLOVERSpec]):
 
 
 def _block(site: Site) -> str:
-    """Returns what the paths of the parts of one block have in common."""
+    """Returns what the paths of one block's parts have in common."""
     return f".{site.path}".partition(f".{site.layer}.")[0] + f".{site.layer}"
 
 

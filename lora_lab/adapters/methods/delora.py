@@ -50,7 +50,7 @@ class DeLoRASpec(AdapterSpec):
     """Number of rank-one components; at least 1."""
 
     delora_lambda: float = 15.0
-    """Start of λ, the largest norm of an update over the largest of w; above 0."""
+    """Start of λ, the largest norm of an update divided by max w; above 0."""
 
     dropout: float = 0.0
     """Probability of zeroing an input of the adapter's branch while training, in [0, 1); PEFT calls it
@@ -70,7 +70,7 @@ class DeLoRASpec(AdapterSpec):
 
     @property
     def opens_as_delora(self) -> bool:
-        """Whether PEFT's DELORA, whose components all have the strength λ / rank, can say the update."""
+        """Whether PEFT's DELORA, whose components all have the strength λ / rank, can express the update."""
         return self.init == "zero_b" or self.residual_lambda == "current"
 
     @property
@@ -109,7 +109,7 @@ def _read_config(config: dict[str, Any]) -> dict[str, Any]:
 class DeLoRA(LowRankAdapter, RankAllocatable):
     """The adapter of one linear map.
 
-    A silenced component that the next step revives is back at full strength at once: see init: zero_b.
+    A silenced component that the next step changes has its full strength again at once: see init: zero_b.
     """
 
     trained_faster = ("B", "lambda_")
@@ -143,14 +143,14 @@ class DeLoRA(LowRankAdapter, RankAllocatable):
         if spec.init == "zero_b":
             warnings.warn(
                 "delora with init: zero_b starts as the identity and jumps away from it in its first step, "
-                "with any learning rate: train with init: residual. An adapter already trained may stay.",
+                "with any learning rate: train with init: residual. Trained adapters can be kept.",
                 stacklevel=3,
             )
         return super().build(sites, spec)
 
     @property
     def scale(self) -> float:
-        """One: the strength is in the factors."""
+        """1: the strength is in the factors."""
         return 1.0
 
     def _left(self, A: Tensor, B: Tensor, strength: Tensor) -> Float[Tensor, "out rank"]:
@@ -170,20 +170,20 @@ class DeLoRA(LowRankAdapter, RankAllocatable):
         return torch.cat([left - start, start], dim=1), torch.cat([right, shift])
 
     def without_gradient_at_start(self) -> tuple[str, ...]:
-        """Λ and the start's λ cancel where they are one number."""
+        """λ and the start's λ cancel if they are the same number."""
         if self.spec.init == "zero_b":
             return ("A", "lambda_")
         return ("lambda_",) if self.spec.residual_lambda == "current" else ()
 
     def decay_exempt(self) -> list[nn.Parameter]:
-        """No change is the start, and λ = 0 only if it takes the start along."""
+        """Returns A and B, whose start is no change, and λ, unless λ = 0 also removes the start."""
         frozen = self.start_A is not None and self.spec.residual_lambda == "frozen"
         return super().decay_exempt() + ([self.lambda_] if frozen else [])
 
     def peft_tensors(self) -> dict[str, Tensor]:
-        """Returns what is held of [A; −A₀] and [B, B₀], and 2 λ.
+        """Returns the held part of [A; −A₀] and [B, B₀], and 2 λ.
 
-        Also LoRA's A and B where PEFT needs them.
+        Also LoRA's A and B if PEFT needs them.
         """
         held, strength = self.held(), self.lambda_.data * self._file_ratio
         rank = self.stored_rank(int(held.sum()))
@@ -207,7 +207,7 @@ class DeLoRA(LowRankAdapter, RankAllocatable):
 
     @property
     def _file_ratio(self) -> float:
-        """A file's λ over ours: PEFT's DELORA divides it by the rank that the file has."""
+        """A file's λ divided by ours: PEFT's DELORA divides it by the rank of the file."""
         copies = 1 if self.start_A is None else 2
         return copies * (self.stored_spec.rank / self.spec.rank if self.spec.opens_as_delora else 1)
 
@@ -219,7 +219,7 @@ class DeLoRA(LowRankAdapter, RankAllocatable):
 
     @torch.no_grad()
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes apart what `peft_tensors` stacks."""
+        """Splits what `peft_tensors` stacks."""
         A, B, strength, w = (tensors[name] for name in self.peft.tensors)
         rank, stored = len(self.A), len(A) // 2
         self.A.copy_(A[:rank])

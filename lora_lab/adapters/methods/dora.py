@@ -1,4 +1,4 @@
-"""DoRA: magnitude and direction of a weight trained apart (Liu et al. 2024, arXiv:2402.09353).
+"""DoRA: magnitude and direction of a weight trained separately (Liu et al. 2024, arXiv:2402.09353).
 
     V  = W + s B A                     s = alpha / rank, or alpha / √rank with rslora
     W' = diag(g) V,  g = m / ‖V‖       one magnitude per row of W, an output (dora_axis: out)
@@ -6,7 +6,7 @@
 
     A   (rank, in)      learned; U(±1/√in) at the start
     B   (out, rank)     learned; zeros at the start
-    m   (out,) or (in,) learned; ‖W‖ at the start, by the routine that gives ‖V‖: g is exactly 1, so W' = W
+    m   (out,) or (in,) learned; ‖W‖ at the start, computed like ‖V‖: g is exactly 1, so W' = W
 
 The authors' code and PEFT have one magnitude per output; the paper's text, read literally, one per input. The
 bias is never scaled. Norms are computed in float32 or wider.
@@ -43,14 +43,14 @@ class DoRASpec(ScaledSpec):
     method: str = "dora"
 
     dora_axis: Literal["out", "in"] = "out"
-    """What has a magnitude of its own: each output (PEFT's DoRA) or each input (which PEFT cannot open)."""
+    """What has a magnitude: each output (as in PEFT) or each input (which PEFT cannot open)."""
 
     detach_norm: bool = True
     """Treat ‖V‖ as a constant in the backward pass, as in the paper's section 4.3."""
 
 
 def _write_config(spec: DoRASpec) -> dict[str, Any]:
-    # PEFT has no magnitudes per input: without its type it refuses the folder instead of misreading it.
+    # PEFT has no magnitudes per input: without a type it refuses the folder instead of misreading it.
     foreign = {"peft_type": None} if spec.dora_axis == "in" else {}
     return {**write_lora_config(spec), "use_dora": True, **foreign}
 
@@ -79,12 +79,12 @@ class DoRA(MagnitudeAdapter[DoRASpec]):
         if spec.dora_axis == "in" and is_convolution(base):
             raise IncompatibleError(
                 "adapter.dora_axis: in cannot scale a convolution's inputs, which overlap in patches; use "
-                "dora_axis: out, or take the convolution out of targets."
+                "dora_axis: out, or remove the convolution from targets."
             )
         self.axis = 1 if spec.dora_axis == "out" else 0  # the axis that a norm sums over
         self.A = nn.Parameter(kaiming_uniform(spec.rank, self.in_features, dtype=self.dtype))
         self.B = nn.Parameter(torch.zeros(self.out_features, spec.rank, dtype=self.dtype))
-        # Constant, so it is computed once: with it a norm costs rank products per row.
+        # Constant, so it is computed once; a norm then costs rank products per row.
         square = widened(matrix(base).detach()).square().sum(self.axis)
         self.register_buffer("weight_square", square, persistent=False)
         self.m = nn.Parameter(square.clamp(min=SMALLEST_NORM**2).sqrt())
@@ -99,7 +99,7 @@ class DoRA(MagnitudeAdapter[DoRASpec]):
         self, weight: Float[Tensor, "out in"], weight_square: Float[Tensor, " k"]
     ) -> Float[Tensor, " k"]:
         """Returns g = m / ‖W + s B A‖, the norms taken along the axis of the spec."""
-        # Autocast would compute the products below in half precision, and norms cancel in it.
+        # Autocast would compute the products below in half precision, in which terms of the norms cancel.
         learns = torch.is_grad_enabled() and not self.spec.detach_norm
         with torch.set_grad_enabled(learns), torch.autocast(weight.device.type, enabled=False):
             weight, left = widened(weight), self.scale * self.B
@@ -112,7 +112,7 @@ class DoRA(MagnitudeAdapter[DoRASpec]):
         return gain.unsqueeze(self.axis) * (weight + self.scale * (self.B @ self.A))
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        """Applies the adapted map; dropout acts on everything but the base's own product."""
+        """Applies the adapted map; dropout acts on everything except the base's product."""
         gain = self.gain(matrix(self.base), self.weight_square)
         if self.axis == 1:
             return self.scaled(x, gain, self.scale * self.B, self.A)

@@ -1,14 +1,14 @@
-"""DyLoRA: nested ranks trained at once, each of them usable later (Valipour et al. 2022, arXiv:2210.07558).
+"""DyLoRA: nested ranks trained together, each usable later (Valipour et al. 2022, arXiv:2210.07558).
 
     W' = W + s B[:, :k] A[:k]       s = alpha / k, or alpha / √k with rslora; k the active rank, 1 to rank
 
     A   (rank, in)    learned; U(±1/√in) at the start
     B   (out, rank)   learned; zeros at the start, so W' = W at every k
 
-A step learns the components that it uses, with `frozen` the last of them alone. All others stay bitwise as
-they are, and so does the optimizer's state of them: the paper's code lets momentum and decay move them.
+A step trains the components that it uses, with `frozen` only the last of them. All others, and their
+optimizer state, stay bitwise unchanged; in the paper's code momentum and decay move them.
 
-A folder opens in PEFT as the LoRA of the active rank; the other components are in it too, for us.
+A folder opens in PEFT as the LoRA of the active rank; the other components are stored in it for lora_lab.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class DyLoRASpec(ScaledSpec):
     """Strength of the update: it is scaled by alpha / active rank; 16 in the paper."""
 
     frozen: bool = False
-    """Learn component k alone at active rank k and hold those below it, as in the paper. For runs that draw a
-    rank for every step: at a rank that stays, one component is all that is ever learned."""
+    """At active rank k train only component k, as in the paper. For runs that draw a rank for every step:
+    with a fixed rank only one component would ever be trained."""
 
 
 class DyLoRA(LowRankAdapter[DyLoRASpec], NestedRank):
@@ -70,7 +70,7 @@ class DyLoRA(LowRankAdapter[DyLoRASpec], NestedRank):
         """The number of components in use; at the start the largest.
 
         Raises:
-            ConfigError: if it is set to a rank that is not there.
+            ConfigError: if it is set to a rank that does not exist.
         """
         return self._at_rank.rank
 
@@ -78,7 +78,7 @@ class DyLoRA(LowRankAdapter[DyLoRASpec], NestedRank):
     def active_rank(self, rank: int) -> None:
         if rank not in self.ranks:
             raise ConfigError(f"active_rank: must be one of 1 to {self.max_rank} here; got {rank}")
-        # Kept as Python numbers too: a forward pass would have to wait for the device to read the buffer.
+        # Also kept as Python numbers: reading the buffer in a forward pass would wait for the device.
         self._at_rank = replace(self.spec, rank=rank)
         self.used.zero_()[:rank] = True
 
@@ -88,7 +88,7 @@ class DyLoRA(LowRankAdapter[DyLoRASpec], NestedRank):
 
     @property
     def stored_spec(self) -> DyLoRASpec:
-        """The active rank is what PEFT opens."""
+        """Returns the spec with the active rank, which PEFT opens."""
         return self._at_rank
 
     @property
@@ -112,7 +112,7 @@ class DyLoRA(LowRankAdapter[DyLoRASpec], NestedRank):
         return self.used
 
     def frozen_parts(self) -> list[tuple[nn.Parameter, Bool[Tensor, ...]]]:
-        """Returns flags of the components that the step does not learn."""
+        """Returns flags of the components that the step does not train."""
         learned = self.used.clone()
         if self.spec.frozen:
             learned[: self.active_rank - 1] = False

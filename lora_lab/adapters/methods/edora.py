@@ -38,14 +38,14 @@ class EDoRASpec(BasisSpec, LowRankSpec):
     removed_fields = {"use_magnitude": True, "subspace": "top", "fold_sigma": True}
 
     rank: int = 8
-    """How many singular vectors of either side the core mixes; at least 1."""
+    """How many singular vectors of each side the core mixes; at least 1."""
 
     alpha: float = 16.0
     """Strength of the update: it is scaled by alpha / rank."""
 
     init_sigma: float = 1e-5
-    """Standard deviation of R at the start, at least 0; 1e-5 in the authors' code. 0 starts exactly at W, and
-    R learns from it."""
+    """Standard deviation of R at the start, at least 0; 1e-5 in the authors' code. 0 starts exactly at W; R
+    still has a gradient."""
 
     @property
     def scale(self) -> float:
@@ -76,7 +76,7 @@ class EDoRA(BasisAdapter[EDoRASpec], MagnitudeAdapter[EDoRASpec]):
         checked_rank(base, spec.rank)
         super().__init__(base, spec, singular_basis(base, spec, torch.arange(spec.rank)))
         self.R = nn.Parameter(spec.init_sigma * torch.randn(spec.rank, spec.rank, dtype=self.dtype))
-        # Both are of the base, and make a norm cost rank products per row.
+        # With both, which depend only on the base, a norm costs rank products per row.
         square = widened(matrix(base).detach()).square().sum(1)
         self.register_buffer("weight_square", square, persistent=False)
         self.register_buffer("on_basis", torch.zeros_like(self.U), persistent=False)
@@ -89,7 +89,7 @@ class EDoRA(BasisAdapter[EDoRASpec], MagnitudeAdapter[EDoRASpec]):
         return spec.rank**2 + sizes(module)[0]
 
     def tensors_changed(self) -> None:
-        """Computes W V_r, with the base's own W, of which loaded vectors need not be the singular ones."""
+        """Computes W V_r with the base's W, since loaded vectors may not be its singular vectors."""
         with torch.autocast(self.Vh.device.type, enabled=False):
             weight = widened(matrix(self.base).detach()).to(self.Vh)
             self.on_basis.copy_(weight @ self.Vh.T)
@@ -105,7 +105,7 @@ class EDoRA(BasisAdapter[EDoRASpec], MagnitudeAdapter[EDoRASpec]):
         return gains(self.m, norm).unsqueeze(1) * edited
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        """Applies the adapted map; dropout acts on everything but the base's own product."""
+        """Applies the adapted map; dropout acts on everything except the base's product."""
         left = self.left()
         norm = edited_row_norms(self.weight_square, self.on_basis, left.detach())
         return self.scaled(x, gains(self.m, norm), left, self.Vh)

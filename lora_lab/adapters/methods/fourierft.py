@@ -1,10 +1,10 @@
 """FourierFT: an update with few Fourier coefficients (Gao et al. 2024, arXiv:2405.03003).
 
     ΔW = scaling · Re(ifft2(F)),   F[r_k, s_k] = c_k, and 0 elsewhere
-    y  = base(x) + x ΔWᵀ           by transforms of x; ΔW itself is formed for merging and small maps alone
+    y  = base(x) + x ΔWᵀ           by transforms of x; ΔW itself is formed only for merging and for small maps
 
     c         (n_frequency,)     learned; N(0, 1) at the start as in the paper, where W' is not W, or zeros
-    indices   (2, n_frequency)   frozen: r_k and s_k, from `random_loc_seed` and the map's sizes alone
+    indices   (2, n_frequency)   frozen: r_k and s_k, from `random_loc_seed` and the map's sizes only
 
 The indices equal PEFT's, whose files do not hold them. Entries (r, s) and (−r, −s) of F give the same ΔW.
 """
@@ -28,7 +28,7 @@ from lora_lab.errors import IncompatibleError, TargetError
 from lora_lab.linalg.fourier import Scatter, first_of_permutation, fourier_matrix, fourier_product, scatter
 
 SMALL = 2**14
-"""Numbers in a map up to which ΔW itself is cheaper than transforms."""
+"""Size of a map up to which ΔW itself is cheaper than transforms."""
 
 
 @dataclass
@@ -52,7 +52,7 @@ class FourierFTSpec(AdapterSpec):
     """Seed of the indices, at least 0; the run's own seed does not touch them."""
 
     init: Literal["default", "zeros"] = "default"
-    """Start of c: `default` N(0, 1), as in the paper, or `zeros`, the identity, PEFT's init_weights."""
+    """Start of c: `default` is N(0, 1), as in the paper; `zeros`, PEFT's init_weights, is the identity."""
 
     @property
     def size_field(self) -> str | None:
@@ -75,7 +75,7 @@ def _read_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_pattern(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-    # Whole paths: PEFT knows no roles.
+    # Whole paths, since PEFT has no roles.
     return {"n_frequency_pattern": {path: len(adapter.c) for path, adapter in adapters.items()}}
 
 
@@ -111,7 +111,7 @@ class FourierFT(AdditiveAdapter[FourierFTSpec]):
                 f"adapter.n_frequency: must be at most in · out = {m * n} here; got {count}. Lower it, or "
                 "use n_frequency_pattern for this module."
             )
-        distinct = (m * n + (2 - m % 2) * (2 - n % 2)) // 2  # some entries are their own mirror image
+        distinct = (m * n + (2 - m % 2) * (2 - n % 2)) // 2  # some entries are their own mirror images
         if count > distinct:
             warnings.warn(
                 f"adapter.n_frequency: {count} for a map from {n} to {m}, where entries (r, s) and (−r, −s) "
@@ -126,7 +126,7 @@ class FourierFT(AdditiveAdapter[FourierFTSpec]):
 
     @classmethod
     def build(cls, sites: list[Site], spec: FourierFTSpec) -> dict[str, Adapter]:
-        """Makes the adapters, for which `n_frequency_pattern` holds site by site."""
+        """Makes the adapters; `n_frequency_pattern` can set the number for each site."""
         for key in spec.n_frequency_pattern:
             if not any(match_pattern({key: True}, site) for site in sites):
                 raise TargetError(f"adapter.n_frequency_pattern: '{key}' matches no adapted module.")
@@ -148,7 +148,7 @@ class FourierFT(AdditiveAdapter[FourierFTSpec]):
         return fourier_matrix(self.c * self.spec.scaling, self.indices, self.out_features, self.in_features)
 
     def delta_output(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        if self.out_features * self.in_features <= SMALL or not x.numel():  # no transform takes no tokens
+        if self.out_features * self.in_features <= SMALL or not x.numel():  # transforms need a token
             return super().delta_output(x)
         forward, back = (
             Scatter(*(getattr(self, f"{way}_{name}") for name in Scatter._fields))

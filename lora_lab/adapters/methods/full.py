@@ -1,11 +1,11 @@
-"""Full fine-tuning, as the baseline which every adapter is measured against.
+"""Full fine-tuning, the baseline with which adapters are compared.
 
-    W' = W*        every module that owns parameters is trained in a copy
+    W' = W*        a copy of every module that owns parameters is trained
 
     trained   the module's own shapes; learned; a copy of the base at the start, so W' = W
 
-The frozen original is kept, so that `remove()` is bitwise and a run can say what changed. That costs the
-base's memory once more; tied parameters stay tied.
+The frozen original is kept, so that `remove()` is exact and a run can say what changed. This takes the base's
+memory twice; tied parameters stay tied.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Full(TrainedCopy[AdapterSpec]):
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        """Whether it owns parameters, or codes, for `build` to refuse: they would stay behind unseen."""
+        """Whether it owns parameters, or quantised weights, which `build` refuses."""
         return super().accepts(module) or (holds_codes(module) and not any(module.children()))
 
     @classmethod

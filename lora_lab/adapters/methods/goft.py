@@ -1,15 +1,15 @@
 """GOFT: a rotation of few numbers, a tree of Givens rotations (Ma et al. 2024, arXiv:2404.04316).
 
     W' = W Rᵀ,   R = P_L … P_2 P_1                     y = base(x R), x a row
-    P_i turns pairs of inputs by G = [[cos α, −sin α], [sin α, cos α]],  α = π tanh θ
+    P_i rotates pairs of inputs by G = [[cos α, −sin α], [sin α, cos α]],  α = π tanh θ
 
-P_1 turns neighbours; each further stage turns neighbours among every second of those before, so that
-L = ⌈log₂ in⌉ stages have in − 1 pairs. qGOFT (`strict_oft: false`) learns the blocks G as they are.
+P_1 rotates neighbours; each further stage rotates neighbours among every second one of the stage before, so L
+= ⌈log₂ in⌉ stages have in − 1 pairs. qGOFT (`strict_oft: false`) trains the blocks G directly.
 
     θ   (in − 1,)        learned, without qGOFT; zeros at the start
     G   (in − 1, 2, 2)   learned, with qGOFT; I at the start. In either case W' = W bitwise
 
-qGOFT's penalty holds the columns of every block near to orthogonal: soft_reg Σ (g₀₀ g₀₁ + g₁₀ g₁₁)².
+qGOFT's penalty keeps the columns of every block nearly orthogonal: soft_reg Σ (g₀₀ g₀₁ + g₁₀ g₁₁)².
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class GOFTSpec(AdapterSpec):
     removed_fields = {"topology": "tree", "scaling": False, "angle_param": "tanh_pi"}
 
     strict_oft: bool = True
-    """Train angles, so rotations; without it the paper's qGOFT, which trains four numbers a pair."""
+    """Train angles, which give rotations; false is the paper's qGOFT, which trains four numbers per pair."""
 
     soft_reg: float = 0.01
     """Weight of qGOFT's penalty in the loss, at least 0; in the paper 0.01 for LLaMA and 0.001
@@ -84,7 +84,7 @@ class GOFT(InputAdapter[GOFTSpec]):
         for site in sites:
             if sizes(site.module)[1] < 2:
                 raise IncompatibleError(
-                    f"adapter.targets: {site.path} has one input, which cannot be rotated; take it out."
+                    f"adapter.targets: {site.path} has one input, which cannot be rotated; remove it."
                 )
         return super().build(sites, spec)
 
@@ -92,7 +92,7 @@ class GOFT(InputAdapter[GOFTSpec]):
         """Returns the G of all pairs."""
         if self.G is not None:
             return self.G
-        assert self.theta is not None  # exactly one of the two is there
+        assert self.theta is not None  # exactly one of the two exists
         return givens(math.pi * self.theta.tanh())
 
     def rotated(self, x: Tensor, inverse: bool = False) -> Tensor:
@@ -113,5 +113,5 @@ class GOFT(InputAdapter[GOFTSpec]):
         return self.spec.soft_reg * (self.G[:, :, 0] * self.G[:, :, 1]).sum(1).square().sum()
 
     def decay_exempt(self) -> list[nn.Parameter]:
-        """Returns all but angles."""
+        """Returns everything except angles."""
         return [] if self.G is None else [self.G]

@@ -1,4 +1,4 @@
-"""The head alone, on frozen features: the baseline which every adapter has to beat.
+"""Only the head, on frozen features: the baseline that every adapter has to beat.
 
 W' = W everywhere; only the task head (`modules_to_save`) is trained
 """
@@ -23,13 +23,13 @@ class HeadSpec(FullSpec):
 
     def faults(self) -> list[str]:
         if self.targets or self.layers is not None:
-            return ["targets: head adapts no module of the base; leave targets and layers out"]
+            return ["targets: head adapts no module of the base; leave out targets and layers"]
         return (
             ["modules_to_save: head trains nothing else; name a module"] if self.modules_to_save == [] else []
         )
 
 
 class Head(Full):
-    """Full fine-tuning of no module of the base: the head's training is `modules_to_save`'s work."""
+    """Full fine-tuning of no module of the base; `modules_to_save` trains the head."""
 
     Spec = HeadSpec

@@ -4,7 +4,7 @@
     y  = base(R x)
 
     u         (in, rank)   learned; columns come in equal pairs at the start, whose reflections cancel: W' = W
-    start_u   (in, rank)   frozen, with `apply_GS` alone
+    start_u   (in, rank)   frozen, only with `apply_GS`
 
 With `apply_GS` the û_i are the Gram-Schmidt vectors Q of u, and the chain is G(u) = I − 2 Q Qᵀ. Orthogonal
 reflections cannot cancel, so the start is random and a frozen copy cancels it: R = G(u) G(u₀). That is again
@@ -40,11 +40,11 @@ class HRASpec(AdapterSpec):
     removed_fields = {"reg_squared": True}
 
     rank: int = 8
-    """Number of reflections; at least 1, and even where they have to cancel in pairs at the start."""
+    """Number of reflections; at least 1, and even if they have to cancel in pairs at the start."""
 
     identity_start: bool = True
-    """Whether W' = W at the start, PEFT's init_weights; without it all vectors are drawn at random, and an
-    odd rank is allowed."""
+    """Whether W' = W at the start, PEFT's init_weights; if not, all vectors are random, and an odd rank is
+    allowed."""
 
     apply_GS: bool = False  # noqa: N815
     """Orthogonalise the vectors by Gram-Schmidt, as in the paper: the limit of an infinite `reg_lambda`."""
@@ -68,7 +68,7 @@ class HRASpec(AdapterSpec):
         if not (math.isfinite(self.reg_lambda) and self.reg_lambda >= 0):
             found.append(f"reg_lambda: must be finite and at least 0; got {self.reg_lambda}")
         elif self.reg_lambda and self.apply_GS:
-            found.append("reg_lambda: apply_GS makes the vectors orthogonal already; use one of the two")
+            found.append("reg_lambda: apply_GS already makes the vectors orthogonal; use one of the two")
         return found
 
 
@@ -83,7 +83,7 @@ def _write_config(spec: HRASpec) -> dict[str, Any]:
 
 def _read_config(config: dict[str, Any]) -> dict[str, Any]:
     gram_schmidt = config.get("apply_GS", False)
-    # PEFT knows no frozen start, and its chain of odd rank starts at random.
+    # PEFT has no frozen start, and its chains of odd rank start at random.
     identity = config.get("init_weights", True) and not gram_schmidt and config["r"] % 2 == 0
     return {"rank": config["r"], "apply_GS": gram_schmidt, "identity_start": identity}
 
@@ -105,7 +105,7 @@ class HRA(InputAdapter[HRASpec]):
         if spec.apply_GS and spec.rank > self.in_features:
             raise IncompatibleError(
                 f"adapter.rank: apply_GS needs rank <= {self.in_features}, the number of inputs here; got "
-                f"{spec.rank}. Lower the rank, or leave apply_GS out."
+                f"{spec.rank}. Lower the rank, or leave out apply_GS."
             )
         if spec.identity_start and not spec.apply_GS:
             pairs = kaiming_uniform(self.in_features, spec.rank // 2, dtype=self.dtype)
@@ -135,7 +135,7 @@ class HRA(InputAdapter[HRASpec]):
         return reflect_chain(weight, self.chain().flip(1))
 
     def penalty(self) -> Tensor | float:
-        """Returns how far the û_i are from orthogonal."""
+        """Returns the penalty for û_i that are not orthogonal."""
         if not self.spec.reg_lambda:
             return 0.0
         return self.spec.reg_lambda * overlap(self.u).square()
@@ -146,7 +146,7 @@ class HRA(InputAdapter[HRASpec]):
 
     @torch.no_grad()
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes over the vectors. A doubled chain gives u back orthonormalised: the same R."""
+        """Loads the vectors. A doubled chain gives back u orthonormalised, with the same R."""
         self.u.copy_(tensors["hra_u"][:, : self.spec.rank])
         if self.start_u is not None:
             self.start_u.copy_(tensors["hra_u"][:, self.spec.rank :])

@@ -32,8 +32,8 @@ class IA3Spec(AdapterSpec):
     targets: Union[str, list[str]] = field(default_factory=lambda: ["key", "value", "down"])  # noqa: UP007
 
     feedforward_modules: list[str] = field(default_factory=lambda: ["down"])
-    """Which of the targets are rescaled at their input: roles, path endings or `regex:` patterns as in
-    `targets`; all others are rescaled at their output."""
+    """Targets that are rescaled at their input: roles, path endings or `regex:` patterns as in `targets`; all
+    others are rescaled at their output."""
 
 
 def _write_paths(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def _write_paths(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
 
 
 def _read_shapes(sites: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[str, Any]:
-    """PEFT rescales inputs where the vector lies, (1, in), and outputs where it stands, (out, 1)."""
+    """PEFT rescales inputs if the vector is (1, in), and outputs if it is (out, 1)."""
     return {"feedforward_modules": [path for path, shapes in sites.items() if shapes["ia3_l"][0] == 1]}
 
 
@@ -65,7 +65,7 @@ class IA3(OutputAdapter[IA3Spec]):
 
     @classmethod
     def build(cls, sites: list[Site], spec: IA3Spec) -> dict[str, Adapter]:
-        """Makes the adapters, whose form `feedforward_modules` chooses.
+        """Makes the adapters, in the form that `feedforward_modules` chooses.
 
         Raises:
             TargetError: if a name in `feedforward_modules` is not a role and matches no target.

@@ -83,7 +83,7 @@ class LoHa(LycorisAdapter[LoHaSpec]):
         return 2 * (spec.rank * (out + channels) + math.prod(shape))
 
     def products(self, kept: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns both pairs of factors; the first one also holds the scale, and what dropout leaves."""
+        """Returns both pairs of factors; the first one includes the scale and the dropout mask."""
         left, right = product(self.w1_a, self.w1_b, self.t1)
         gain = self.spec.scale if kept is None else self.spec.scale * kept.unsqueeze(1)
         return gain * left, right, *product(self.w2_a, self.w2_b, self.t2)
@@ -108,9 +108,9 @@ class LoHa(LycorisAdapter[LoHaSpec]):
         return recomputed(self._alone, x, kept)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        """Applies base and update; where P and Q cost more, by one product with W + ΔW instead of two.
+        """Applies base and update, in one product with W + ΔW if P and Q cost more.
 
-        Not under autocast: it would round the sum to half precision, which a small ΔW does not survive.
+        Not under autocast, which would round the sum to half precision: a small ΔW would be lost.
         """
         if self.factored or torch.is_autocast_enabled(x.device.type):
             return super().forward(x)

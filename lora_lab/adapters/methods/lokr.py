@@ -3,7 +3,7 @@
     W' = W + s W1 ⊗ W2              s = alpha / rank;  out = l·k and in = p·q, see `factorization`
     y  = base(x) + s W1 X W2ᵀ       X (p, q) is x, and the product (l, k) the update, written as a matrix
 
-    W1   (l, p)            learned: w1, or with decompose_both, where rank < max(l, p) / 2, w1_a w1_b
+    W1   (l, p)            learned: w1, or with decompose_both, if rank < max(l, p) / 2, w1_a w1_b
     W2   (k, q, *kernel)   learned: w2, or where rank < max(k, q) / 2, w2_a w2_b
 
     w1_a (l, rank), w1_b (rank, p), w2_a (k, rank), w2_b (rank, q · kernel); with use_effective_conv2d
@@ -42,16 +42,16 @@ from lora_lab.linalg.rank import product_singular_values
 
 @dataclass
 class LoKrSpec(LycorisSpec):
-    """LoKr's options; the larger the rank and the smaller the factor, the more numbers are learned."""
+    """LoKr's options; a larger rank and a smaller factor train more parameters."""
 
     method: str = "lokr"
 
     decompose_both: bool = False
-    """Whether W1 may be a product of two factors too."""
+    """Whether W1 may also be a product of two factors."""
 
     decompose_factor: int = -1
-    """Bound of W1's sides: l is the largest divisor of out up to it and to √out, p that of in; -1 leaves √
-    alone. Where it divides a side itself, it is taken as it is, even above √."""
+    """Bound of W1's sides: l is the largest divisor of out up to it and to √out, p that of in; -1 sets only √
+    as the bound. If it divides a side, it is used itself, even above √."""
 
     rank_dropout_scale: bool = False
     """Divide by the share of outputs that rank_dropout keeps."""
@@ -66,8 +66,8 @@ class LoKrSpec(LycorisSpec):
 def factorization(dimension: int, factor: int) -> tuple[int, int]:
     """Returns two numbers with the product `dimension`, for W1 and W2.
 
-    A divisor is taken as it is, even above the root; else the first is the largest divisor up to the root
-    and to `factor`, -1 meaning no bound.
+    If `factor` divides `dimension`, it is used, even above the root; else the first number is the largest
+    divisor up to the root and to `factor`; -1 means no bound.
     """
     if factor > 0 and dimension % factor == 0:
         return factor, dimension // factor
@@ -137,14 +137,14 @@ class LoKr(LycorisAdapter[LoKrSpec]):
 
     @classmethod
     def build(cls, sites: list[Site], spec: LoKrSpec) -> dict[str, Adapter]:
-        """Makes the adapters. Warns, once, of sides without a divisor to split them by."""
+        """Makes the adapters. Warns once of sides that no divisor splits."""
         adapters = super().build(sites, spec)
         whole = [path for path, adapter in adapters.items() if (adapter.l, adapter.p) == (1, 1)]
         if whole and spec.decompose_factor != 1:
             named = ", ".join(whole[:3]) + (f" and {len(whole) - 3} more" if len(whole) > 3 else "")
             warnings.warn(
                 f"adapter.decompose_factor: {spec.decompose_factor} splits no side of {named}: "
-                "W1 is a single number there, and W2 as large as W. Use lora on such modules.",
+                "there W1 is a single number and W2 as large as W. Use lora on such modules.",
                 stacklevel=3,
             )
         return adapters
@@ -155,7 +155,7 @@ class LoKr(LycorisAdapter[LoKrSpec]):
         return self.spec.scale * W1
 
     def W2(self) -> tuple[Float[Tensor, "k rank"] | None, Float[Tensor, "rank columns"]]:
-        """Returns the factors of W2 with its kernel in the columns; the left one is None if it is whole."""
+        """Returns the factors of W2 with its kernel in the columns; the left one is None if there is one."""
         return (None, self.w2.flatten(1)) if self.w2_a is None else product(self.w2_a, self.w2_b, self.t2)
 
     def delta_weight(self) -> Float[Tensor, "out in"]:

@@ -7,7 +7,7 @@
     B   (out, rank)   learned; zeros at the start, so W' = W
     c   (out,)        learned, with lora_bias; zeros at the start
 
-Embeddings: see `embedding`; experts stacked in one parameter: see `experts`.
+For embeddings see `embedding`, for experts stacked in one parameter `experts`.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class LoRA(LowRankAdapter[LoRASpec], RankAllocatable, Growable, Shareable):
 
     @classmethod
     def at(cls, site: Site, spec: LoRASpec, *shared: object) -> Adapter:
-        """Makes the adapter; an embedding has one of its own."""
+        """Makes the adapter; embeddings have another class."""
         if LowRankExperts.accepts(site.module):
             return LowRankExperts.at(site, spec)
         if not LowRankEmbedding.accepts(site.module):
@@ -101,7 +101,7 @@ class LoRA(LowRankAdapter[LoRASpec], RankAllocatable, Growable, Shareable):
         if spec.lora_bias or spec.dropout or spec.init not in ("default", "gaussian"):
             raise IncompatibleError(
                 "LoRA on an embedding has no dropout, no lora_bias and one start (init: default); "
-                "drop the embedding from targets, or those options."
+                "remove the embedding from targets, or these options."
             )
         return LowRankEmbedding.at(site, spec)
 

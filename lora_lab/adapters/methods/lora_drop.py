@@ -8,8 +8,8 @@
     B   (out, rank)   learned; zeros at the start, so W' = W
     M   (…, rank)     drawn again for every token
 
-A unit is multiplied by 0, never skipped: every tensor has a gradient in every step and process. Masks come
-from torch's own generator, which gradient checkpointing sets back where it computes a block again.
+A unit is multiplied by 0, never skipped, so every tensor has a gradient in every step and process. Masks come
+from torch's global generator, which gradient checkpointing resets when it computes a block again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LoRADropSpec(ScaledSpec):
     removed_fields = {"drop_unit": "rank", "drop_granularity": "token", "drop_rescale": True}
 
     drop_prob: float = 0.3
-    """Probability p of zeroing a unit while training, in [0, 1); 0.5 in the paper, 0 is LoRA."""
+    """Probability p of zeroing a unit in training, in [0, 1); 0.5 in the paper, 0 is LoRA."""
 
     def faults(self) -> list[str]:
         return super().faults() + probability_fault("drop_prob", self.drop_prob)

@@ -5,10 +5,10 @@
 
     A      (rank, in)    learned; U(±1/√in) at the start
     B      (out, rank)   learned; zeros at the start, so W' = W
-    kept   (rank,)       flags of the units alive; a dead one never comes back
+    kept   (rank,)       flags of the units that are alive; a dead one never comes back
 
-`linalg.pruning.alive` is the rule by which units die. The row of A and the column of B of a dead unit are
-zero, have no gradient, and no step moves them.
+`linalg.pruning.alive` decides which units die. The row of A and the column of B of a dead unit are zero, have
+no gradient, and no step changes them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class LoRAPrune(LowRankAdapter[LoRAPruneSpec], Prunable):
     paper = "-"
 
     def factors(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
-        """Flags in B leave a dead unit of either factor without gradient."""
+        """Returns the factors; with the flags in B, dead units have no gradient in either."""
         return self.B * self.kept, self.A
 
     @torch.no_grad()
@@ -49,10 +49,10 @@ class LoRAPrune(LowRankAdapter[LoRAPruneSpec], Prunable):
         self.A.masked_fill_(~self.kept.unsqueeze(1), 0)
 
     def frozen_parts(self) -> list[tuple[nn.Parameter, Bool[Tensor, ...]]]:
-        """Returns the dead units, whose moments stay as they were, unused."""
+        """Returns flags of the dead units, whose moments do not change."""
         return [] if self.kept.all() else [(self.A, ~self.kept.unsqueeze(1)), (self.B, ~self.kept)]
 
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """A unit of zeros is a dead one."""
+        """Loads the tensors; a unit of zeros is dead."""
         super().load_peft_tensors(tensors)
         self.kept.copy_(self.A.any(1) | self.B.any(0))

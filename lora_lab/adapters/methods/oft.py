@@ -7,10 +7,10 @@
     q   (blocks, b(b−1)/2)   the Q_i above their diagonals, learned; zeros at the start, so W' = W bitwise
         (1, b(b−1)/2)        with block_share
 
-R is orthogonal, so the rows of W' keep their lengths and angles. The two forms turn in opposite directions,
-as they do in PEFT; the polynomial has the direction of the paper.
+R is orthogonal, so the rows of W' keep their lengths and angles. The two forms rotate in opposite directions,
+as in PEFT; the polynomial has the paper's direction.
 
-With `coft` every ‖Q_i‖_F is held within eps / √(rows of q), by shrinking q before each pass of training.
+With `coft` every ‖Q_i‖_F is kept within eps / √(rows of q), by shrinking q before each training pass.
 """
 
 from __future__ import annotations
@@ -54,26 +54,26 @@ class OFTSpec(AdapterSpec):
     """Number of blocks, instead of their size; 0 if `oft_block_size` is given."""
 
     auto_adjust: bool = False
-    """Where that does not divide the inputs, take the nearest number that does, as PEFT does."""
+    """If that does not divide the inputs, use the nearest number that does, as PEFT does."""
 
     use_cayley_neumann: bool = True
-    """Compute R_i by a polynomial, without a solve; orthogonal only as long as ‖Q_i‖ is well below 1."""
+    """Compute R_i by a polynomial instead of a linear solve; orthogonal only if ‖Q_i‖ is well below 1."""
 
     num_cayley_neumann_terms: int = 5
-    """Length of the polynomial, at least 2. 5 is PEFT's; 4 and 6 are nearer to orthogonal: for ‖Q_i‖ = 0.2
-    by 6e-5 and 1e-7, against 3e-3."""
+    """Length of the polynomial, at least 2. 5 is PEFT's; 4 and 6 are closer to orthogonal: for ‖Q_i‖ = 0.2
+    they are off by 6e-5 and 1e-7, 5 by 3e-3."""
 
     block_share: bool = False
     """One R_i for all blocks of a map."""
 
     coft: bool = False
-    """Hold the rotation near to the identity."""
+    """Keep the rotation near the identity."""
 
     eps: float = 6e-5
-    """How near with `coft`; above 0."""
+    """How near, with `coft`; above 0."""
 
     dropout: float = 0.0
-    """Share of the blocks, rounded down, that are the identity in a pass of training, in [0, 1); PEFT calls
+    """Share of the blocks, rounded down, that are the identity in a training pass, in [0, 1); PEFT calls
     it module_dropout, and ignores it."""
 
     @property
@@ -86,7 +86,7 @@ class OFTSpec(AdapterSpec):
         if self.coft and not (math.isfinite(self.eps) and self.eps > 0):
             found.append(f"eps: must be finite and above 0; got {self.eps}")
         if self.dropout and self.block_share:
-            found.append("dropout: drops single blocks, and block_share has but one; use one of the two")
+            found.append("dropout: drops single blocks, and block_share has only one; use one of the two")
         return found + probability_fault("dropout", self.dropout)
 
 
@@ -95,21 +95,20 @@ SAME = ("oft_block_size", "r", "block_share", "coft", "eps", "use_cayley_neumann
 
 
 def _write_config(spec: OFTSpec) -> dict[str, Any]:
-    # PEFT warns of files without a version: its polynomial was another one before 0.18.
+    # PEFT warns of files without a version: before 0.18 it had another polynomial.
     return {"peft_version": "0.21.2"}
 
 
 def _read_config(config: dict[str, Any]) -> dict[str, Any]:
     if "oft_block_size" not in config:
         raise IncompatibleError(
-            "oft_block_size: is missing: the file is of PEFT before 0.14, whose OFT was another one. Train "
-            "again."
+            "oft_block_size: is missing: the file is of PEFT before 0.14, which had another OFT. Train again."
         )
     version = str(config.get("peft_version") or "0.17")
     if config.get("use_cayley_neumann") and tuple(map(int, version.split(".")[:2])) < (0, 18):
         warnings.warn(
-            "use_cayley_neumann: the file is of PEFT before 0.18, whose polynomial was another one; the "
-            "adapter will compute something else than it did in training.",
+            "use_cayley_neumann: the file is of PEFT before 0.18, which had another polynomial; the "
+            "adapter will not compute what it did in training.",
             stacklevel=2,
         )
     shared = config.get("block_share", False)
@@ -164,7 +163,7 @@ class OFT(InputAdapter[OFTSpec]):
         """Returns the factors that bring every ‖Q_i‖_F within its bound; 1 if it is."""
         bound = self.spec.eps / math.sqrt(len(self.q))
         norm = math.sqrt(2) * torch.linalg.vector_norm(self.q, dim=1, keepdim=True)
-        # A norm may come out of the shrinking above the bound by rounding, and must not shrink again.
+        # By rounding, a norm may still be above the bound after shrinking; it must not shrink again.
         return torch.where(norm > bound * (1 + 1e-5), bound / norm, 1.0)
 
     def blocks_of_Q(self) -> Float[Tensor, "rows b b"]:
@@ -184,7 +183,7 @@ class OFT(InputAdapter[OFTSpec]):
         return rotate_blocks(x, with_identities(R, dropout) if dropout else R)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The rotation is cast to the input, not the input to its type."""
+        """Applies the adapted map; the rotation is cast to the input's type."""
         if self.spec.coft and self.training:
             with torch.no_grad():
                 self.q.mul_(self.shrinkage())

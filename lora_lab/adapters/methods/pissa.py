@@ -8,9 +8,9 @@
     A₀, B₀            frozen copies
 
 `mode: subtract` is LoRA with init: pissa. `mode: residual` computes W' as the paper does: W_res + s B A with
-W_res = W − s B₀ A₀ (out, in), frozen, of W's own type. W is kept aside, so that the adapter can be removed.
+W_res = W − s B₀ A₀ (out, in), frozen, of W's own type. W is kept too, so that the adapter can be removed.
 
-PEFT's own file holds A and B alone and PEFT decomposes W again; ours opens there as a LoRA of rank 2·rank.
+PEFT's file holds only A and B, and PEFT decomposes W again; ours opens there as a LoRA of rank 2·rank.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ class PiSSASpec(StartedSpec):
     method: str = "pissa"
 
     init: Literal["pissa"] = "pissa"
-    """Always the SVD of W, the paper's."""
+    """Always the SVD of W, as in the paper."""
 
     mode: Literal["subtract", "residual"] = "subtract"
-    """`subtract` leaves the base as it is and costs a second product of this rank; `residual`, the paper's
-    form, costs the memory of W once more, and in half precision rounds at the start."""
+    """`subtract` does not change the base and costs a second product of this rank; `residual`, the paper's
+    form, costs the memory of W again, and rounds at the start in half precision."""
 
     def faults(self) -> list[str]:
         found = super().faults()
         if self.mode == "residual" and self.dropout:
             found.append(
-                "dropout: must be 0 for mode: residual, where it would drop the principal part of W too; "
+                "dropout: must be 0 for mode: residual, in which it would also drop the principal part of W; "
                 f"got {self.dropout}. Use mode: subtract"
             )
         return found
@@ -82,7 +82,7 @@ class PiSSA(LowRankAdapter[PiSSASpec], RankAllocatable):
 
     @torch.no_grad()
     def tensors_changed(self) -> None:
-        """W_res follows the frozen start, and gives back what is silenced."""
+        """Computes W_res, which follows the frozen start and gets back what is silenced."""
         super().tensors_changed()
         if self.spec.mode == "residual":
             start = self.scale * self.active * (self.start_B @ self.start_A)
@@ -104,12 +104,12 @@ class PiSSA(LowRankAdapter[PiSSASpec], RankAllocatable):
         return (y + mix(self.base, hidden, self.B)).to(y.dtype)
 
     def stored_rank(self, count: int) -> int:
-        """One more where A and A₀ are as many rows as PEFT's A."""
+        """Adds one where A and A₀ have as many rows as PEFT's A."""
         rank = super().stored_rank(count)
         return rank + (2 * rank == self.spec.rank)
 
     def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """PEFT's file has A and B alone; the start follows from W."""
+        """Adds the start, which follows from W: PEFT's file has only A and B."""
         A, B = tensors.get("lora_A.weight"), tensors.get("lora_B.weight")
         if A is None or B is None or A.shape != self.A.shape or B.shape != self.B.shape:
             return super().complete_peft_tensors(tensors)

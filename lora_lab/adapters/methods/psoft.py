@@ -10,7 +10,8 @@
     a, b      (rank,)                            learned; ones at the start, so W' = W
 
 While a and b are ones, W' W'ᵀ = W Wᵀ: the rows of W keep their lengths and angles (with psoft_init). The
-paper writes U R diag(S) Vᵀ for the transpose of torch's W. PEFT's psoft_alpha cancels; there is none here.
+paper writes U R diag(S) Vᵀ for the transpose of torch's W. PEFT's psoft_alpha cancels out, so it does not
+exist here.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class PSOFTSpec(BasisSpec):
     removed_fields = {"rotation_side": "input"}
 
     rank: int = 32
-    """Number of singular directions that are turned, from 1 to min(in, out) of the smallest map."""
+    """Number of singular directions that are rotated, from 1 to min(in, out) of the smallest map."""
 
     dropout: float = 0.0
     """Probability of zeroing an input of the adapter's branch while training, in [0, 1)."""
@@ -49,10 +50,10 @@ class PSOFTSpec(BasisSpec):
     """`random` draws Q (or R − I) from N(0, 0.01), as PEFT's init_weights: false does."""
 
     ab_svd_init: Literal["psoft_init", "pissa_init"] = "psoft_init"
-    """Where S stands: left of the rotation, or its root on either side, which keeps no lengths and angles."""
+    """Where S is: left of the rotation, or its root on both sides, which does not keep lengths and angles."""
 
     psoft_orth: bool = True
-    """Whether R is a rotation; else it is a free matrix."""
+    """Whether R is a rotation; if not, it is a free matrix."""
 
     psoft_mag_a: bool = True
     """Learn a, the scales on the input's side of R."""
@@ -64,11 +65,11 @@ class PSOFTSpec(BasisSpec):
     """Replace the inverse in R by a polynomial, for Q of norm below 1."""
 
     num_cayley_neumann_terms: int = 5
-    """PEFT's count of the polynomial's terms, at least 1. With 4 or 6, R is much closer to a rotation than
-    with its 5: for a norm of 0.2 it is off by 6e-5 and 1e-7, and by 3e-3 with 5."""
+    """PEFT's number of terms of the polynomial, at least 1. With 4 or 6, R is much closer to a rotation than
+    with PEFT's 5: for a norm of 0.2 it is off by 6e-5 and 1e-7, with 5 by 3e-3."""
 
     cayley_neumann_eps: float | None = None
-    """Largest norm of Q for the polynomial, in (0, 1): Q is shrunk to it; null leaves Q alone."""
+    """Largest norm of Q for the polynomial, in (0, 1): Q is shrunk to it; null does not change Q."""
 
     niter: int | None = None
     """Power iterations of PEFT's randomised SVD of W, 10 there; null decomposes exactly."""
@@ -123,7 +124,7 @@ def _read_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _basis(base: LinearMap, spec: PSOFTSpec) -> Basis:
-    """Returns U, S and Vᵀ with the signs that PEFT finds: its files hold neither."""
+    """Returns U, S and Vᵀ with PEFT's signs; its files hold none of the three."""
     checked_rank(base, spec.rank)
     weight = finite_matrix(base, spec.method)
     if spec.niter is None:
@@ -201,7 +202,7 @@ class PSOFT(CoreUpdate[PSOFTSpec]):
         return free + [vector for vector in (self.a, self.b) if vector is not None]
 
     def complete_peft_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """PEFT's file has no basis, which follows from W."""
+        """Adds the basis, which follows from W: PEFT's file has none."""
         tensors = super().complete_peft_tensors(tensors)
         whole = any("_basis_" in name for name in tensors)
         return tensors if whole else self.stored_basis() | tensors

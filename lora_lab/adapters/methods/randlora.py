@@ -8,8 +8,8 @@
     λ    (rank, N)       learned; zeros at the start, so W' = W
     γ    (N, d)          learned; 1 / d at the start
 
-A and B equal PEFT's, see `projections`. As there, column j · rank + i of all B_j side by side meets
-row i · N + j of all diag(λ_j) A diag(γ_j): another order of equally random bases.
+A and B equal PEFT's, see `projections`. As there, column j · rank + i of all B_j side by side is multiplied
+by row i · N + j of all diag(λ_j) A diag(γ_j), which is another order of equally random bases.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class RandLoRASpec(ProjectedSpec):
     method: str = "randlora"
 
     rank: int = 32
-    """Rank of each basis, from 1 to min(in, out) of the smallest map. A smaller one trains more: about
-    d + d² / rank numbers a map."""
+    """Rank of each basis, from 1 to min(in, out) of the smallest map. A smaller one trains more: about d + d²
+    / rank numbers per map."""
 
     alpha: float | None = None
     """Strength of the update, which is scaled by alpha / rank; null means the paper's 20 · rank."""
@@ -52,7 +52,7 @@ class RandLoRASpec(ProjectedSpec):
     """Draw bases of −1, 0 and 1 with probabilities 1/6, 2/3 and 1/6."""
 
     very_sparse: bool = False
-    """Draw bases of −1, 0 and 1, either sign with probability 1 / (2 √d) for the largest d. So does PEFT's
+    """Draw bases of −1, 0 and 1, either sign with probability 1 / (2 √d) for the largest d. This is PEFT's
     code; its documentation and the paper say 1 / √d."""
 
     @property
@@ -83,13 +83,13 @@ class RandLoRA(ProjectedAdapter[RandLoRASpec]):
         if spec.rank > self.small:
             raise IncompatibleError(
                 f"adapter.rank: a basis of RandLoRA allows at most min(in, out) = {self.small} here; got "
-                f"{spec.rank}. Lower the rank, or take the module out of targets."
+                f"{spec.rank}. Lower the rank, or remove the module from targets."
             )
         self.scale = float(spec.resolved.alpha or 0) / spec.rank
         if base.weight.dtype == torch.float16:
             warnings.warn(
-                f"randlora scales random bases by alpha / rank = {self.scale:g}, and on this float16 base an "
-                "output above 65504 is infinite: load the base in bfloat16, or lower alpha.",
+                f"randlora scales random bases by alpha / rank = {self.scale:g}, and on this float16 base "
+                "outputs above 65504 are infinite: load the base in bfloat16, or lower alpha.",
                 stacklevel=2,
             )
         bases = math.ceil(self.small / spec.rank)
@@ -144,7 +144,7 @@ class RandLoRA(ProjectedAdapter[RandLoRASpec]):
         return (self.B, rows) if self.small == self.in_features else (rows.T, self.B.T)
 
     def delta_output(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        # λ A γ can be as large as W: it is made again in the backward pass.
+        # λ A γ can be as large as W, so it is computed again in the backward pass.
         x, scaled = self.dropout(x), self.scale * self.lambda_
         if self.small == self.in_features:
             return F.linear(scaled_linear(x, scaled.unsqueeze(2), self.A, self.gamma), self.B)

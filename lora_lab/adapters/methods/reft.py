@@ -6,21 +6,21 @@ On the output h of a block, at some positions of the prompt, with a function a:
     direft    h' = h + R a(W h + b)             nodireft  the same with a free R (the paper's DiReFT)
     consreft  h' = h + R (b − Rᵀh)              lobireft  h' = h + R b
 
-    original  (width, rank)  learned; R is `original` with its columns orthonormalised, or as it is if free
+    original  (width, rank)  learned; R is `original`, with its columns orthonormalised unless it is free
     W         (rank, width)  learned; U(±1/√width) at the start
     b         (rank,)        learned; U(±1/√width) at the start, in consreft and lobireft U(0, 1)
 
-The reference's start is not the identity, on purpose. `init: identity` starts loreft and noreft with W = Rᵀ
+The authors' start is intentionally not the identity. `init: identity` starts loreft and noreft with W = Rᵀ
 and b = 0, the others with W = 0 and b = 0, so h' = h; consreft has no such start.
 
 Positions count from the first token that is not padding. The prompt is the whole row, or its first
-`prompt_lengths` (batch,) tokens if the model is called with that keyword, which it never gets to see. While a
-key-value cache holds the prompt, nothing is edited: the prompt was, when it was read.
+`prompt_lengths` (batch,) tokens if the model is called with that keyword, which is not passed on to it. While
+a key-value cache holds the prompt nothing is edited, since the prompt was edited when it was read.
 
 `positions` other than `all` are refused in encoder-decoders and on images, and in generation without a cache,
 with a prompt read in chunks, with draft tokens, or with a static cache and padding. Not covered: attention
-masks with holes. If a checkpointed function contains the adapter itself (transformers' own contain the block
-alone), its backward has to come before the model's next forward.
+masks with holes. If a checkpointed function contains the adapter itself (those of transformers contain only
+the block), its backward has to come before the model's next forward.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class ReFTSpec(AdapterSpec):
     """Modules that return hidden states: blocks, by role, name or pattern."""
 
     intervention: Literal["loreft", "noreft", "direft", "nodireft", "consreft", "lobireft"] = "loreft"
-    """Which member of the paper's family."""
+    """Which variant of the paper."""
 
     rank: int = 8
     """Dimension of the edited subspace, in [1, width]; pyreft's low_rank_dimension."""
@@ -71,10 +71,10 @@ class ReFTSpec(AdapterSpec):
     and the last ⌈N/2⌉. `all` edits every token, generated ones too."""
 
     share_weights: bool = False
-    """One edit for first and last tokens together, the paper's tied weights, instead of one each."""
+    """One edit for first and last tokens (tied weights in the paper) instead of one for each."""
 
     init: Literal["reference", "identity"] = "reference"
-    """The random start of the authors' code, or h' = h."""
+    """Start: random as in the authors' code, or h' = h."""
 
     act_fn: Literal["none", "relu", "gelu", "silu", "tanh"] = "none"
     """The function a on W h + b, as in the authors' code."""
@@ -92,14 +92,14 @@ class ReFTSpec(AdapterSpec):
         if self.positions != "all" and not read_counts(self.positions):
             found.append(f"positions: must be 'all', or like 'f1', 'l1', 'f1+l1'; got '{self.positions}'")
         if self.act_fn != "none" and self.intervention not in SOURCED:
-            found.append(f"act_fn: {self.intervention} has no W h + b to apply it to; leave it out")
+            found.append(f"act_fn: {self.intervention} has no W h + b to apply it to; remove it")
         if self.init == "identity" and self.intervention == "consreft":
-            found.append("init: consreft puts a constant in Rᵀh's place, never h' = h; use reference")
+            found.append("init: consreft replaces Rᵀh by a constant, so h' is never h; use reference")
         elif self.init == "identity" and self.intervention in REPLACING and self.act_fn != "none":
-            found.append(f"init: {self.intervention} with an act_fn is never h' = h; use reference")
+            found.append(f"init: {self.intervention} with an act_fn cannot start at h' = h; use reference")
         elif self.init == "identity" and self.act_fn == "relu":
             found.append(
-                "init: identity starts at W h + b = 0, where relu is flat: nothing would ever learn; "
+                "init: identity starts at W h + b = 0, where relu has no gradient, so nothing would learn; "
                 "use reference, or another act_fn"
             )
         return found + probability_fault("dropout", self.dropout)
@@ -148,16 +148,16 @@ class Edit(nn.Module):
 
 
 def entry_of(block: nn.Module, rank: int) -> LinearMap:
-    """Returns a block's first linear map: a block reads what it adds to, so this shows their width.
+    """Returns a block's first linear map, whose inputs are as wide as the hidden states.
 
     Raises:
-        IncompatibleError: if there is none, or its inputs are fewer than the rank.
+        IncompatibleError: if there is none, or it has fewer inputs than the rank.
     """
     entry = next((part for part in block.modules() if is_linear(part)), None)
     if entry is None or rank > entry.in_features:
         raise IncompatibleError(
             f"adapter.rank: reft edits blocks beginning with a linear map of {rank} inputs or more; "
-            f"{type(block).__name__} begins with {entry}. Lower the rank or name other targets."
+            f"{type(block).__name__} begins with {entry}. Lower the rank or choose other targets."
         )
     return entry
 
@@ -208,8 +208,8 @@ class ReFT(HiddenStateAdapter[ReFTSpec]):
     def transform_hidden(self, hidden: Tensor) -> Tensor:
         if hidden.shape[-1] != self.width:
             raise IncompatibleError(
-                f"adapter.targets: reft stands on a {type(self.base).__name__} that reads width {self.width} "
-                f"and returns {hidden.shape[-1]}; hidden states keep their width. Name other targets."
+                f"adapter.targets: reft is on a {type(self.base).__name__} that reads width {self.width} and "
+                f"returns {hidden.shape[-1]}; hidden states keep their width. Choose other targets."
             )
         if not self.positions.counts:
             shift: Tensor = self.edits["t"](hidden)
@@ -219,18 +219,18 @@ class ReFT(HiddenStateAdapter[ReFTSpec]):
             rows = index.to(hidden.device)[..., None].expand(-1, -1, self.width)  # (batch, slots, width)
             edit = self.edits[name if name in self.edits else "t"]
             delta = edit(hidden.gather(1, rows)) * used.to(hidden.device)[..., None]
-            # Idle slots add zero, wherever they point.
+            # Unused slots add zero at any position.
             edited = edited.scatter_add(1, rows, delta.to(hidden.dtype))
         return edited
 
     def without_gradient_at_start(self) -> tuple[str, ...]:
-        """Returns R where it is multiplied by zeros alone."""
+        """Returns R if it is multiplied only by zeros."""
         if self.spec.init == "reference" or self.spec.intervention in REPLACING:
             return ()
         return tuple(f"edits.{name}.original" for name in self.edits)
 
     def decay_exempt(self) -> list[nn.Parameter]:
-        """Returns columns that are normalised, whose length does not count."""
+        """Returns columns that are normalised, whose length has no effect."""
         orthonormal = self.spec.intervention in ORTHONORMAL
         return [edit.original for edit in self.edits.values()] if orthonormal else []
 
@@ -245,7 +245,7 @@ class ReFT(HiddenStateAdapter[ReFTSpec]):
 
     @torch.no_grad()
     def load_peft_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes over R; orthonormalising an orthonormal R gives R back."""
+        """Loads R; orthonormalising an orthonormal R gives R again."""
         for name, edit in self.edits.items():
             for letter, own in {"R": edit.original, "W": edit.W, "b": edit.b}.items():
                 if own is not None:

@@ -1,16 +1,16 @@
-"""RoAd: turn and scale pairs of a frozen map's outputs (Liao and Monz 2024, arXiv:2409.00119).
+"""RoAd: rotate and scale pairs of a frozen map's outputs (Liao and Monz 2024, arXiv:2409.00119).
 
     W' = R W,  b' = R b     y = R base(x)
 
-    R h = c₁ ⊙ h + c₂ ⊙ J h       J turns a pair by 90°: (h₁, h₂) → (−h₂, h₁)
+    R h = c₁ ⊙ h + c₂ ⊙ J h       J rotates a pair by 90°: (h₁, h₂) → (−h₂, h₁)
     c₁  = α cos θ,  c₂ = α sin θ
 
-    θ, α   (n / 2,)   learned, variant road_1: both numbers of a pair share them, which scales and turns it
-    θ, α   (n,)       learned, road_2: one each for every number
-    θ, α   (2 n,)     learned, road_4: one each for every c₁ and every c₂, group by group
+    θ, α   (n / 2,)   learned, variant road_1: both numbers of a pair share them, which scales and rotates it
+    θ, α   (n,)       learned, road_2: one for every number
+    θ, α   (2 n,)     learned, road_4: one for every c₁ and every c₂, group by group
 
-n counts the outputs. θ = 0 and α = 1 at the start, so W' = W bitwise. In
-each group of `group_size` numbers, j of the first half is paired with j of the second; 2 pairs neighbours.
+n is the number of outputs. θ = 0 and α = 1 at the start, so W' = W bitwise. In each group of `group_size`
+numbers, number j of the first half is paired with number j of the second; 2 pairs neighbours.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class RoAdSpec(AdapterSpec):
 
     group_size: int = 64
     """Numbers in a group, even, a divisor of the outputs. 2 pairs neighbours
-    as in the paper; what is paired with what hardly matters, and halves of 32 or more are quicker."""
+    as in the paper; the choice of pairs hardly matters, and halves of 32 or more are faster."""
 
     init: Literal["default", "random"] = "default"
     """`default` starts as the identity; `random`, PEFT's init_weights: false, draws θ from N(0, 0.5²)
@@ -61,7 +61,7 @@ def _write_config(spec: RoAdSpec) -> dict[str, Any]:
 
 
 class RoAd(OutputAdapter[RoAdSpec]):
-    """The turned output of one linear map."""
+    """The rotated output of one linear map."""
 
     Spec = RoAdSpec
     family = "activation"
@@ -92,13 +92,13 @@ class RoAd(OutputAdapter[RoAdSpec]):
         """Makes the adapters, if the sizes of all maps fit.
 
         Raises:
-            IncompatibleError: if a module's outputs do not fall into groups of `group_size`.
+            IncompatibleError: if a module's outputs cannot be divided into groups of `group_size`.
         """
         widths = {site.path: sizes(site.module)[0] for site in sites}
         for path, width in widths.items():
             if width % spec.group_size:
                 fits = [g for g in range(2, spec.group_size, 2) if not any(w % g for w in widths.values())]
-                way = f"use {fits[-1]}, the largest" if fits else "take odd ones out: no size"
+                way = f"use {fits[-1]}, the largest" if fits else "remove odd ones: no size"
                 raise IncompatibleError(
                     f"adapter.group_size: {spec.group_size} does not divide the {width} outputs of "
                     f"{path}; {way} that suits all targets."
@@ -120,7 +120,7 @@ class RoAd(OutputAdapter[RoAdSpec]):
         return map_pairs(y, *self.coefficients(), self.spec.group_size).to(y.dtype)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        # Half precision is widened inside: what the backward pass keeps is the output itself.
+        # Half precision is widened inside; the backward pass keeps only the output.
         return self.transform_output(self.base(x))
 
     def adapted_weight(self, weight: Tensor) -> Tensor:

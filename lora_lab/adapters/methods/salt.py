@@ -11,8 +11,8 @@
     Y      (r_lora, p − rank) learned; zeros at the start, so W' = W
     U, S, Vh                  frozen; all p singular vectors and values, or the top ones if r_lora is 0
 
-`r_lora: 0` scales and shifts alone. The authors' code clamps all of Σ' at 0 (`relu: all`). That takes every
-negative entry of X Y, leaves gradients at the start to its diagonal alone, and needs X Y itself.
+`r_lora: 0` only scales and shifts. The authors' code clamps all of Σ' at 0 (`relu: all`). This removes every
+negative entry of X Y, leaves gradients at the start only on its diagonal, and needs X Y itself.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ class SALTSpec(BasisSpec):
     method: str = "salt"
 
     rank: int | None = 8
-    """How many of the largest singular values to scale and shift, at least 1; null if `ratio` says."""
+    """How many of the largest singular values to scale and shift, at least 1; null if `ratio` is given."""
 
     ratio: float | None = None
-    """Their share of all singular values instead, in (0, 1], rounded down, but to one at least, as in the
+    """Instead, their share of all singular values, in (0, 1], rounded down but at least one, as in the
     authors' code."""
 
     r_lora: int = 8
-    """Rank of the update of the other directions, at most as many as there are; 0 leaves them as they are."""
+    """Rank of the update of the other directions, at most as many as there are; 0 does not change them."""
 
     relu: Literal["none", "diag", "all"] = "none"
-    """What of Σ' is kept from falling below 0: nothing, the scaled and shifted values, or every entry,
-    as in the authors' code."""
+    """Entries of Σ' that are clamped at 0: none, the scaled and shifted values, or all, as in the authors'
+    code."""
 
     reg_multiplier: float = 0.0
     """Weight of the authors' penalty on the size of the edit, at least 0."""
@@ -101,7 +101,7 @@ class SALT(BasisUpdate[SALTSpec]):
         if spec.r_lora > rest:
             raise IncompatibleError(
                 f"adapter.r_lora: {rank} of {values} singular values scaled and shifted leave {rest} "
-                f"directions, which is the most here; got {spec.r_lora}. Lower r_lora or the rank."
+                f"directions, the maximum here; got {spec.r_lora}. Lower r_lora or the rank."
             )
         super().__init__(
             base, spec, singular_basis(base, spec, torch.arange(values if spec.r_lora else rank))
@@ -140,9 +140,9 @@ class SALT(BasisUpdate[SALTSpec]):
             return left, right
         U, S, Vh = self.U[:, rank:], self.S[rank:], self.Vh[rank:]
         if self.spec.relu == "all":
-            # (p − rank, p − rank): an entry that is clamped has no factors.
+            # (p − rank, p − rank): clamped entries have no factors.
             return torch.cat([left, U @ rectified(self.X @ self.Y, S.diag())], dim=1), self.Vh
-        # X and Y go onto the vectors, which costs r_lora products a token instead of p.
+        # X and Y are multiplied with the vectors first, which costs r_lora products per token instead of p.
         return torch.cat([left, U @ self.X], dim=1), torch.cat([right, self.Y @ Vh])
 
     def penalty(self) -> Tensor | float:

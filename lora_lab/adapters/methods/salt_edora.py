@@ -1,4 +1,4 @@
-"""SALT on the largest singular values and a core of EDoRA's on the smallest ones (no paper).
+"""SALT on the largest singular values and EDoRA's core on the smallest ones (no paper).
 
     W  = U diag(S) Vᵀ,   head: the `rank` largest values,   tail: the smallest ones, apart from the head
     W' = W + U_head diag(S_head α + β) V_headᵀ + U_tail R V_tailᵀ
@@ -7,7 +7,7 @@
     R          (tail, tail)    learned; zeros at the start, so W' = W
     U, S, Vh                   frozen; singular vectors and values of head, then tail
 
-The tail has as many values as the head, or as many as the head leaves.
+The tail has as many values as the head, or as many as are left.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class SaltEDoRASpec(BasisSpec):
-    """Options of SALT and EDoRA in one."""
+    """Options of SALT with EDoRA's core."""
 
     method: str = "salt_edora"
 

@@ -11,10 +11,10 @@
     θ     (k·(k−1)/2,)   learned; zeros at the start, so G = I and W' = W
     G     (k, k)         learned with free instead; I at the start
     Δσ    (k,)           learned; zeros at the start
-    U, S, Vh             frozen; the k largest singular vectors and values
+    U, S, Vh             frozen; the k largest singular values and their vectors
 
-Inputs are rotated, outputs keep their directions U, whichever of the two is wider. With cayley the singular
-values of W' are |S_k + Δσ| and those left alone.
+Inputs are rotated and outputs keep their directions U, no matter which are more. With cayley the singular
+values of W' are |S_k + Δσ| and the unchanged ones.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class SSVDSpec(BasisSpec):
     `rotation_ratio` says."""
 
     rotation_ratio: float | None = 0.4
-    """Their share of all singular values instead, in (0, 1], rounded down; null if `rank` says."""
+    """Instead, their share of all singular values, in (0, 1], rounded down; null if `rank` is given."""
 
     rotation: Literal["cayley", "first_order", "free"] = "cayley"
-    """How the right vectors are mixed: by a rotation, by its first-order part, which the paper's experiments
-    have, or by any matrix."""
+    """How the right vectors are mixed: by a rotation, by its first-order part, as in the paper's experiments,
+    or by any matrix."""
 
     @property
     def size_field(self) -> str | None:
@@ -92,9 +92,9 @@ class SSVD(CoreUpdate[SSVDSpec]):
         rank = rotated_values(spec, values)
         if not rank:
             raise IncompatibleError(
-                f"adapter.rotation_ratio: {spec.rotation_ratio} of {values} singular values is none. Give at "
-                f"least 1 / {values}, or take the map from {base.in_features} to {base.out_features} out of "
-                "targets."
+                f"adapter.rotation_ratio: {spec.rotation_ratio} of {values} singular values is less than "
+                f"one. Give at least 1 / {values}, or remove the map from {base.in_features} to "
+                f"{base.out_features} from targets."
             )
         super().__init__(base, spec, singular_basis(base, spec, torch.arange(rank)))
         free = spec.rotation == "free"

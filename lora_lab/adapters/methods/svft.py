@@ -1,7 +1,7 @@
 """SVFT: a sparse sum of products of W's own singular vectors (Lingam et al. 2024, arXiv:2405.19597).
 
     W  = U diag(S) Vᵀ,   ΔW = Σ_t c_t u_i v_jᵀ over the pairs t = (i, j) of a fixed pattern
-    y  = base(x) + U (M (Vᵀ x))   M (q, q) holds c; W itself stays as it is
+    y  = base(x) + U (M (Vᵀ x))   M (q, q) holds c; W is not changed
 
     U, Vh        (out, q), (q, in)   frozen; the first q = rank singular vectors, or all min(in, out)
     rows, cols   (K,)                frozen: i and j of every pair, row by row
@@ -11,9 +11,9 @@
     plain      i = j: S alone changes                               q
     banded     |i − j| ≤ off_diag = d                               q (2 d + 1) − d (d + 1)
     random     drawn from all q², the same ones in every run        k, or as many as banded has
-    top_k      those of the largest |u_iᵀ v_j|, for in = out       k, or as many as banded has
+    top_k      those with the largest |u_iᵀ v_j|, for in = out       k, or as many as banded has
 
-Singular vectors are unique up to signs only, so that U, Vh and the pattern are stored with c.
+Singular vectors are unique only up to signs, so U, Vh and the pattern are stored with c.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from lora_lab.linalg.spectral import fixed_signs, principal_part
 
 @dataclass
 class SVFTSpec(AdapterSpec):
-    """SVFT's options; the paper's best are banded with off_diag 16 on Gemma and 12 on LLaMA-3."""
+    """SVFT's options; best in the paper are banded with off_diag 16 on Gemma and 12 on LLaMA-3."""
 
     method: str = "svft"
 
@@ -56,7 +56,7 @@ class SVFTSpec(AdapterSpec):
 
     rank: int | None = None
     """q, the number of singular directions that may be coupled, from 1 to min(in, out); null means all,
-    as in the paper. U and Vh take the memory of q (in + out) numbers."""
+    as in the paper. U and Vh take q (in + out) numbers."""
 
     @property
     def size_field(self) -> str | None:
@@ -135,9 +135,9 @@ class SVFT(AdditiveAdapter[SVFTSpec], RankAllocatable):
 
     def delta_output(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         if not x.numel():
-            return super().delta_output(x)  # torch's sums over bags fail on no tokens, with several threads
+            return super().delta_output(x)  # torch's sums over bags can fail without tokens
         columns = (self.Vh @ x.reshape(-1, self.in_features).T).to(self.dtype)  # (q, tokens)
-        # A row of M at a time: weighted sums of the rows of Vᵀ x, which no gather copies.
+        # For each row of M a weighted sum of rows of Vᵀ x, without copying these rows.
         mixed = F.embedding_bag(self.cols, columns, self.offsets, mode="sum", per_sample_weights=self.c)
         return (mixed.T @ self.U.T).reshape(*x.shape[:-1], self.out_features)
 
@@ -154,7 +154,7 @@ class SVFT(AdditiveAdapter[SVFTSpec], RankAllocatable):
         return self.kept | (self.c != 0)
 
     def peft_tensors(self) -> dict[str, Tensor]:
-        """Returns the pairs in use: those kept, and those that have grown back."""
+        """Returns the pairs in use: those kept, and those that were filled again."""
         held = self.components_in_use()
         pairs = {f"svft_{name}": getattr(self, name)[held] for name in ("c", "rows", "cols")}
         return super().peft_tensors() | pairs
@@ -200,7 +200,7 @@ def pairs(
     elif U.shape[0] != Vh.shape[1]:
         raise IncompatibleError(
             f"adapter.pattern: top_k needs as many outputs as inputs for u_iᵀ v_j; here {U.shape[0]} and "
-            f"{Vh.shape[1]}. Use another pattern, or take this map out of targets."
+            f"{Vh.shape[1]}. Use another pattern, or remove this map from targets."
         )
     else:
         flat = (U.T @ Vh.T).abs().flatten().topk(count).indices

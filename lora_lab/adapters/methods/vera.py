@@ -39,11 +39,11 @@ class VeRASpec(ProjectedSpec):
     method: str = "vera"
 
     rank: int = 256
-    """Number of rows of A; at least 1, 256 to 1024 in the paper. Each map trains as many numbers, and one per
-    output."""
+    """Number of rows of A; at least 1, 256 to 1024 in the paper. Each map trains this many numbers, and one
+    per output."""
 
     d_initial: float = 0.1
-    """Start of every number of λ_d, not 0; 0.1 in the paper, where 1.0 and 1e-7 did worse."""
+    """Start of every number of λ_d, not 0; 0.1 in the paper, in which 1.0 and 1e-7 were worse."""
 
     def faults(self) -> list[str]:
         return super().faults() + zero_fault("d_initial", self.d_initial)
@@ -95,6 +95,6 @@ class VeRA(ProjectedAdapter[VeRASpec]):
         return self.lambda_b.unsqueeze(1) * self.B, self.lambda_d.unsqueeze(1) * self.A
 
     def delta_output(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        # Both vectors scale B, so that the backward pass needs A drop(x) alone: (..., rank), not x or y.
+        # Both vectors scale B, so the backward pass needs only A drop(x), (..., rank), not x or y.
         hidden = F.linear(self.dropout(x), self.A)
         return scaled_linear(hidden, self.lambda_b.unsqueeze(1), self.B, self.lambda_d)

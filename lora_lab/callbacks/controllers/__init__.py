@@ -113,7 +113,7 @@ def check_controllers(specs: Mapping[str, ControllerSpec], method: type[Adapter]
         found += [f"controllers.{name}: {fault}" for fault in spec.faults_beside(others)]
         matter = spec.decides()
         if matter is not None and matter in deciding:
-            found.append(f"controllers.{name}: decides {matter}, as {deciding[matter]} does; take one out")
+            found.append(f"controllers.{name}: decides {matter}, as {deciding[matter]} does; remove one")
         elif matter is not None:
             deciding[matter] = name
     return found

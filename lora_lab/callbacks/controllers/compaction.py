@@ -29,7 +29,7 @@ class CompactionSpec(ControllerSpec):
         alone = (
             "has nothing to compact: no other controller of this run silences components or drops adapters; "
             "add one that does (importance_pruning, rank_pruning, output_evaluation with share: false), or "
-            "take it out"
+            "remove it"
         )
         return [] if any(other.silences() for other in others.values()) else [alone]
 

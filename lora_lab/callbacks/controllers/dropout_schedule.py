@@ -43,7 +43,7 @@ class DropoutScheduleSpec(ControllerSpec):
     def faults(self) -> list[str]:
         found = super().faults()
         if self.course == "constant" and (self.end_prob, self.start, self.end) != (0.0, 0.0, None):
-            found.append("course: constant has no end_prob, start and end; take them out")
+            found.append("course: constant has no end_prob, start and end; remove them")
         for name in ("start_prob", "end_prob"):
             if getattr(self, name) is not None:
                 found += probability_fault(name, getattr(self, name))

@@ -85,7 +85,7 @@ class RankRedistribution(Controller):
             if not is_linear(adapter.base):
                 raise IncompatibleError(
                     f"controllers.rank_redistribution: {path} adapts no linear layer, whose inputs could be "
-                    "compared; take it out of targets."
+                    "compared; remove it from targets."
                 )
             if adapter.start_A is not None:
                 raise IncompatibleError(

@@ -117,7 +117,7 @@ class RankSwitchingSpec(ControllerSpec):
         if not self.adaptive:
             options = {name: getattr(self, name) for name in ("ranks", "high", "low", "period")}
             found += [
-                f"{name}: belongs to the policies {' and '.join(ADAPTIVE)}; take it out"
+                f"{name}: belongs to the policies {' and '.join(ADAPTIVE)}; remove it"
                 for name, value in options.items()
                 if value is not None
             ]
