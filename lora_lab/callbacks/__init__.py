@@ -1,4 +1,4 @@
-"""Callbacks: those that every run has, in this folder, and `controllers`, which change adapters.
+"""Callbacks: in this folder those that every run has; in `controllers` those that change adapters.
 
 Every controller's class and spec can be imported from here: `from lora_lab.callbacks import RankPruningSpec`.
 """

@@ -15,15 +15,15 @@ from lora_lab.training.module import FineTuner
 
 
 class AdapterCheckpoint(L.Callback):
-    """Remembers the best validation, and with `keep="best"` puts its adapters back when training ends.
+    """Remembers the best validation, and with `keep="best"` restores its adapters when training ends.
 
     Args:
         adapters: the run's adapters.
         keep: which adapters the run ends with.
-        controllers: the run's controllers. With `keep="best"` a validation counts once they have settled:
-            what is kept must have the rank that was asked for.
+        controllers: the run's controllers. With `keep="best"` a validation only counts after they have
+            settled, so that the final rank is kept.
 
-    A validation whose loss is not finite, or whose adapters are not, is never the best.
+    A validation with a loss or adapters that are not finite is never the best.
     """
 
     def __init__(
@@ -35,22 +35,22 @@ class AdapterCheckpoint(L.Callback):
         self.best_value: float | None = None
         """The monitored metric at its best."""
         self.best_step: int | None = None
-        """Optimizer steps done by then."""
+        """Optimizer steps done at that time."""
         self._best: dict[str, torch.Tensor] = {}
         self._validated_step: int | None = None
 
     def metrics_are_old(self, trainer: L.Trainer) -> bool:
-        """Whether the last validation was of other adapters than those the run ends with."""
+        """Whether the last validation used other adapters than those the run ends with."""
         ends_with = self.best_step if self._best else trainer.global_step
         return self._validated_step != ends_with
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Checks that the module says which of its metrics decides."""
+        """Checks that the module names its deciding metric."""
         if stage == "fit":
             require(pl_module, "AdapterCheckpoint", ("monitor", "mode"), "use Lightning's ModelCheckpoint")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compares the validation just finished with the best so far."""
+        """Compares the validation that just finished with the best so far."""
         if not isinstance(pl_module, FineTuner) or trainer.state.fn != "fit":
             return
         self._validated_step = trainer.global_step
@@ -69,12 +69,12 @@ class AdapterCheckpoint(L.Callback):
                 }
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Puts the best adapters back, if they are to be kept."""
+        """Restores the best adapters, if `keep` is `best`."""
         if self._best:
             self.adapters.load_state_dict(self._best)
 
     def state_dict(self) -> dict[str, object]:
-        """Returns the best validation so far, and its adapters if they are to be kept."""
+        """Returns the best validation so far, with its adapters if `keep` is `best`."""
         names = ("best_value", "best_step", "_best", "_validated_step")
         return {name: getattr(self, name) for name in names}
 

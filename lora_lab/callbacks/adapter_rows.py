@@ -16,32 +16,32 @@ from lora_lab.models.architectures import find_roles, layer_of
 
 @dataclass(frozen=True)
 class AdapterRow:
-    """The numbers of one adapter; None stands where a word has no meaning for the method."""
+    """The numbers of one adapter; None for what has no meaning for the method."""
 
     path: str
     role: str
     layer: int | None
     rank: int | None
-    """Components in its weights now, see `Prunable.components_in_use`; the owner's where it shares."""
+    """Components in its weights now, see `Prunable.components_in_use`; the owner's if it shares."""
     effective_rank: float | None
     stable_rank: float | None
     sparsity: float | None
-    """Share of the components of the start that are gone from the weights; 1 if it is dropped or uses
-    another adapter's tensors."""
+    """Share of the initial components that are no longer in the weights; 1 if it is dropped or uses another
+    adapter's tensors."""
     dropped: bool | None
     trainable: int
-    """Trained numbers of its own; 0 if it uses another adapter's."""
+    """Its own trained numbers; 0 if it uses another adapter's."""
     shared: bool = False
     """Whether it uses another adapter's tensors."""
 
 
 @torch.no_grad()
 def adapter_rows(adapters: AdapterSet, spectra: bool = True) -> list[AdapterRow]:
-    """Measures every adapter, in the model's order.
+    """Measures every adapter, in the order of the model.
 
     Args:
         adapters: the adapters.
-        spectra: whether to compute singular values, for effective and stable ranks; dense ones take long.
+        spectra: whether to compute singular values, for effective and stable ranks; dense updates take long.
     """
     sites = {site.path: site for site in find_roles(adapters.model)}
     rows = []
@@ -80,7 +80,7 @@ def _spectrum(adapter: Adapter) -> tuple[float | None, float | None]:
     try:
         values = adapter.singular_values()
     except torch.linalg.LinAlgError:
-        # A run that has diverged to inf or nan shall end as such, not within its statistics.
+        # A run that has diverged to inf or nan must end as diverged, not with an error here.
         return math.nan, math.nan
     return (None, None) if values is None else (effective_rank(values), stable_rank(values))
 

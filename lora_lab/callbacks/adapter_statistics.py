@@ -1,25 +1,25 @@
-"""How much rank the adapters have, how much of it they use, and how much of them is switched off.
+"""The rank of the adapters, how much of it they use, and how much of them is switched off.
 
-    rank/mean                     mean rank, over the adapters for which the word has a meaning
+    rank/mean                     mean rank, over the adapters that have a rank
     rank/<module path>            rank of one of them: the components in its weights at this moment
     rank/total                    sum of the ranks, components that several adapters share counted once
     rank/effective_mean           mean effective rank of W' − W (Roy and Vetterli 2007), of edited matrices
     rank/effective/<module path>  that of one of them
     rank/stable_mean              mean stable rank of W' − W, ‖·‖²_F / ‖·‖²_2
     rank/stable/<module path>     that of one of them
-    sparsity/mean                 mean share of the components of the start that are gone from the weights, in
+    sparsity/mean                 mean share of the initial components that are no longer in the weights, in
                                   [0, 1], 1 for dropped adapters and those that use another's tensors; for
                                   adapters without components the share of trained numbers that are zero
     sparsity/<module path>        that of one of them
     sparsity/dropped_layers       number of adapters that are switched off
     sparsity/shared_layers        number of adapters that use another's tensors, where there are any
 
-All are counted from the tensors at the moment of the row, never from an earlier decision: between two
-decisions of importance pruning a step fills silenced components again, and they count until they are silenced
-again. A validation's row has the ranks at which it scored. A component that is kept counts from the start,
-although its product is zero until the first step.
+All are counted from the tensors at the time of the row, not from an earlier decision: between two decisions
+of importance pruning a step fills silenced components again, and they count until they are silenced again. A
+validation's row has the ranks that were validated. A kept component counts from the start, although its
+product is zero until the first step.
 
-Names without a meaning for a method do not appear. Controllers add `budget/…` and `importance/…`.
+Names that have no meaning for a method do not appear. Controllers add `budget/…` and `importance/…`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from lora_lab.callbacks.step_rows import StepRows
 
 
 def final_statistics(rows: list[AdapterRow]) -> dict[str, float | None]:
-    """Returns the means that a run's record keeps; None if a word has no meaning for the method."""
+    """Returns the means for a run's record; None for what has no meaning for the method."""
     means = _means(rows)
     return {
         "final_rank_mean": means.get("rank/mean"),
@@ -52,11 +52,10 @@ def final_statistics(rows: list[AdapterRow]) -> dict[str, float | None]:
 class AdapterStatistics(StepRows):
     """Logs the statistics at the start, with every validation, and at the end with a table and pictures.
 
-    The rows of start and end are labelled as Lightning labels its own: row s is of the state after s + 1
-    steps, and the start shares label 0. A resumed run logs no start. This callback stands behind those that
-    change the adapters, at a step's end or when training ends, so that a row describes what they have left.
-
-    Where controllers are at work, the rows of `train/loss` have their statistics, ranks and sparsity too.
+    The rows of start and end are labelled as Lightning labels its rows: row s is the state after s + 1 steps,
+    and the start also has label 0. A resumed run logs no start. This callback comes after those that change
+    the adapters, at a step's end or when training ends, so that a row describes the result. With controllers,
+    the rows of `train/loss` also have the controllers' statistics, ranks and sparsity.
 
     Args:
         adapters: the run's adapters.
@@ -67,9 +66,9 @@ class AdapterStatistics(StepRows):
         self.adapters = adapters
         self.controllers = controllers
         self.rows: list[AdapterRow] = []
-        """The adapters' numbers when training ended, in the first process; empty before."""
+        """The adapters' numbers at the end of training, in the first process; empty before."""
         self._ranks: dict[int, list[float]] = {}
-        """Steps done → rank of each adapter by then."""
+        """Steps done → rank of each adapter at that time."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs the start."""
@@ -77,7 +76,7 @@ class AdapterStatistics(StepRows):
             self._log(trainer, adapter_rows(self.adapters))
 
     def numbers(self, trainer: L.Trainer) -> dict[str, float]:
-        """Returns ranks, sparsity and the controllers' statistics; nothing if no controller is at work."""
+        """Returns ranks, sparsity and the controllers' statistics; nothing without controllers."""
         if not self.controllers:
             return {}
         rows = adapter_rows(self.adapters, spectra=False)
@@ -91,7 +90,7 @@ class AdapterStatistics(StepRows):
         """Adds the statistics to the row of the validation's metrics."""
         if trainer.is_global_zero:
             rows = adapter_rows(self.adapters)
-            # All processes' adapters are equal. Without sync_dist Lightning warns that this is not known.
+            # All processes have equal adapters. Without sync_dist Lightning would warn.
             pl_module.log_dict(_scalars(rows), rank_zero_only=True, sync_dist=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -122,7 +121,7 @@ class AdapterStatistics(StepRows):
                         logger.log_image(name, [picture], step=_step(trainer))
 
     def state_dict(self) -> dict[str, object]:
-        """Returns the ranks so far, which a resumed run draws too."""
+        """Returns the ranks so far, which a resumed run needs for its picture."""
         return {"ranks": self._ranks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of where in a model the adapters use rank, and of how a run has come to that."""
+"""Pictures of where in a model the adapters use rank, and how this has changed during a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Place = tuple[int | None, str, str, float | None]
 """Layer, role, path and effective rank of one adapter."""
 
 MOST_COLUMNS = 120
-"""Moments that one picture shows; of more, this many at even distances."""
+"""Most steps that one picture shows; of more, this many at equal distances."""
 
 
 def rank_heatmap(places: Sequence[Place]) -> Picture | None:
@@ -63,8 +63,8 @@ def history_heatmap(
 
     Args:
         places: the adapters.
-        steps: steps done at each moment, rising.
-        ranks: ranks in use at each moment; NaN where the word has no meaning.
+        steps: steps done at each time, ascending.
+        ranks: ranks in use at each time; NaN for methods without a rank.
 
     Returns:
         The picture; None if no rank ever changed.
@@ -86,7 +86,7 @@ def history_heatmap(
 
 
 def _labels(places: list[tuple[int, str, str]]) -> list[str]:
-    """Returns each adapter's column: its role, or where a layer has that twice its path without the layer."""
+    """Returns each adapter's column: its role, or its path without the layer if the role occurs twice."""
     counts = Counter((layer, role) for layer, role, _ in places)
     twice = {role for (_, role), count in counts.items() if count > 1}
     bare = [re.sub(rf"(^|\.){layer}\.", r"\1", path, count=1) for layer, _, path in places]

@@ -5,12 +5,12 @@
     memory/optimizer_megabytes           the optimizer's state
     memory/gradient_megabytes            gradients of the trained tensors
     memory/saved_activation_megabytes    what the forward pass of one batch kept for backward
-    memory/peak_megabytes                most memory in use at any moment so far
+    memory/peak_megabytes                largest memory in use so far
 
-Of several processes each counts its own: these are the largest of their numbers, and `memory/all/…` are the
-sums. Saved activations are counted exactly, at the run's first batch and at the first one after a controller
-has changed the adapters' structure, and stand in every row from then on; under torch.compile they are left
-out, as counting would change what is compiled.
+With several processes each counts its own: these are the largest numbers, and `memory/all/…` the sums. Saved
+activations are counted exactly, at the run's first batch and at the first one after a controller has changed
+the adapters' structure, and are in every row from then on; under torch.compile they are left out, as counting
+would change what is compiled.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def optimizer_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> int:
 
 
 def resident_peak_bytes() -> int:
-    """Returns the most memory that this process has had resident at any moment since it started."""
+    """Returns the largest resident memory of this process since it started."""
     if sys.platform == "linux":
-        # Not getrusage: its mark is inherited from the process that started this one.
+        # Not getrusage, whose maximum is inherited from the parent process.
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     if sys.platform == "win32":
@@ -65,7 +65,7 @@ def is_compiled(module: torch.nn.Module) -> bool:
 
 
 def base_tensors(adapters: AdapterSet) -> list[Tensor]:
-    """Returns parameters and buffers of the adapted model that belong to no adapter and no trained head."""
+    """Returns parameters and buffers of the adapted model that are in no adapter and no trained head."""
     parts = set(adapters.model.modules())
     for adapter in adapters.everything():
         parts -= set(adapter.modules()) - set(adapter.base.modules())
@@ -74,7 +74,7 @@ def base_tensors(adapters: AdapterSet) -> list[Tensor]:
 
 
 def over_processes(megabytes: Mapping[str, float], device: torch.device) -> dict[str, float]:
-    """Returns what is logged for the numbers of this process: the largest of all processes, and the sums."""
+    """Returns what is logged for this process's numbers: the largest of all processes, and the sums."""
     if not distributed.is_initialized():
         return {f"memory/{name}_megabytes": value for name, value in megabytes.items()}
     most = torch.tensor(list(megabytes.values()), dtype=torch.float64, device=device)
@@ -97,7 +97,8 @@ class MemoryStatistics(StepRows):
     def __init__(self, adapters: AdapterSet):
         self.adapters = adapters
         self.saved_activation_bytes: int | None = None
-        """Bytes that the last counted batch kept for backward; None before it, and under torch.compile."""
+        """Bytes that the last counted batch kept for backward; None before the first, and under
+        torch.compile."""
         self.base_bytes = 0
         """Bytes of the frozen model; 0 before the fit."""
         self._again = False  # whether the structure has changed since the count
@@ -112,13 +113,13 @@ class MemoryStatistics(StepRows):
 
     @property
     def peak_megabytes(self) -> float:
-        """Most memory in use so far: on a GPU since the fit began, on a CPU since the process began."""
+        """Largest memory in use so far: on a GPU since training began, on a CPU since the process began."""
         cuda = self._device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(self._device) if cuda else resident_peak_bytes()
         return peak / MEGABYTE
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Counts the base, and resets the GPU's peak: runs in one process must not share it."""
+        """Counts the base, and resets the GPU's peak, which would include earlier runs of the process."""
         self._device = pl_module.device
         self._probes = not is_compiled(pl_module)
         self.base_bytes = size(base_tensors(self.adapters))
@@ -128,32 +129,32 @@ class MemoryStatistics(StepRows):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
-        """Starts to count at the first batch, and at the first one of another structure."""
+        """Starts to count at the first batch, and at the first one after the structure has changed."""
         if (self.saved_activation_bytes is None or self._again) and self._probes:
             self._probe = SavedTensors()
             self._probe.start()
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Counts what is alive between forward and backward."""
+        """Counts the tensors that are alive between forward and backward."""
         if self._probe is not None:
             self._probe.stop()
             self.saved_activation_bytes = self._probe.count([*pl_module.parameters(), *pl_module.buffers()])
             self._probe, self._again = None, False
 
     def structure_changed(self) -> None:
-        """Has saved activations counted again; see `controllers.structure`."""
+        """Counts saved activations again; see `controllers.structure`."""
         self._again = True
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Leaves no hooks behind if the first forward pass fails."""
+        """Removes the hooks if the first forward pass fails."""
         if self._probe is not None:
             self._probe.stop()
             self._probe = None
 
     def numbers(self, trainer: L.Trainer) -> dict[str, float]:
-        """Returns megabytes by name; the optimizer's state is whole only after the step."""
+        """Returns megabytes by name; the optimizer's state is complete only after the step."""
         trained = self.adapters.trainable_parameters()
         counted = {
             "base": self.base_bytes,
@@ -166,7 +167,7 @@ class MemoryStatistics(StepRows):
         return over_processes(known | {"peak": self.peak_megabytes}, self._device)
 
     def state_dict(self) -> dict[str, object]:
-        """Returns the count: a resumed run logs its own first batch's, and counts no other."""
+        """Returns the count, which a resumed run logs without counting again."""
         state: dict[str, object] = {"saved_activation_bytes": self.saved_activation_bytes}
         return state | ({"again": True} if self._again else {})
 

@@ -8,13 +8,13 @@ import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 
 BAR_WIDTH = 10
-"""Characters; with batches, time and two numbers next to it a line fits into 80 columns."""
+"""Characters; together with batches, time and two numbers the line fits into 80 columns."""
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's bar, with the training loss and the metric by which runs are compared next to it.
+    """Lightning's bar, with the training loss and the metric by which runs are compared.
 
-    The other validation metrics would break the line into many at 80 columns; they are in `metrics.csv`.
+    With all validation metrics the line would not fit into 80 columns; they are in `metrics.csv`.
     """
 
     def configure_columns(self, trainer: L.Trainer) -> list[Any]:
@@ -24,7 +24,7 @@ class ProgressBar(RichProgressBar):
         return [description, bar, batches, time]
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """Returns at most two numbers, under their last names."""
+        """Returns at most two numbers, named by the last part of their names."""
         metrics = super().get_metrics(trainer, pl_module)
         shown = [name for name in ("train/loss", getattr(pl_module, "monitor", "")) if name in metrics]
         return {name.rpartition("/")[2]: metrics[name] for name in shown}

@@ -1,4 +1,4 @@
-"""Checkpoints from which a run continues exactly as if it had never stopped."""
+"""Checkpoints from which a run continues exactly as if it had not stopped."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from lora_lab.training.stopping import Interruption, StopRequest
 class ResumeCheckpoint(L.Callback):
     """Writes `last.ckpt` every few optimizer steps (`every`), with the state of every random generator.
 
-    It writes at the start of a batch, when all rows and validations of the steps before are logged.
+    It writes at the start of a batch, when all rows and validations of the earlier steps are logged.
     Lightning's own checkpoints, made at the end of a batch, come before that batch's row and validation: a
-    run resumed from them would lose both. The file takes its name only when it is whole. The last optimizer
-    step has a checkpoint before it for any interval, for runs that continue a finished one. Weights that
-    are not finite are never written: the checkpoint before them stays.
+    run resumed from them would lose both. The file gets its name only when it is complete. For runs that
+    continue a finished one, a checkpoint is always written before the last optimizer step. Weights that are
+    not finite are never written: the earlier checkpoint stays.
 
     When the process is asked to end, a checkpoint is written at the next step and training stops with an
     `Interruption`, in all processes at the same step.
 
     Args:
         path: the file.
-        every: least number of optimizer steps between two checkpoints.
-        stop: whether the process was asked to end; None if nobody asks.
+        every: smallest number of optimizer steps between two checkpoints.
+        stop: whether the process was asked to end; None if it cannot be asked.
     """
 
     def __init__(self, path: Path, every: int, stop: StopRequest | None = None):
@@ -44,7 +44,7 @@ class ResumeCheckpoint(L.Callback):
         self.every = every
         self.stop = stop or StopRequest()
         self.seconds = 0.0
-        """Wall seconds of training so far, of earlier processes too."""
+        """Wall-clock seconds of training so far, including earlier processes."""
         self._saved_at = 0
         self._last_step = 0
         self._failed = False
@@ -56,9 +56,10 @@ class ResumeCheckpoint(L.Callback):
         self._clock = time.monotonic()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Makes requests to end wait for a checkpoint from here on."""
+        """From here on requests to end wait for a checkpoint."""
         self._last_step = int(trainer.estimated_stepping_batches) - 1
-        # Lightning has signal handlers too; they end training where it cannot be continued exactly.
+        # Lightning also has signal handlers, which end training at a point from which it cannot continue
+        # exactly.
         self.stop.listen()
         self.stop.patient = True
 
@@ -73,11 +74,11 @@ class ResumeCheckpoint(L.Callback):
         if self._resumed is not None:
             if len(self._resumed) == trainer.world_size:
                 restore_random_state(self._resumed[trainer.global_rank])
-            # Lightning takes every checkpoint for one made at a batch's end, and counts that batch once more.
+            # Lightning assumes that every checkpoint was made at a batch's end, and counts that batch again.
             trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
             self._resumed = None
         if batch_idx % trainer.accumulate_grad_batches:
-            return  # a step is under way
+            return  # in the middle of a step
         stopping = trainer.strategy.reduce_boolean_decision(self.stop.received is not None, all=False)
         step = trainer.global_step
         last = step == self._last_step != self._saved_at
@@ -87,34 +88,34 @@ class ResumeCheckpoint(L.Callback):
             raise Interruption(self.stop.received or signal.SIGTERM)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Obeys a request to end that came with the last step."""
+        """Follows a request to end that came during the last step."""
         self.stop.patient = False
         self.stop.check()
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Lets requests to end be obeyed at once: training has ended. Names the checkpoint that is left."""
+        """Follows requests to end at once, since training has ended. Names the last checkpoint."""
         self.stop.patient = False
         if isinstance(exception, DivergenceError) and self.path.is_file():
             exception.checkpoint = self.path
 
     def _save(self, trainer: L.Trainer) -> None:
-        """Writes the checkpoint; where the disk refuses, the one before stays and training goes on."""
+        """Writes the checkpoint; if the disk refuses, the earlier one stays and training goes on."""
         trained = {n: p.detach() for n, p in trainer.lightning_module.named_parameters() if p.requires_grad}
         if nonfinite(trained):
             return
         self._saved_at = trainer.global_step
         unfinished = self.path.with_suffix(".unfinished")
         progress = trainer.fit_loop.epoch_loop.batch_progress
-        # Lightning skips the validation after an epoch's last batch when it continues from a checkpoint that
-        # knows the batch to be the last. Before the batch, it is one like the others.
+        # Lightning skips the validation after an epoch's last batch if it continues from a checkpoint in
+        # which this batch is marked as the last. Written before the batch, the mark is not set.
         is_last, progress.is_last_batch = progress.is_last_batch, False
         try:
             trainer.save_checkpoint(unfinished)
             if trainer.is_global_zero:
                 os.replace(unfinished, self.path)
-        except (OSError, RuntimeError) as error:  # torch's writer turns the system's refusals into the latter
+        except (OSError, RuntimeError) as error:  # torch's writer turns the system's errors into the latter
             unfinished.unlink(missing_ok=True)
             if not self._failed:
                 warnings.warn(
@@ -127,7 +128,7 @@ class ResumeCheckpoint(L.Callback):
             progress.is_last_batch = is_last
 
     def elapsed(self) -> float:
-        """Returns wall seconds of training so far, of earlier processes too."""
+        """Returns wall-clock seconds of training so far, including earlier processes."""
         return self.seconds + time.monotonic() - self._clock
 
     def state_dict(self) -> dict[str, object]:
@@ -139,14 +140,14 @@ class ResumeCheckpoint(L.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps the generators' states for the first batch: setting up data would use them otherwise."""
+        """Keeps the generators' states until the first batch, as setting up data would use them."""
         self._resumed = state_dict["random"]
         self._saved_at = state_dict["saved_at"]
         self.seconds = state_dict["seconds"]
 
 
 class RandomState(TypedDict):
-    """The states of all generators of one process, in what `torch.load(weights_only=True)` reads."""
+    """The states of all generators of one process, in types that `torch.load(weights_only=True)` reads."""
 
     python: tuple[Any, ...]
     numpy: list[Any]
@@ -171,7 +172,7 @@ def random_state() -> RandomState:
 
 
 def restore_random_state(state: RandomState) -> None:
-    """Puts back what `random_state` returned."""
+    """Restores what `random_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]

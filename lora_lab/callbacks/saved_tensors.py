@@ -12,7 +12,7 @@ from lora_lab.linalg.rebuild import observer
 
 
 class Holder:
-    """Holds one saved tensor, and dies with the node of the graph that saved it."""
+    """Holds one saved tensor, and is freed with the graph node that saved it."""
 
     __slots__ = ("__weakref__", "tensor")
 
@@ -21,10 +21,10 @@ class Holder:
 
 
 class SavedTensors:
-    """Sees every tensor that autograd saves between `start` and `stop`.
+    """Records every tensor that autograd saves between `start` and `stop`.
 
-    Counting all that is ever saved would be too much: graphs that die within the forward pass free theirs.
-    Hence each is held by its node alone, and `count` looks at those still alive.
+    Counting everything that is ever saved would be too much, since graphs that end within the forward pass
+    free their tensors. So each tensor is held only by its node, and `count` counts those still alive.
     """
 
     def __init__(self) -> None:
@@ -32,18 +32,18 @@ class SavedTensors:
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
     def start(self) -> None:
-        """Begins to look."""
+        """Starts to record."""
         self._hooks.__enter__()
 
     def stop(self) -> None:
-        """Stops looking; what was saved stays usable for the backward pass."""
+        """Stops recording; saved tensors stay usable for the backward pass."""
         self._hooks.__exit__()
 
     def count(self, known: Iterable[Tensor] = ()) -> int:
-        """Returns the bytes of the distinct storages that are saved now.
+        """Returns the bytes of the distinct storages that are saved at present.
 
         Args:
-            known: tensors that are in memory anyway, such as parameters and buffers; they do not count.
+            known: tensors that are in memory anyway, such as parameters and buffers, and do not count.
         """
         alive = [holder.tensor for reference in self._holders if (holder := reference()) is not None]
         storages = {_place(tensor): tensor.untyped_storage().nbytes() for tensor in alive}
@@ -52,7 +52,7 @@ class SavedTensors:
         return sum(storages.values())
 
     def _pack(self, tensor: Tensor) -> Holder:
-        # Detached: a node that saves its own output would otherwise hold itself alive.
+        # Detached, since a node that saves its own output would otherwise never be freed.
         holder = Holder(tensor.detach())
         self._holders.append(weakref.ref(holder))
         return holder

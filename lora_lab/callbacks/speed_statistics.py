@@ -1,10 +1,10 @@
-"""How fast training goes: the wall time from a batch's start to its end, without loading data or validating.
+"""How fast training is: wall-clock time from a batch's start to its end, without data loading and validation.
 
     speed/step_milliseconds    mean time of an optimizer step since the last logged row, in the first process
-    speed/tokens_per_second    tokens of all processes over that time, padding left out; examples where the
-                               batch is not text
+    speed/tokens_per_second    tokens of all processes over that time, without padding; examples if the batch
+                               is not text
 
-A GPU is waited for only at steps that are logged: between them nothing waits for it.
+The process waits for a GPU only at logged steps.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Span:
     tokens: Tensor | int = 0
 
     def add(self, other: Span) -> None:
-        """Adds what happened over other batches."""
+        """Adds another span."""
         self.seconds += other.seconds
         self.steps += other.steps
         self.tokens = self.tokens + other.tokens
@@ -49,13 +49,13 @@ class Span:
 class SpeedStatistics(L.Callback):
     """Logs the statistics in the rows of `train/loss`.
 
-    It comes last among the callbacks: what they do at a batch's start then comes before the clock starts.
-    Everything is of this process: a resumed run's speed says nothing about the machine that began it.
+    It is the last callback, so that the clock starts after the work of the others at a batch's start.
+    Everything is measured in this process only, also in a resumed run.
     """
 
     def __init__(self) -> None:
         self.median_step_milliseconds: float | None = None
-        """Median time of an optimizer step; of the logged rows' means on a GPU. None before training ends."""
+        """Median time of an optimizer step; on a GPU of the logged rows' means. None before training ends."""
         self.tokens_per_second: float | None = None
         """Tokens (or examples) of all processes over the time of all steps. None before training ends."""
         self._samples: list[float] = []
@@ -75,7 +75,7 @@ class SpeedStatistics(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: object, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Notes that this batch ends a step, and whether it is logged."""
+        """Records that this batch ends a step, and whether it is logged."""
         self._stepped = True
         self._due = logging_due(trainer)
 

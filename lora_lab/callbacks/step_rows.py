@@ -1,4 +1,4 @@
-"""What callbacks have in common that add numbers to the rows of `train/loss`."""
+"""The base class of callbacks that add numbers to the rows of `train/loss`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lora_lab.training.trainer import logging_due
 
 
 class StepRows(L.Callback):
-    """Asks before each step whether it is logged, and logs numbers once the step is made."""
+    """Checks before each step whether it is logged, and logs numbers after it."""
 
     _due = False
 
@@ -20,7 +20,7 @@ class StepRows(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: object, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Asks whether this step's numbers are logged."""
+        """Checks whether this step is logged."""
         self._due = logging_due(trainer)
 
     def on_train_batch_end(

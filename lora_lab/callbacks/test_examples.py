@@ -1,11 +1,11 @@
-"""`test_examples.parquet`: one row for each test example, which paired statistics of runs need.
+"""`test_examples.parquet`: one row for each test example, for paired statistics of runs.
 
-id           place in the test split, counted from 0; the same rows for all runs on the same data
+id           position in the test split, counted from 0; the same rows for all runs on the same data
 label        class or number                                        (not of language models)
 prediction   predicted class                                        (classification)
 score        probability of that class, or the predicted number     (classification, regression)
 loss         cross entropy, squared error, or mean over the tokens
-tokens       tokens that the loss is a mean of                      (language models)
+tokens       number of tokens over which the loss is a mean                      (language models)
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TestExamples(L.Callback):
         folder: the run's folder; None writes nothing.
     """
 
-    __test__ = False  # pytest takes the name for that of tests
+    __test__ = False  # pytest would take it for a test class
 
     def __init__(self, folder: Path | None):
         self.folder = folder
@@ -56,7 +56,7 @@ class TestExamples(L.Callback):
         self._parts.append(pd.DataFrame({"id": loaders.batch_sampler.batches[batch_idx], **columns}))
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes the rows of all processes, in the order of the split; a full disk costs these rows alone."""
+        """Writes the rows of all processes, in the order of the split; a full disk loses only these rows."""
         if self.folder is None:
             return
         own = pd.concat(self._parts) if self._parts else pd.DataFrame()

@@ -625,8 +625,8 @@ def test_faulty_options_are_refused(options, message):
 @pytest.mark.parametrize(
     ("options", "total", "message"),
     [
-        ({"warmup": 10}, 10, "10 steps of a run of 10 leave none to train what is kept"),
-        ({"warmup": 0.5}, 1, "1 steps of a run of 1 leave none"),
+        ({"warmup": 10}, 10, "10 steps of a run of 10 leave no step to train the kept"),
+        ({"warmup": 0.5}, 1, "1 steps of a run of 1 leave no step"),
     ],
 )
 def test_a_schedule_that_does_not_fit_the_run_is_refused(options, total, message):
@@ -679,5 +679,5 @@ def test_a_fit_without_data_to_sample_is_refused(bert):
     trainer = L.Trainer(
         callbacks=[controller], logger=False, max_epochs=1, enable_checkpointing=False, accelerator="cpu"
     )
-    with pytest.raises(ConfigError, match="samples the training data, and finds none"):
+    with pytest.raises(ConfigError, match="samples the training data, and there are none"):
         trainer.fit(module, loader)

@@ -91,5 +91,5 @@ def test_options_that_cannot_be_meant_are_refused(options, message):
 
 def test_subtracted_starts_are_refused():
     adapters = inject(fresh_model(), LoRASpec(rank=2, init="olora", targets=LAYERS, modules_to_save=[]))
-    with pytest.raises(IncompatibleError, match="layer1 subtracts a start of its own"):
+    with pytest.raises(IncompatibleError, match="layer1 subtracts its start"):
         RankRedistribution(RankRedistributionSpec(), adapters)

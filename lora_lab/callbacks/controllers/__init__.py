@@ -61,13 +61,13 @@ CONTROLLERS = Registry[Controller](
         Compaction,
     ),
 )
-"""Every controller by its id, in the order in which those of one run act; those of other packages, see
-`Registry`, act last. A new one here is one file, one entry here and one YAML in configs/controllers."""
+"""Every controller by its id, in the order in which those of a run act; those of other packages (see
+`Registry`) act last. A new one here is one file, one entry here and one YAML in configs/controllers."""
 
 FORMER_NAMES: dict[str, dict[str, str]] = {
     "lora_drop": {"output_evaluation": "output_evaluation", "stochastic": "dropout_schedule"}
 }
-"""Id that stored runs may have, of a controller that was several → its strategy → today's id."""
+"""Former id of a controller in stored runs, which had several strategies → strategy → today's id."""
 
 
 def renamed(stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def renamed(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unknown(name: str) -> str:
-    """Returns the end of a message that there is no such controller: what it may be instead."""
+    """Returns the end of the message for an unknown controller: what could be meant."""
     if name not in FORMER_NAMES:
         return suggest(name, CONTROLLERS)
     found = ", ".join(f"'{new}' (was strategy: {old})" for old, new in FORMER_NAMES[name].items())

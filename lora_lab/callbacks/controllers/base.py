@@ -1,12 +1,12 @@
-"""What a controller is: a callback that changes adapters while they train, by their protocols alone.
+"""What a controller is: a callback that changes adapters while they train, only through their protocols.
 
-Where a controller may act, in the order in which Lightning gets there:
+Where a controller can act, in Lightning's order:
 
-    plan                     before anything is trained or written: does the schedule fit the run?
-    prepare                  once, before the first step; the model may be called, see `over_inputs`
+    plan                     before anything is trained or written: checks that the schedule fits the run
+    prepare                  once, before the first step; can call the model, see `over_inputs`
     on_train_batch_start     a step begins with the first of its batches, see `step_begins`
-    on_before_optimizer_step gradients are whole, averaged over processes, not yet clipped
-    on_train_batch_end       after a step, see `step_ended`: new weights, and still the gradients of the step
+    on_before_optimizer_step gradients are complete, averaged over processes, not yet clipped
+    on_train_batch_end       after a step, see `step_ended`: new weights, but still the gradients of the step
 
 Lightning restores the model first, then the callbacks, then builds the optimizer.
 """
@@ -30,18 +30,18 @@ from lora_lab.errors import ConfigError, IncompatibleError
 
 @dataclass
 class ControllerSpec:
-    """What every controller's options have in common."""
+    """The options that every controller has."""
 
     def faults(self) -> list[str]:
         """Returns every fault that shows without a model, as `field: what is wrong, what is allowed`."""
         return choice_faults(self)
 
     def needs(self) -> type:
-        """Returns the class of `adapters.protocols` that every adapter has to offer."""
+        """Returns the class of `adapters.protocols` that every adapter has to inherit."""
         raise NotImplementedError
 
     def faults_beside(self, others: Mapping[str, ControllerSpec]) -> list[str]:
-        """Returns what is wrong with the choice of the run's other controllers, given by name."""
+        """Returns what is wrong with the run's other controllers, given by name."""
         return []
 
     def silences(self) -> bool:
@@ -49,7 +49,7 @@ class ControllerSpec:
         return False
 
     def decides(self) -> str | None:
-        """Returns what this controller alone must decide in a run; None if it disturbs no other."""
+        """Returns what only one controller of a run may decide; None if it does not conflict with others."""
         return None
 
 
@@ -63,7 +63,7 @@ class Controller(L.Callback):
 
     Raises:
         ConfigError: if the spec is invalid.
-        IncompatibleError: if an adapter does not offer what the controller needs.
+        IncompatibleError: if an adapter does not have the protocol that the controller needs.
     """
 
     Spec: ClassVar[type[Any]]
@@ -72,7 +72,7 @@ class Controller(L.Callback):
     paper: ClassVar[str] = "-"
     """Authors, year and arXiv id."""
     trials: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}}
-    """Options with which the contract tries it in runs of 12 steps, by name of the variant."""
+    """Options with which the contract tests it in runs of 12 steps, by name of the variant."""
 
     def __init__(self, spec: Any, adapters: AdapterSet, seed: int = 0):
         if faults := spec.faults():
@@ -102,12 +102,12 @@ class Controller(L.Callback):
 
     @property
     def settled(self) -> bool:
-        """Whether the controller will remove, add or share nothing from now on."""
+        """Whether the controller will no longer remove, add or share anything."""
         return True
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:
-        """Puts the adapters in the state in which they are evaluated, inside the context."""
+        """Inside the context the adapters are in the state in which they are evaluated."""
         yield
 
     def statistics(self) -> dict[str, float]:
@@ -115,24 +115,24 @@ class Controller(L.Callback):
         return {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Plans for the trainer's own count of steps."""
+        """Plans with the trainer's number of steps."""
         self.plan(int(trainer.estimated_stepping_batches))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Counts on from where a resumed run stopped; prepares a new one."""
+        """Continues to count where a resumed run stopped; prepares a new run."""
         self._seen_step = trainer.global_step
         if trainer.global_step == 0:
             self.prepare(trainer, pl_module)
 
     def prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Sets up the adapters before the first step of a new run, from a pass over data if need be."""
+        """Sets up the adapters before the first step of a new run, after a pass over data if necessary."""
 
     def step_begins(self, trainer: L.Trainer, batch_idx: int) -> bool:
-        """Whether a batch is the first of those whose gradients make one step."""
+        """Whether a batch is the first one of an optimizer step."""
         return batch_idx % trainer.accumulate_grad_batches == 0
 
     def step_ended(self, trainer: L.Trainer) -> bool:
-        """Whether an optimizer step was made since this was last asked; to be asked at every batch's end."""
+        """Whether there was an optimizer step since the last call; to be called at the end of every batch."""
         ended, self._seen_step = trainer.global_step != self._seen_step, trainer.global_step
         return ended
 
@@ -144,13 +144,13 @@ def controllers_of(trainer: L.Trainer) -> list[Controller]:
 
 
 def require(pl_module: Any, setting: str, names: Sequence[str], instead: str) -> None:
-    """Checks that a LightningModule offers what a callback calls; lora_lab's FineTuner offers everything.
+    """Checks that a LightningModule has what a callback calls; lora_lab's FineTuner has everything.
 
     Args:
-        pl_module: anybody's LightningModule.
-        setting: what asks for it, for the message.
+        pl_module: any LightningModule.
+        setting: what needs it, for the message.
         names: attributes and methods.
-        instead: what a user with another module can do.
+        instead: what a user of another module can do.
 
     Raises:
         IncompatibleError: if one is missing.
@@ -164,7 +164,7 @@ def require(pl_module: Any, setting: str, names: Sequence[str], instead: str) ->
 
 
 def misfit(name: str, needs: type, method: str) -> str:
-    """Says that a method does not offer what a controller needs, and which methods do."""
+    """Returns the message that a method does not have what a controller needs, and which methods do."""
     fitting = sorted(known for known, kind in METHODS.items() if issubclass(kind, needs))
     return (
         f"controllers.{name}: needs adapters that are {needs.__name__}; those of method '{method}' are not. "

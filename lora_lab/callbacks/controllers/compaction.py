@@ -1,8 +1,8 @@
-"""Compaction: silenced components leave memory, once no other controller will change the structure.
+"""Compaction: frees the memory of silenced components, once no other controller will change the structure.
 
-Parameters, gradients and the optimizer's moments are sliced in place, at the end of the optimizer step at
-which all other controllers have settled. A dropped adapter has no components left. The model computes the
-same before and after: the scale stays that of the rank at the start.
+Parameters, gradients and the optimizer's moments are sliced in place, at the end of the optimizer step after
+which all other controllers have settled. A dropped adapter keeps no components. The model computes the same
+before and after: the scale stays that of the rank at the start.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Compaction(Controller):
 
     Spec = CompactionSpec
     name = "compaction"
-    trials = {}  # it goes with others
+    trials = {}  # it needs another controller
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
@@ -63,13 +63,13 @@ class Compaction(Controller):
 
     @torch.no_grad()
     def compact(self, trainer: L.Trainer) -> None:
-        """Slices all adapters, and what the optimizer knows of them."""
+        """Slices all adapters and their optimizer state."""
         for path, index in self._left().items():
             select_components(trainer, self.controlled[path], index)
         structure_changed(trainer, self.adapters)
 
     def _left(self) -> dict[str, Int[Tensor, " k"]]:
-        """Returns by path what is left of each adapter: what any of those that share its tensors uses."""
+        """Returns, by path, the components to keep: those that any adapter with the same tensors uses."""
         owners = self.adapters.owners
         used: dict[str, Tensor] = {}
         for path, adapter in self.controlled.items():

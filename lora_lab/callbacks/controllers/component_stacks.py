@@ -1,4 +1,4 @@
-"""The components of all adapters of a model, laid out so that few kernels measure them."""
+"""The components of all adapters of a model, arranged so that few kernels measure them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lora_lab.adapters.protocols import Prunable
 
 @dataclass(frozen=True)
 class Stack:
-    """Tensors of one name and shape, each of another adapter.
+    """Tensors of one name and shape, one for each adapter.
 
     Attributes:
         paths: the adapters.
         name: the tensors' attribute.
-        shape: of each of them.
+        shape: shape of each of them.
         axis: the one that counts components.
         places: (paths, rank), the number in the model of each component.
     """
@@ -33,16 +33,16 @@ class Stack:
 
 
 class ComponentStacks:
-    """The trained tensors of adapters that hold components, as one row of numbers, equal shapes side by side.
+    """The trained tensors that hold components, as one row of numbers, equal shapes side by side.
 
-    Components are counted through the model, adapter after adapter.
+    Components are numbered through the model, adapter after adapter.
 
     Args:
         adapters: by path.
 
     Attributes:
         sizes: number of components of each adapter.
-        count: number of all.
+        count: number of all components.
     """
 
     def __init__(self, adapters: Mapping[str, Prunable]):
@@ -78,7 +78,7 @@ class ComponentStacks:
         return [tensor for _, tensor in self.named()]
 
     def parts(self, row: Float[Tensor, " numbers"]) -> Iterator[tuple[Stack, Float[Tensor, "paths rank k"]]]:
-        """Takes a row apart: every stack with the k numbers of each of its components."""
+        """Splits a row: every stack with the k numbers of each of its components."""
         lengths = [len(stack.paths) * stack.shape.numel() for stack in self.stacks]
         for stack, part in zip(self.stacks, row.split(lengths), strict=True):
             stacked = part.view(-1, *stack.shape).movedim(stack.axis + 1, 1)
@@ -91,5 +91,5 @@ class ComponentStacks:
         return {name: part.view(tensor.shape) for (name, tensor), part in zip(named, parts, strict=True)}
 
     def row(self, named: Mapping[str, Tensor]) -> Float[Tensor, " numbers"]:
-        """Returns the row of what `by_name` returned."""
+        """Returns the row for a result of `by_name`."""
         return torch.cat([named[name].flatten() for name, _ in self.named()])

@@ -32,7 +32,7 @@ class DropoutScheduleSpec(ControllerSpec):
     """Probability p₁ from `end` on, in [0, 1)."""
 
     course: Literal["constant", "linear", "cosine"] = "linear"
-    """How the probability gets from p₀ to p₁; `constant` stays at p₀."""
+    """How the probability changes from p₀ to p₁; `constant` stays at p₀."""
 
     start: float = 0.0
     """Optimizer steps before the probability changes; below 1 a share of all steps."""
@@ -57,14 +57,14 @@ class DropoutScheduleSpec(ControllerSpec):
 
 
 class DropoutSchedule(Controller):
-    """Sets the probability with which adapters drop their parts, again for every step.
+    """Sets, in every step, the probability with which adapters drop their parts.
 
     Logs `budget/drop_prob`, the probability of the last step.
     """
 
     Spec = DropoutScheduleSpec
     name = "dropout_schedule"
-    # Masks are drawn again for every batch, which no two ways to split a step share.
+    # Masks are drawn for every batch, so they depend on how a step is split into batches.
     trials = {"": {"start_prob": 0.0, "end_prob": 0.0}}
     spec: DropoutScheduleSpec
 

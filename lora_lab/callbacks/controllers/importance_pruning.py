@@ -6,19 +6,19 @@ before clipping,
     I ← β1 I + (1 − β1) |p g|,   U ← β2 U + (1 − β2) ||p g| − I|            until t = T − tfinal
     score of a component = Σ over its parts of the mean of their I U
 
-and of all components of the model, the b(t) with the largest scores are kept, the others silenced:
+and of all components of the model, the b(t) with the largest scores are kept and the others silenced:
 
-    t ≤ tinit               b = b0, all that there are
+    t ≤ tinit               b = b0, all components
     tinit < t < T − tfinal  b = ⌊(b0 − bT) (1 − (t − tinit) / (T − tfinal − tinit))³ + bT⌋, every deltaT steps
     t = T − tfinal          b = bT = target_rank · adapters, from then on; at T − 1 where tfinal is 0
 
-Until then a silenced component may grow back and be kept again; afterwards it is silenced after every step.
-Between two decisions it is in the weights again, and the logged ranks count it (`budget/kept` does not).
+Until then a silenced component can grow back and be kept again; afterwards it is silenced after every step.
+Between two decisions it is in the weights again; the logged ranks count it, `budget/kept` does not.
 
-Budget and order are those of the authors' code, and p after the step too: Algorithm 1 of the paper has the p
-before it. The final cut falls at T − tfinal as in PEFT. The authors' code makes it one step later unless
-deltaT divides T − tfinal, and never with tfinal = 0. Their trainer measures clipped gradients; the paper's
-|w ∇L| knows no clipping, which would make steps of large gradients count less.
+Budget and order are those of the authors' code, which also uses p after the step: Algorithm 1 of the paper
+uses p before it. The final cut is at T − tfinal as in PEFT; in the authors' code it is one step later unless
+deltaT divides T − tfinal, and with tfinal = 0 there is none. Their trainer measures clipped gradients; the
+paper's |w ∇L| has no clipping, which would make steps with large gradients count less.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ class ImportancePruningSpec(ControllerSpec):
     """The options of importance pruning."""
 
     target_rank: int = 8
-    """Mean number of components per adapter at the end, at least 1; two thirds of those at the start in the
-    paper. For svft it counts pairs of singular directions, of which an adapter has more than its `rank`."""
+    """Mean number of components per adapter at the end, at least 1; in the paper two thirds of those at the
+    start. For svft it counts pairs of singular directions, of which an adapter has more than its `rank`."""
 
     tinit: float = 0.1
     """Optimizer steps before the budget falls; below 1 a share of all steps. 0.09 to 0.18 in the paper."""
 
     tfinal: float = 0.3
     """Optimizer steps with the final components; below 1 a share of all steps. 0.44 to 0.58 in the paper; its
-    authors advise to let the budget fall during about half of all steps."""
+    authors recommend a falling budget during about half of all steps."""
 
     deltaT: int = 10
     """Optimizer steps from one decision to the next, at least 1; 1 to 100 in the paper."""
@@ -96,12 +96,13 @@ class ImportancePruningSpec(ControllerSpec):
 
 
 class ImportancePruning(SensitivityController):
-    """Gives a falling budget of components to those adapters of a run where they matter most.
+    """Keeps a falling number of components, in the adapters in which they matter most.
 
     Logs `budget/total`, b(t); `budget/kept`, the components that the last decision kept; and of that decision
-    `budget/threshold`, the least score kept, and the mean scores `importance/mean` and `importance/<path>`.
+    `budget/threshold`, the smallest score kept, and the mean scores `importance/mean` and
+    `importance/<path>`.
 
-    A step whose gradients are not all finite, which mixed precision skips, leaves the averages as they are.
+    A step with gradients that are not finite, which mixed precision skips, does not change the averages.
     """
 
     Spec = ImportancePruningSpec
@@ -119,7 +120,7 @@ class ImportancePruning(SensitivityController):
         if self.target > self.stacks.count:
             raise ConfigError(
                 f"controllers.importance_pruning.target_rank: {spec.target_rank} for each of "
-                f"{len(self.controlled)} adapters are {self.target} components; they start with "
+                f"{len(self.controlled)} adapters makes {self.target} components; they start with "
                 f"{self.stacks.count}. Lower it, or give the adapters a larger rank."
             )
         self._scores: Tensor | None = None
@@ -211,7 +212,7 @@ class ImportancePruning(SensitivityController):
             raise LabError(
                 f"controllers.importance_pruning: training ended after {trainer.global_step} of "
                 f"{self.total_steps} steps; the {self.target} components asked for are chosen after "
-                f"step {self.last + 1}. Let the run go on, or plan a shorter one."
+                f"step {self.last + 1}. Continue the run, or plan a shorter one."
             )
 
     def _kept(self) -> int:

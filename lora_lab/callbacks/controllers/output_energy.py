@@ -1,4 +1,4 @@
-"""What adapters meet in a number of batches, and how much each adds to the outputs of its module."""
+"""The inputs of adapters in some batches, and how much each adapter adds to the outputs of its module."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_lab.errors import ConfigError
 from lora_lab.training.module import FineTuner
 
 Measure = Callable[[str, Adapter, Tensor, Tensor | None], None]
-"""Takes path, adapter, its input and the flags of real tokens (batch, time); None if all inputs count."""
+"""Gets path, adapter, its input and the flags of real tokens (batch, time); None if all inputs count."""
 
 
 def training_sample(trainer: Any, ratio: float, controller: str) -> Iterator[Mapping[str, Tensor]]:
@@ -26,21 +26,21 @@ def training_sample(trainer: Any, ratio: float, controller: str) -> Iterator[Map
     Args:
         trainer: gives data and device.
         ratio: size of the part over that of the whole, in (0, 1].
-        controller: who asks, for the message.
+        controller: id of the controller, for the message.
 
     Raises:
-        ConfigError: if the run's module or data are of other kinds than FineTuner and TaskData.
+        ConfigError: if the run's module is not a FineTuner, or its data are not TaskData.
     """
     data, module = getattr(trainer, "datamodule", None), trainer.lightning_module
     if not isinstance(module, FineTuner):
         raise ConfigError(
-            f"controllers.{controller}: calls the model on batches, which a {type(module).__name__} does not "
-            "tell how to do. Train with lora_lab.FineTuner."
+            f"controllers.{controller}: calls the model on batches, but a {type(module).__name__} has no "
+            "common way to do this. Train with lora_lab.FineTuner."
         )
     if not isinstance(data, TaskData):
         raise ConfigError(
-            f"controllers.{controller}: samples the training data, and finds none. Fit with the data module "
-            "that lora_lab.data.build_data returns."
+            f"controllers.{controller}: samples the training data, and there are none. Fit with the data "
+            "module that lora_lab.data.build_data returns."
         )
     return map(trainer.strategy.batch_to_device, data.training_sample(ratio))
 
@@ -54,13 +54,13 @@ def over_inputs(
 ) -> None:
     """Calls `measure` for each adapter and batch.
 
-    The model is evaluated, and neither its mode nor its state nor any random generator is changed by it.
+    The model is evaluated; its mode, its state and all random generators are unchanged afterwards.
 
     Args:
         module: calls the adapted model.
         adapters: by path.
         batches: this process's batches, on its device.
-        measure: takes what an adapter meets.
+        measure: gets the inputs of an adapter.
     """
     mask: Tensor | None = None
 
@@ -70,7 +70,7 @@ def over_inputs(
         measure(path, adapter, x, mask if known else None)
 
     hooks = [
-        # The loop's variables are bound as defaults: the hook runs when they have moved on.
+        # The loop's variables are bound as defaults, since the hook runs when they have other values.
         adapter.register_forward_pre_hook(lambda own, inputs, path=path: seen(path, own, inputs[0]))
         for path, adapter in adapters.items()
     ]
@@ -91,7 +91,7 @@ def output_energy(
 
     Args:
         module: calls the adapted model.
-        adapters: they offer `delta_output`, see `Droppable`.
+        adapters: they have `delta_output`, see `Droppable`.
         batches: this process's batches, on its device.
     """
     sums = dict.fromkeys(adapters, torch.zeros((), dtype=torch.float64, device=module.device))
@@ -109,10 +109,10 @@ def output_energy(
 
 @contextmanager
 def evaluated(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluates a model inside, and leaves no trace of it: neither in modes nor in random generators."""
+    """Evaluates a model inside the context; modes and random generators are restored."""
     modes = {part: part.training for part in model.modules()}
     cuda = [device] if device.type == "cuda" else []
-    # A compiled model would not call hooks that it was compiled without.
+    # A compiled model would not call hooks that were registered later.
     with torch.random.fork_rng(cuda), torch.compiler.set_stance("force_eager"):
         try:
             model.eval()

@@ -6,8 +6,8 @@ Once, after `warmup` steps of ordinary training:
     I_i = g_i / Σ_j g_j      j: adapters of one group
     kept: the fewest adapters, from the largest I down, with Σ I ≥ threshold
 
-The others of a group use one adapter together, that of the largest I among them, or are dropped. What is left
-then starts again and trains for the rest of the run; the learning rate's schedule goes on.
+The others of a group share one adapter, that with the largest I among them, or are dropped. The remaining
+adapters then start again and train for the rest of the run; the schedule of the learning rate continues.
 """
 
 from __future__ import annotations
@@ -53,14 +53,15 @@ class OutputEvaluationSpec(ControllerSpec):
     """Share of the training data on which outputs are evaluated, in (0, 1]; at least one batch is."""
 
     group_by: Literal["role", "shape", "global"] = "role"
-    """Whose importance is compared: adapters of one role (`query`), or module name; those whose tensors have
-    one shape; or all."""
+    """Which adapters are compared: those of one role (`query`) or module name; those with tensors of one
+    shape; or all."""
 
     share: bool = True
-    """Let the adapters of a group that are not kept use one together, where shapes allow; else drop them."""
+    """Let the adapters of a group that are not kept share one, if shapes allow; else drop them."""
 
     reinit: bool = True
-    """Put adapters back to where the run began and clear their optimizer state; task heads train on."""
+    """Reset adapters to the start of the run and clear their optimizer state; task heads continue to
+    train."""
 
     def faults(self) -> list[str]:
         found = super().faults()
@@ -82,10 +83,10 @@ class OutputEvaluationSpec(ControllerSpec):
 
 
 class OutputEvaluation(Controller):
-    """Decides once which adapters of a run are needed.
+    """Decides once which adapters a run needs.
 
-    Logs `budget/kept`, the number of adapters with tensors of their own, `budget/threshold`, and from the
-    decision on `importance/<path>`.
+    Logs `budget/kept`, the number of adapters with their own tensors, `budget/threshold`, and after the
+    decision `importance/<path>`.
     """
 
     Spec = OutputEvaluationSpec
@@ -100,18 +101,19 @@ class OutputEvaluation(Controller):
     def __init__(self, spec: OutputEvaluationSpec, adapters: AdapterSet, seed: int = 0):
         super().__init__(spec, adapters, seed)
         self.importance: dict[str, float] = {}
-        """I of each adapter by path, once it is decided."""
+        """I of each adapter by path, after the decision."""
         if spec.reinit and adapters.spec.reads_full_weights:
             raise IncompatibleError(
-                f"controllers.output_evaluation.reinit: {adapters.spec.method} starts from weights that are "
-                "gone once training begins. Set reinit: false, or choose another adapter.init."
+                f"controllers.output_evaluation.reinit: {adapters.spec.method} starts from weights that no "
+                "longer exist after training begins. Set reinit: false, or choose another adapter.init."
             )
         if spec.share:
             for path, adapter in self.controlled.items():
                 if adapter.share_key() is None:
                     raise IncompatibleError(
-                        f"controllers.output_evaluation.share: {path} subtracts a start of its own base's "
-                        "and cannot share. Choose a start of zero (adapter.init: default), or share: false."
+                        f"controllers.output_evaluation.share: {path} subtracts a start that belongs to its "
+                        "base, so it cannot share. Choose a start of zero (adapter.init: default), or "
+                        "share: false."
                     )
 
     def plan(self, total_steps: int) -> None:
@@ -120,11 +122,11 @@ class OutputEvaluation(Controller):
         if self.warmup >= total_steps:
             raise ConfigError(
                 f"controllers.output_evaluation.warmup: {self.warmup} steps of a run of {total_steps} leave "
-                "none to train what is kept; lower it, or train longer."
+                "no step to train the kept adapters; lower it, or train longer."
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Plans, and looks for the data to sample from."""
+        """Plans, and checks that there are data to sample."""
         super().on_fit_start(trainer, pl_module)
         training_sample(trainer, self.spec.sample_ratio, self.name)
 
@@ -191,7 +193,7 @@ class OutputEvaluation(Controller):
         return list(groups.values())
 
     def _leave(self, paths: list[str]) -> None:
-        """Makes adapters give up their tensors, all but the most important of those that fit together."""
+        """Drops adapters, or lets them share the tensors of the most important one that fits."""
         if not self.spec.share:
             for path in paths:
                 self.controlled[path].drop()

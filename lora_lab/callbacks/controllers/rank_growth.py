@@ -1,4 +1,4 @@
-"""Rank growth: components move to the adapters that need them, at one total number of them.
+"""Rank growth: components move to the adapters that need them; their total number is constant.
 
 After IncreLoRA (Zhang et al. 2023, arXiv:2308.12043), which adds ranks where the loss is sensitive, and
 ElaLoRA (Chang et al. 2025, arXiv:2504.00254), which prunes and adds in turns. From the scores of AdaLoRA (see
@@ -8,9 +8,9 @@ ElaLoRA (Chang et al. 2025, arXiv:2504.00254), which prunes and adds in turns. F
     2. n components are added, one each to the adapters with the highest mean scores, from the highest down
        and, if n is larger than their number, from the top again
 
-Removed components leave tensors, gradients and the optimizer's state. Added ones start as the adapter's own
-did and change nothing at first; as their scores begin at zero, they cannot be removed in their first `grace`
-decisions. The scale stays that of the rank at the start.
+Removed components are deleted from tensors, gradients and the optimizer's state. New ones start like the
+adapter's first ones and change nothing at first; as their scores start at zero, they cannot be removed in
+their first `grace` decisions. The scale stays that of the rank at the start.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class RankGrowthSpec(ControllerSpec):
     """Optimizer steps from one decision to the next, at least one; below 1 a share of all steps."""
 
     end: float = 0.7
-    """Optimizer steps after which nothing moves any longer; below 1 a share of all steps."""
+    """Optimizer steps after which nothing moves; below 1 a share of all steps."""
 
     min_rank: int = 1
-    """Components that every adapter keeps; 0 or more."""
+    """Smallest number of components of an adapter; 0 or more."""
 
     max_rank: int | None = None
-    """Components that no adapter exceeds; null means twice those of the largest at the start."""
+    """Largest number of components of an adapter; null means twice the largest number at the start."""
 
     grace: int = 2
     """Decisions in which a new component cannot be removed; 0 or more."""
@@ -93,7 +93,7 @@ class RankGrowthSpec(ControllerSpec):
 class RankGrowth(SensitivityController):
     """Moves components between the adapters of a run.
 
-    Logs `budget/kept`, the number of components, which stays what it was at the start; `budget/moved`, those
+    Logs `budget/kept`, the number of components, which is constant; `budget/moved`, those
     that the last decision moved; and of that decision the mean scores `importance/mean` and
     `importance/<path>`.
     """
@@ -129,8 +129,8 @@ class RankGrowth(SensitivityController):
         if not self.start <= end < total_steps:
             raise ConfigError(
                 f"controllers.rank_growth: decides every {self.period} steps from step {self.start} to step "
-                f"{end} of a run of {total_steps}; start must not lie behind end, and end must lie before "
-                "the run's."
+                f"{end} of a run of {total_steps}; start must not be after end, and end must be before the "
+                "end of the run."
             )
 
     @property
@@ -156,7 +156,7 @@ class RankGrowth(SensitivityController):
 
     @torch.no_grad()
     def move(self, trainer: L.Trainer) -> None:
-        """Removes the weakest components and adds as many where the others are strongest."""
+        """Removes the weakest components and adds as many to the adapters with the strongest ones."""
         scores = from_first_process(self.sensitivity_scores()).cpu()
         removed = self.weakest(scores)
         parts = zip(scores.split(self.stacks.sizes), removed.split(self.stacks.sizes), strict=True)
@@ -170,7 +170,7 @@ class RankGrowth(SensitivityController):
         structure_changed(trainer, self.adapters)
 
     def weakest(self, scores: Float[Tensor, " count"]) -> Bool[Tensor, " count"]:
-        """Returns flags of the components to remove: the lowest scores that may go."""
+        """Returns flags of the components to remove: those with the lowest scores that can be removed."""
         flags = torch.zeros_like(scores, dtype=torch.bool)
         owners = torch.repeat_interleave(torch.tensor(self.stacks.sizes))
         left = list(self.stacks.sizes)
@@ -185,7 +185,7 @@ class RankGrowth(SensitivityController):
         return flags
 
     def grown(self, means: dict[str, float], removed: Bool[Tensor, " count"]) -> dict[str, int]:
-        """Returns by path how many components are added, as many as are removed."""
+        """Returns, by path, how many components are added; in all as many as are removed."""
         gone = [int(own.sum()) for own in removed.split(self.stacks.sizes)]
         room = {
             path: self.max_rank - size + less
@@ -195,7 +195,7 @@ class RankGrowth(SensitivityController):
         order = sorted(self.controlled, key=means.__getitem__, reverse=True)
         left = sum(gone)
         while left:
-            # What was removed has left room, so that each round adds at least one.
+            # The removed ones have left space, so each round adds at least one.
             for path in [path for path in order if added[path] < room[path]][:left]:
                 added[path] += 1
                 left -= 1
@@ -236,7 +236,7 @@ class RankGrowth(SensitivityController):
         return super().state_dict() | own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.stacks = ComponentStacks(self.controlled)  # with the components that the checkpoint has
+        self.stacks = ComponentStacks(self.controlled)  # with the checkpoint's components
         super().load_state_dict(state_dict)
         self._done, self._moved = state_dict["done"], state_dict["moved"]
         self._importance, self._ages = state_dict["importance"], state_dict["ages"]

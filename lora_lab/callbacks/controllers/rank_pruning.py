@@ -1,14 +1,13 @@
-"""Rank pruning: components that are weak next to the strongest die, and stay dead (hybrid LoRA with pruning).
+"""Rank pruning: weak components are removed permanently (hybrid LoRA with pruning).
 
     importance_i = Π over the component's parts of their L1 norms      (Σ_j |A_ij|) (Σ_k |B_ki|) for LoRA
     alive_i      = alive_i and importance_i > threshold · max importance
 
-Every `period` optimizer steps from `start` to `end`. Nothing dies while all importance is 0, as it is at the
-start of a run. A dead component has no gradient, which clipping would count, and stays exactly zero: what
-momentum and weight decay make of it is undone after every step. The scale stays that of the rank at the
-start.
+Every `period` optimizer steps from `start` to `end`. Nothing dies while all importance is 0, as at the start
+of a run. A dead component has no gradient (clipping would count it) and stays exactly zero: changes by
+momentum and weight decay are undone after every step. The scale stays that of the rank at the start.
 
-`scope: model` compares components of different lengths: means then stand in the place of the sums.
+`scope: model` compares components of different lengths, so it uses means instead of sums.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ class RankPruningSpec(ControllerSpec):
 
     threshold: float = 0.6
     """Share of the largest importance at or below which a component dies, in [0, 1). LoRA's components rarely
-    differ by more than a factor of two; AdaLoRA's do by far more, for which 0.1 is enough."""
+    differ by more than a factor of two; AdaLoRA's differ far more, so 0.1 is enough for them."""
 
     scope: Literal["layer", "model"] = "layer"
-    """Whose largest importance counts: the same adapter's, or that of all adapters."""
+    """Where the largest importance is taken: in the same adapter, or in all adapters."""
 
     start: float = 0.2
     """Optimizer steps before the first pruning; below 1 a share of all steps."""
@@ -45,7 +44,7 @@ class RankPruningSpec(ControllerSpec):
     """Optimizer steps from one pruning to the next, at least one; below 1 a share of all steps."""
 
     end: float = 0.8
-    """Optimizer steps after which nothing dies any longer; below 1 a share of all steps."""
+    """Optimizer steps after which nothing dies; below 1 a share of all steps."""
 
     min_rank: int = 1
     """Components that every adapter keeps, however weak; 0 or more."""
@@ -69,10 +68,10 @@ class RankPruningSpec(ControllerSpec):
 
 
 class RankPruning(Controller):
-    """Prunes every adapter of a run by the sizes of its components.
+    """Prunes every adapter of a run by the size of its components.
 
-    Logs `budget/kept`, the number of living components, and `importance/threshold`, the least importance that
-    outlived the last pruning, over all adapters.
+    Logs `budget/kept`, the number of components alive, and `importance/threshold`, the smallest importance
+    that survived the last pruning, over all adapters.
     """
 
     Spec = RankPruningSpec
@@ -101,8 +100,8 @@ class RankPruning(Controller):
         if not self.start <= end < total_steps or self.last < 1:
             raise ConfigError(
                 f"controllers.rank_pruning: prunes every {self.period} steps from step {self.start} to step "
-                f"{end} of a run of {total_steps}; start must not lie behind end, end must lie before the "
-                "run's, and there must be a pruning between them."
+                f"{end} of a run of {total_steps}; start must not be after end, end must be before the end "
+                "of the run, and there must be a pruning between them."
             )
 
     @property
@@ -134,7 +133,7 @@ class RankPruning(Controller):
             self.prune()
 
     def prune(self) -> None:
-        """Lets the weak components of all adapters die."""
+        """Prunes the weak components of all adapters."""
         of_model = self.spec.scope == "model"
         adapters = self.controlled.values()
         importance = [l1_importance(adapter.rank_components(), mean=of_model) for adapter in adapters]
@@ -158,7 +157,7 @@ class RankPruning(Controller):
         self._alive = dict(zip(self.controlled, counts.tolist(), strict=True))
 
     def _pruned(self) -> list[Any]:
-        """Returns the adapters with dead components; none are left once they were sliced out."""
+        """Returns the adapters with dead components; there are none after compaction."""
         return [own for path, own in self.controlled.items() if len(own.kept) > self._alive[path]]
 
     def statistics(self) -> dict[str, float]:

@@ -1,11 +1,11 @@
 """Rank redistribution: a pass over data before training sets ranks and A (EVA, Paischer et al. 2024).
 
-From the inputs x of each adapter, real tokens of a sample of the training data,
+From the inputs x of each adapter, for the real tokens of a sample of the training data,
 
     C = Σ_x x xᵀ = V diag(λ) Vᵀ,  λ falling        share of direction i = λ_i / Σ_j λ_j
 
-An adapter gets as many components as its inputs have directions among the rank · adapters largest shares of
-the model, at least `min_rank` and at most `rho` times as many as at the start. Its rows of A are those
+Of the rank · adapters largest shares in the model, an adapter gets one component for each share of its
+inputs, at least `min_rank` and at most `rho` times as many as at the start. Its rows of A are those
 directions, B is zero. The scale stays that of the rank at the start.
 
 C takes in² numbers for each adapter while it is measured; the paper (arXiv:2410.07170) needs fewer: it finds
@@ -47,7 +47,7 @@ class RankRedistributionSpec(ControllerSpec):
     """Share of the training data whose inputs are measured, in (0, 1]; at least one batch is."""
 
     rho: float = 2.0
-    """Largest rank of an adapter over that at its start, 1 or more; 2 by default, as in PEFT."""
+    """Largest rank of an adapter divided by its rank at the start, at least 1; 2 is PEFT's default."""
 
     min_rank: int = 1
     """Components that every adapter gets; at least 1."""
@@ -70,7 +70,7 @@ class RankRedistributionSpec(ControllerSpec):
 class RankRedistribution(Controller):
     """Sets the ranks of a run before its first step.
 
-    Logs `budget/kept`, the number of components, which stays what it was.
+    Logs `budget/kept`, the number of components, which does not change.
     """
 
     Spec = RankRedistributionSpec
@@ -84,17 +84,17 @@ class RankRedistribution(Controller):
         for path, adapter in self.controlled.items():
             if not is_linear(adapter.base):
                 raise IncompatibleError(
-                    f"controllers.rank_redistribution: {path} adapts no linear layer, whose inputs could be "
-                    "compared; remove it from targets."
+                    f"controllers.rank_redistribution: {path} does not adapt a linear layer, so its inputs "
+                    "cannot be compared; remove it from targets."
                 )
             if adapter.start_A is not None:
                 raise IncompatibleError(
-                    f"controllers.rank_redistribution: {path} subtracts a start of its own, which would be "
-                    "lost. Choose a start of zero (adapter.init: default)."
+                    f"controllers.rank_redistribution: {path} subtracts its start, which would be lost. "
+                    "Choose a start of zero (adapter.init: default)."
                 )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Plans, and looks for the data to sample from."""
+        """Plans, and checks that there are data to sample."""
         super().on_fit_start(trainer, pl_module)
         training_sample(trainer, self.spec.sample_ratio, self.name)
 
@@ -104,7 +104,8 @@ class RankRedistribution(Controller):
         products: dict[str, Tensor] = {}
 
         def measure(path: str, adapter: object, x: Tensor, mask: Tensor | None) -> None:
-            # In double, or sums in another order, as more processes make them, would turn the directions.
+            # In double precision, since sums in another order (with more processes) would otherwise rotate
+            # the directions.
             rows = (x.flatten(0, -2) if mask is None else x[mask.bool()]).double()
             product = rows.T @ rows
             products[path] = products[path] + product if path in products else product
@@ -123,7 +124,7 @@ class RankRedistribution(Controller):
         structure_changed(trainer, self.adapters)
 
     def ranks(self, shares: dict[str, Float[Tensor, " in"]]) -> dict[str, int]:
-        """Returns the rank of each adapter, from the descending shares of the directions of its inputs."""
+        """Returns the rank of each adapter, from the shares of its inputs' directions in descending order."""
         sizes = {path: len(adapter.kept) for path, adapter in self.controlled.items()}
         most = {
             path: min(len(shares[path]), math.floor(self.spec.rho * size)) for path, size in sizes.items()

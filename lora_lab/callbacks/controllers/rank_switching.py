@@ -5,12 +5,12 @@
     gradient_norm   one of `ranks` up where ‖∇‖ > high, one down where ‖∇‖ < low; ∇ of all adapters, unclipped
     recent_loss     the same for the mean of the last `window` training losses at the current rank
 
-The first two are the paper's, for adapters to be read at any rank later; a draw depends on the seed and the
-step alone. The other two look for one rank, from the smallest up, and decide every `period` steps.
+The first two are the paper's, for adapters that can be used at any rank later; a draw depends only on the
+seed and the step. The other two search for one rank, from the smallest up, and decide every `period` steps.
 
 Validations, tests and the end of the run are at `final_rank`; `validation/…_rank_<k>` and `test/…_rank_<k>`
-are at the others in `evaluation_ranks`, for one more forward pass each. An adapter with fewer components than
-a rank asks for (rank_pattern) uses all of its own.
+are at the other ranks of `evaluation_ranks`, which takes one more forward pass for each. An adapter with
+fewer components than a rank asks for (rank_pattern) uses all of its own.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from lora_lab.data.batches import seeded_generator
 from lora_lab.errors import ConfigError
 
 ADAPTIVE = {"gradient_norm": (1.0, 0.1, 1.0), "recent_loss": (0.1, 0.05, 100.0)}
-"""Policy that looks for one rank → its high, low and period by default."""
+"""Policy that searches for one rank → its default high, low and period."""
 DRAWS = 1
-"""Parts the stream of draws from others of the same seed, such as the order of the data."""
+"""Separates the draws from others with the same seed, such as the order of the data."""
 
 
 @dataclass
@@ -53,11 +53,11 @@ class RankSwitchingSpec(ControllerSpec):
     """What decides the rank of a step: chance (the first two), or how training goes."""
 
     min_rank: int | None = None
-    """Least rank of a step, the paper's b_min; null means the least there is."""
+    """Smallest rank of a step, the paper's b_min; null means the smallest possible."""
 
     max_rank: int | None = None
     """Largest rank of a step, the paper's b_max; null means the adapters' own. Components above it are never
-    learned."""
+    trained."""
 
     geometric_p: float = 0.15
     """p of the geometric policy, in (0, 1); 0.15 in the paper."""
@@ -77,10 +77,11 @@ class RankSwitchingSpec(ControllerSpec):
     null means 1 and 100 steps."""
 
     window: int = 10
-    """Training losses at the current rank that recent_loss looks at, one for each step; at least 1."""
+    """Number of training losses at the current rank that recent_loss averages, one for each step; at least
+    1."""
 
     evaluation_ranks: list[int] | None = None
-    """Ranks at which every validation and test is made besides; null means the powers of two up to max_rank,
+    """Further ranks of every validation and test; null means the powers of two up to max_rank,
     and max_rank; [] means none."""
 
     final_rank: int | None = None
@@ -89,7 +90,7 @@ class RankSwitchingSpec(ControllerSpec):
 
     @property
     def adaptive(self) -> bool:
-        """Whether the rank follows from how training goes."""
+        """Whether the rank depends on how training goes."""
         return self.policy in ADAPTIVE
 
     def decision(self) -> tuple[float, float, float]:
@@ -117,7 +118,7 @@ class RankSwitchingSpec(ControllerSpec):
         if not self.adaptive:
             options = {name: getattr(self, name) for name in ("ranks", "high", "low", "period")}
             found += [
-                f"{name}: belongs to the policies {' and '.join(ADAPTIVE)}; remove it"
+                f"{name}: is a field of the policies {' and '.join(ADAPTIVE)}; remove it"
                 for name, value in options.items()
                 if value is not None
             ]
@@ -140,7 +141,7 @@ class RankSwitching(Controller):
     """Chooses the rank of every step, and evaluates at several.
 
     Logs `rank/active`, the rank of the step, and for an adaptive policy `rank/gradient_norm` or
-    `rank/recent_loss`, the number that its last decision came from.
+    `rank/recent_loss`, the number that its last decision used.
     """
 
     Spec = RankSwitchingSpec
@@ -212,7 +213,7 @@ class RankSwitching(Controller):
         return self.ranks[int(torch.multinomial(base**exponent, 1, generator=generator))]
 
     def decide(self, measured: float) -> None:
-        """Moves to a neighbour of an adaptive policy's rank, where the number asks for it."""
+        """Moves to the next rank up or down, if an adaptive policy's number requires it."""
         self._measured = measured
         if math.isfinite(measured):
             move = (measured > self.high) - (measured < self.low)
@@ -249,7 +250,7 @@ class RankSwitching(Controller):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
-        # At every batch: a validation may stand between two whose gradients make one step.
+        # At every batch, since a validation may come between two batches of one step.
         self._active = self._current if self.spec.adaptive else self.draw(trainer.global_step)
         self._set(self._active)
 
@@ -262,7 +263,7 @@ class RankSwitching(Controller):
             losses.append(from_first_process(loss))
             del losses[: -self.spec.window]
         if self.spec.adaptive and self._due(trainer.global_step + 1):
-            # Here, where gradients are whole; what comes of it waits for the step's end.
+            # Here gradients are complete; the decision is applied at the step's end.
             self._pending = self._measure()
 
     def on_train_batch_end(
@@ -275,7 +276,7 @@ class RankSwitching(Controller):
         self._set(self.resting_rank)
 
     def _due(self, done: int) -> bool:
-        # After the last step no step is left to learn at another rank.
+        # After the last step no step is left to train at another rank.
         return done % self.period == 0 and done != self.total_steps
 
     def _measure(self) -> float:
@@ -324,7 +325,7 @@ class RankSwitching(Controller):
             for rank in self.evaluation_ranks
             if all(a.active_rank == min(rank, a.max_rank) for a in self.controlled.values())
         }
-        # Of the rank in use the module has the numbers already.
+        # The module already has the numbers of the rank in use.
         self._evaluations = {
             rank: pl_module.new_metrics().to(pl_module.device)
             for rank in self.evaluation_ranks
@@ -357,10 +358,10 @@ class RankSwitching(Controller):
 
 
 def rises(ranks: Sequence[int]) -> bool:
-    """Whether ranks are 1 or more, each above the one before."""
+    """Whether ranks are at least 1 and ascending."""
     return all(smaller < larger for smaller, larger in zip([0, *ranks], ranks, strict=False))
 
 
 def doubling(ranks: Sequence[int]) -> list[int]:
-    """Returns the powers of two among rising ranks, and the largest."""
+    """Returns the powers of two among ascending ranks, and the largest."""
     return [rank for rank in ranks if rank.bit_count() == 1 or rank == ranks[-1]]

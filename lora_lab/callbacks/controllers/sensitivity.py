@@ -30,7 +30,7 @@ AVERAGES = ("sensitivity", "uncertainty")
 class SensitivityController(Controller):
     """A controller that measures components; its spec has `beta1` and `beta2`.
 
-    A step whose gradients are not all finite, which mixed precision skips, leaves the averages as they are.
+    A step with gradients that are not finite, which mixed precision skips, does not change the averages.
     """
 
     def __init__(self, spec: Any, adapters: AdapterSet, seed: int = 0):
@@ -38,7 +38,7 @@ class SensitivityController(Controller):
         self.stacks = ComponentStacks(self.controlled)
         self._averages: dict[str, Tensor] = {}
         self._others: list[Tensor] = []
-        self._gradients: Tensor | None = None  # of the step under way, before clipping
+        self._gradients: Tensor | None = None  # of the current step, before clipping
 
     def measures(self, step: int) -> bool:
         """Whether a step, counted from 0, is measured."""
@@ -57,7 +57,7 @@ class SensitivityController(Controller):
 
     @torch.no_grad()
     def measure(self) -> None:
-        """Takes |p g| of the step just made into the averages."""
+        """Adds |p g| of the step just made to the averages."""
         gradients = self._gradient_row() if self._gradients is None else self._gradients
         self._gradients = None
         measured = gradients.mul_(torch.cat([tensor.flatten() for tensor in self.stacks.tensors()])).abs_()

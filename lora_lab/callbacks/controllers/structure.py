@@ -1,4 +1,4 @@
-"""What else has to change when adapters lose, slice, extend or share tensors in the middle of a fit."""
+"""What else has to change when adapters lose, slice, extend or share tensors during training."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lora_lab.adapters.protocols import Growable, Prunable
 
 @torch.no_grad()
 def select_components(trainer: L.Trainer, adapter: Prunable, index: Int[Tensor, " k"]) -> None:
-    """Makes an adapter consist of some of its components, with their gradients and optimizer state.
+    """Keeps only some components of an adapter, with their gradients and optimizer state.
 
     Args:
         trainer: gives the optimizers.
-        adapter: whose components.
+        adapter: the adapter.
         index: the components, in ascending order.
     """
     for parameter, axis in adapter.rank_components():
-        # As long as that already: nothing is left out, or the adapter that shares the tensor has been here.
+        # It has this length already: nothing is removed, or an adapter that shares the tensor has done it.
         if parameter.shape[axis] != len(index):
             _change(trainer, parameter, partial(torch.index_select, dim=axis, index=index))
     adapter.select_components(index)
@@ -41,7 +41,7 @@ def extend_components(
 
     Args:
         trainer: gives the optimizers.
-        adapter: what grows.
+        adapter: the adapter.
         count: how many.
         init: see `Growable.extend_components`.
     """
@@ -52,7 +52,7 @@ def extend_components(
 
 
 def _change(trainer: L.Trainer, parameter: Tensor, change: Callable[[Tensor], Tensor]) -> None:
-    """Changes the gradient of a tensor, and all state of its own shape that optimizers have of it."""
+    """Changes the gradient of a tensor, and all optimizer state of the tensor's shape."""
     states = [optimizer.state.get(parameter, {}).values() for optimizer in trainer.optimizers]
     for tensor in [parameter.grad, *(value for state in states for value in state)]:
         if isinstance(tensor, Tensor) and tensor.shape == parameter.shape:
@@ -60,13 +60,13 @@ def _change(trainer: L.Trainer, parameter: Tensor, change: Callable[[Tensor], Te
 
 
 def structure_changed(trainer: L.Trainer, adapters: AdapterSet) -> None:
-    """Fits optimizer and DDP to the tensors that the adapters have now.
+    """Updates optimizer and DDP to the adapters' present tensors.
 
-    To be called in every process, between two steps: in `on_train_batch_end` the last graph is gone.
+    Call it in every process, between two steps: in `on_train_batch_end` the last graph is freed.
 
-    The optimizer forgets tensors that are trained no more. Its groups stay, even empty ones, for the schedule
-    knows them by their number. Its state of sliced and extended tensors has changed with them, see above.
-    Callbacks with a method `structure_changed` are called: what they have measured may hold no longer.
+    The optimizer forgets tensors that are no longer trained. Its groups stay, even empty ones, since the
+    schedule uses their index. Its state of sliced and extended tensors has changed with them, see above.
+    Callbacks with a method `structure_changed` are called, since their measurements may be outdated.
     """
     trained = {id(parameter) for parameter in adapters.trainable_parameters()}
     for optimizer in trainer.optimizers:
@@ -84,9 +84,9 @@ def structure_changed(trainer: L.Trainer, adapters: AdapterSet) -> None:
 
 
 def _wrap_again(strategy: Any) -> None:
-    """Puts a new DDP wrapper around a strategy's module: the old one knows the former tensors and shapes."""
+    """Puts a new DDP wrapper around a strategy's module: the old one has the former tensors and shapes."""
     old = strategy.model
-    # Both hold the node that gathers a tensor's gradient, which remembers the tensor's shape while it lives.
+    # Both refer to the node that accumulates a tensor's gradient, which keeps the tensor's former shape.
     del old.logger, old.reducer
     strategy.model = strategy.lightning_module
     strategy.configure_ddp()
