@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 import wandb
 from safetensors.torch import load_file
 
+from tests.forks import Fork, lora_lab
 from tests.wandb_file import offline_folders, read_offline_run
 
 pytestmark = pytest.mark.slow
@@ -26,12 +25,12 @@ model: {name: "random:bert"}
 data: {source: files, train: DATA, text: [text], label: label, batch_size: 4, max_length: 16}
 adapter: {method: lora, rank: 2, dropout: 0.2}
 optimization: {learning_rate: 0.01}
-trainer: 
-  {max_epochs: 20, accumulate: 3, validate_every: 0.5, log_every: 2, checkpoint_every: 7,
+trainer:
+  {max_epochs: 6, accumulate: 3, validate_every: 0.5, log_every: 2, checkpoint_every: 7,
   progress_bar: false, keep: best}
 tracking: {wandb: offline}
 """
-STEPS = 20 * 8  # 90 rows (of 100, a tenth is set aside for validation) are 23 batches, the last window has 2
+STEPS = 6 * 8  # 90 rows (of 100, a tenth is set aside for validation) are 23 batches, the last window has 2
 VOLATILE = ("speed/", "memory/peak", "_runtime", "_timestamp", "_step", "_wandb", "epoch_seconds")
 """Names of what measures the machine and not the run."""
 
@@ -54,43 +53,25 @@ def config(tmp_path_factory) -> Path:
     return path
 
 
-def start(config: Path, run: str, *flags: str) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "lora_lab",
-        "train",
-        str(config),
-        f"output={config.parent / 'runs'}",
-        f"run={run}",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, *flags],
-        cwd=config.parent,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        # A shell's background jobs ignore Ctrl-C and hand that down; the run is to meet it as at a terminal.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+def start(config: Path, run: str, *flags: str) -> Fork:
+    command = ["train", str(config), f"output={config.parent / 'runs'}", f"run={run}", *flags]
+    # As a process started by this one, which tracks a run, would inherit it.
+    return lora_lab(*command, folder=config.parent, WANDB_SERVICE=os.environ["WANDB_SERVICE"])
 
 
 def folder_of(config: Path, run: str) -> Path:
     return config.parent / "runs" / "resume" / run
 
 
-def stop_after(process: subprocess.Popen, folder: Path, rows: int, how: signal.Signals) -> None:
+def stop_after(process: Fork, folder: Path, rows: int, how: signal.Signals) -> int:
     """Sends the signal when the run has logged this many rows, of which the last checkpoint knows fewer."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         metrics = folder / "metrics.csv"
         if (folder / "checkpoints" / "last.ckpt").is_file() and metrics.read_text().count("\n") > rows:
-            process.send_signal(how)
-            process.wait(60)
-            return
-        assert process.poll() is None, process.stdout.read()
+            process.send(how)
+            return process.end(60)[0]
+        assert process.process.exitcode is None, process.output.read_text()
         time.sleep(0.005)
     raise AssertionError("the run never came so far")
 
@@ -107,9 +88,8 @@ def wandb_in_use():
 
 @pytest.fixture(scope="module")
 def uninterrupted(config) -> Path:
-    process = start(config, "whole")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    code, output = start(config, "whole").end()
+    assert code == 0, output
     return folder_of(config, "whole")
 
 
@@ -134,22 +114,21 @@ def table(folder: Path) -> pd.DataFrame:
     return frame[sorted(name for name in frame if not name.startswith(VOLATILE))]
 
 
-@pytest.mark.parametrize(("how", "rows"), [(signal.SIGINT, 8), (signal.SIGKILL, 27)])
+@pytest.mark.parametrize(("how", "rows"), [(signal.SIGINT, 8), (signal.SIGKILL, 22)])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(config, uninterrupted, how, rows):
     run = how.name.lower()
-    process = start(config, run)
     folder = folder_of(config, run)
-    stop_after(process, folder, rows, how)
+    code = stop_after(start(config, run), folder, rows, how)
     status = json.loads((folder / "run.json").read_text())["status"]
     assert status == ("interrupted" if how is signal.SIGINT else "running")
-    assert process.returncode == (130 if how is signal.SIGINT else -signal.SIGKILL)
+    assert code == (130 if how is signal.SIGINT else -signal.SIGKILL)
 
-    refused, _ = (again := start(config, run, "--no-resume")).communicate(timeout=120)
-    assert again.returncode == 2
+    code, refused = start(config, run, "--no-resume").end()
+    assert code == 2
     assert "Continue it with --resume" in refused.replace("\n", " ")
 
-    output, _ = (resumed := start(config, run)).communicate(timeout=300)
-    assert resumed.returncode == 0, output
+    code, output = start(config, run).end()
+    assert code == 0, output
     assert re.search(r"continues from step \d+", output)
 
     ours, theirs = (
@@ -175,11 +154,11 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_from_the_beginnin
     deadline = time.monotonic() + 120
     while not (folder / "run.json").is_file() and time.monotonic() < deadline:
         time.sleep(0.005)
-    process.kill()
-    process.wait(60)
+    process.send(signal.SIGKILL)
+    process.end(60)
     assert not (folder / "checkpoints" / "last.ckpt").is_file()
-    output, _ = (resumed := start(config, "early", "--resume")).communicate(timeout=300)
-    assert resumed.returncode == 0, output
+    code, output = start(config, "early", "--resume").end()
+    assert code == 0, output
     pd.testing.assert_frame_equal(table(folder), table(uninterrupted), check_exact=True)
     assert history(folder) == history(uninterrupted)
 
@@ -195,8 +174,7 @@ def test_the_checkpoint_holds_nothing_of_the_frozen_base_and_loads_without_pickl
 
 def test_a_finished_run_is_not_trained_again(config, uninterrupted):
     before = (uninterrupted / "run.json").stat().st_mtime_ns
-    process = start(config, "whole")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    code, output = start(config, "whole").end()
+    assert code == 0, output
     assert "had finished before" in output
     assert (uninterrupted / "run.json").stat().st_mtime_ns == before
