@@ -1,6 +1,5 @@
 """Running a study: real runs, really killed."""
 
-import multiprocessing
 import os
 import random
 import signal
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 import yaml
 
 from lora_lab.cli import main
@@ -18,6 +16,7 @@ from lora_lab.studies import ablate, read_study
 from lora_lab.studies.ablation import Progress
 from lora_lab.studies.executors import Executor, LocalExecutor
 from lora_lab.studies.worker import execute
+from tests.forks import Fork, fork
 
 STUDY = {
     "question": "Which method learns a sum?",
@@ -183,20 +182,33 @@ def test_a_run_that_diverges_is_a_result(tmp_path):
     assert again.made == []
 
 
+class Watched(LocalExecutor):
+    """Tries the same study again whenever it waits."""
+
+    source: Path
+
+    def wait(self, seconds):
+        with pytest.raises(CheckpointError, match=rf"methods: process {os.getpid()} on .* is writing to it"):
+            ablate(read_study(self.source), Inline)
+        return super().wait(seconds)
+
+
+def make(source: Path, kind: type[LocalExecutor] = LocalExecutor, workers: int = 2) -> None:
+    kind.source = source
+    ablate(read_study(source), lambda logs: kind(workers, logs, "fork"))
+
+
+def start(source: Path, *arguments) -> Fork:
+    """Makes a study in a process that has trained nothing before: it may be forked."""
+    return fork(make, source, *arguments, folder=source.parent)
+
+
 def test_two_workers_make_the_same_rows_and_a_second_study_is_refused(tmp_path):
     found = study(tmp_path / "two")
     alone = study(tmp_path / "one")
     ablate(alone, Inline)
-
-    class Watched(LocalExecutor):
-        def wait(self, seconds):
-            with pytest.raises(
-                CheckpointError, match=rf"methods: process {os.getpid()} on .* is writing to it"
-            ):
-                ablate(read_study(found.source), Inline)
-            return super().wait(seconds)
-
-    ablate(found, lambda logs: Watched(2, logs))
+    code, printed = start(found.source, Watched).end()
+    assert code == 0, printed
     pd.testing.assert_frame_equal(
         results(found).drop(columns=MEASURED), results(alone).drop(columns=MEASURED)
     )
@@ -217,66 +229,36 @@ class Murderous(LocalExecutor):
         return super().wait(seconds)
 
 
-def make(source: Path, kind: type[LocalExecutor] = LocalExecutor, workers: int = 2) -> None:
-    """Makes a study in a process group of its own."""
-    os.setpgid(0, 0)
-    torch.set_num_threads(1)
-    ablate(read_study(source), lambda logs: kind(workers, logs, "fork"))
-
-
-@pytest.fixture(scope="module")
-def start():
-    """Starts `make` in a process that has imported everything and trained nothing: it may be forked."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lora_lab.studies"])
-    started = []
-
-    def start(*arguments):
-        process = context.Process(target=make, args=arguments)
-        process.start()
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-
-
-def ended(process) -> int:
-    process.join(120)
-    return process.exitcode
-
-
-def test_a_worker_that_is_killed_fails_its_run_alone(tmp_path, start):
+def test_a_worker_that_is_killed_fails_its_run_alone(tmp_path):
     found = study(tmp_path, seeds=[0])
-    assert ended(start(found.source, Murderous, 1)) != 0
+    assert start(found.source, Murderous, 1).end()[0] != 0
     rows = results(found)
     assert sorted(rows["status"]) == ["failed", "finished"]
     assert rows["error"].dropna().item().startswith("its process was killed by SIGKILL")
 
 
-def test_a_study_killed_twice_has_the_rows_of_one_left_alone(tmp_path, start):
+def test_a_study_killed_twice_has_the_rows_of_one_left_alone(tmp_path):
     tune = TUNE | {"values": [0.001, 0.01], "seeds": [100]}
     alone, found = study(tmp_path / "alone", tune=tune), study(tmp_path / "killed", tune=tune)
     process = start(alone.source)
     while not alone.folder.exists():  # the first process also waits for the imports
         time.sleep(0.05)
     started = time.monotonic()
-    assert ended(process) == 0
+    assert process.end()[0] == 0
     whole = time.monotonic() - started
     draw = random.Random(5)
     finished: dict[Path, int] = {}
     for _ in range(2):
         process = start(found.source)
         time.sleep(draw.uniform(0.3, 0.7) * whole)
-        process.kill()
-        process.join()
+        process.send(signal.SIGKILL)
+        process.end()
         # What is finished now must not be made again.
         for job in Progress(read_study(found.source), None).jobs:
             record = job.folder.read()
             if record and record["status"] == "finished":
                 finished.setdefault(job.folder.record, job.folder.record.stat().st_mtime_ns)
-    assert ended(start(found.source)) == 0
+    assert start(found.source).end()[0] == 0
     assert all(path.stat().st_mtime_ns == time_ for path, time_ in finished.items())
     assert finished
     one, two = results(alone), results(found)
@@ -285,15 +267,15 @@ def test_a_study_killed_twice_has_the_rows_of_one_left_alone(tmp_path, start):
         assert (found.folder / name).read_text() == (alone.folder / name).read_text()
 
 
-def test_ctrl_c_leaves_all_resumable(tmp_path, start):
+def test_ctrl_c_leaves_all_resumable(tmp_path):
     experiment = STUDY["experiment"] | {"trainer": {"max_epochs": 4000, "checkpoint_every": 1}}
     found = study(tmp_path, experiment=experiment)
     process = start(found.source)
     folder = found.job(found.cell("lora"), "compare", 0).folder
     while not folder.checkpoint.is_file():
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
-    assert ended(process) == 130
+    os.killpg(process.process.pid, signal.SIGINT)  # as a terminal does it
+    assert process.end()[0] == 130
     assert folder.read()["status"] == "interrupted"
     assert folder.checkpoint.is_file()
     assert "interrupted" in set(results(found)["status"])
