@@ -4,12 +4,12 @@ import math
 import os
 import random
 import signal
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import wandb
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from lora_lab.adapters.methods.lora import LoRASpec
 from lora_lab.errors import CheckpointError, ConfigError
@@ -23,6 +23,7 @@ from lora_lab.tracking import (
     wandb_mode,
 )
 from lora_lab.tracking.loggers import run_id
+from tests.forks import fork
 from tests.tracked_run import SETTINGS, train
 from tests.wandb_file import offline_folders, read_offline_run
 
@@ -174,26 +175,16 @@ def test_no_file_has_no_rows(tmp_path):
 
 # Resuming -------------------------------------------------------------------------------------------------
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from tests.tracking.test_tracking import logs, some_rows, write
-loggers = logs(Path(sys.argv[1]))
-write(loggers, some_rows(40))
-print("ready", flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
-"""
+
+def write_and_die(folder: Path) -> None:
+    write(logs(folder), some_rows(40))
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_killed_run_goes_on_with_each_row_exactly_once(tmp_path):
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    code, printed = fork(write_and_die, tmp_path / "run", folder=tmp_path).end()
+    assert code == -signal.SIGKILL, printed
+    tmp_path = tmp_path / "run"
     rows = read_metrics(tmp_path)
     assert rows == some_rows(40)
     (before,) = offline_folders(tmp_path)
@@ -239,18 +230,12 @@ def test_an_online_run_is_not_given_its_rows_again(tmp_path):
     assert read_metrics(tmp_path) == some_rows(5)
 
 
-def test_other_processes_write_nothing(tmp_path):
-    script = """
-import sys
-from pathlib import Path
-from tests.tracking.test_tracking import logs, replay, close_loggers, some_rows, write
-loggers = logs(Path(sys.argv[1]))
-write(loggers, some_rows(3))
-replay(some_rows(3), loggers, 3)
-close_loggers(loggers)
-"""
-    environment = {**os.environ, "LOCAL_RANK": "1"}
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=environment, timeout=120, check=True)
+def test_other_processes_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    loggers = logs(tmp_path)
+    write(loggers, some_rows(3))
+    replay(some_rows(3), loggers, 3)
+    close_loggers(loggers)
     assert list(tmp_path.iterdir()) == []
 
 
