@@ -15,7 +15,9 @@ COMMAND = str(Path(lora_lab.__file__).with_name("__main__.py"))
 """The script that `lora-lab` is."""
 
 
-def run_in_two_processes(file: str, folder: Path, *arguments: str) -> None:
+def run_in_two_processes(
+    file: str, folder: Path, *arguments: str, codes: tuple[int, int] = (0, 0)
+) -> None:
     """Runs a test's file as a script in two processes, which find each other as Lightning's do.
 
     They are forks of this one: torch and Lightning would take each of them many seconds to import.
@@ -24,9 +26,10 @@ def run_in_two_processes(file: str, folder: Path, *arguments: str) -> None:
         file: the script.
         folder: where they stand, and leave what they print.
         arguments: of the script.
+        codes: with which they are to end.
 
     Raises:
-        AssertionError: with what they printed, if one of them fails.
+        AssertionError: with what they printed, if one of them ends otherwise.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -45,7 +48,7 @@ def run_in_two_processes(file: str, folder: Path, *arguments: str) -> None:
         for process in started:
             process.kill()
     printed = "\n".join((folder / f"output_{rank}").read_text() for rank in (0, 1))
-    assert [process.exitcode for process in started] == [0, 0], printed
+    assert tuple(process.exitcode for process in started) == codes, printed
 
 
 def _run(rank: int, port: int, file: str, folder: Path, arguments: tuple[str, ...]) -> None:

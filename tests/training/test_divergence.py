@@ -2,8 +2,7 @@
 
 import json
 import math
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -29,6 +28,8 @@ from lora_lab.tracking import MetricsFile, read_metrics
 from lora_lab.training.module import FineTuner
 from lora_lab.training.optimization import OptimizationConfig
 from lora_lab.training.trainer import TrainerConfig, trainer_arguments
+from tests.forks import fork
+from tests.two_processes import run_in_two_processes
 
 CONFIG = """
 name: divergence
@@ -230,7 +231,7 @@ def test_a_diverged_run_goes_on_with_skip_from_its_last_finite_checkpoint(tmp_pa
     assert RunFolder(tmp_path / "divergence" / "part").read()["resumptions"] == 1
 
 
-PROCESS = """
+SCRIPT = """
 import math, os, sys
 from lora_lab.cli import main
 from lora_lab.training.module import FineTuner
@@ -248,43 +249,44 @@ sys.exit(main(arguments))
 """
 
 
+def run_script(*arguments: str) -> None:
+    sys.argv = list(arguments)
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
 @pytest.mark.slow
-def test_two_processes_end_together_where_one_of_them_diverges(tmp_path):
-    """Both know of the other's loss; none waits for one that has ended."""
+@pytest.mark.parametrize(
+    ("last", "settings", "batch", "kept"),
+    [
+        ("3", ["trainer.on_nonfinite=stop"], "step 4 (batch 4 of epoch 1)", 3),
+        ("6", ["trainer.on_nonfinite=skip", "trainer.max_skipped_steps=2"], "step 5 (batch 1 of epoch 2)", 4),
+    ],
+)
+def test_two_processes_end_together_where_one_of_them_diverges(tmp_path, last, settings, batch, kept):
+    """Both know of the other's loss; none waits for one that has ended, or is taken for dead."""
     (tmp_path / "experiment.yaml").write_text(CONFIG)
-    (tmp_path / "process.py").write_text(PROCESS)
-    settings = [f"output={tmp_path}", "run=r", "trainer.devices=2", "optimization.learning_rate=0.01"]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-
-    def diverge(first, last, *overrides):
-        command = ["train", str(tmp_path / "experiment.yaml"), *settings, *overrides]
-        done = subprocess.run(
-            [sys.executable, str(tmp_path / "process.py"), str(first), str(last), *command],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 3, done.stdout + done.stderr
-        left = [own for own in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(own.info["cmdline"])]
-        assert not left
-        folder = RunFolder(tmp_path / "divergence" / "r")
-        record = folder.read()
-        assert record["status"] == "diverged"
-        assert str(folder.checkpoint) in record["error"]
-        stored = torch.load(folder.checkpoint, weights_only=True)
-        assert all(tensor.isfinite().all() for tensor in stored["state_dict"].values())
-        return record["error"], stored["global_step"]
-
-    error, step = diverge(3, 3)
-    assert "optimizer step 4 (batch 4 of epoch 1): the loss is inf" in error
-    assert step == 3
-    error, step = diverge(3, 6, "trainer.on_nonfinite=skip", "trainer.max_skipped_steps=2")
-    assert "optimizer step 5 (batch 1 of epoch 2): the loss is inf" in error
-    assert "all of the last 2 steps" in error
-    assert step == 4
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    arguments = ["3", last, "train", str(tmp_path / "experiment.yaml"), f"output={tmp_path}", "run=r"]
+    arguments += ["trainer.devices=2", "optimization.learning_rate=0.01", *settings]
+    if "trainer.on_nonfinite=stop" in settings:  # the second process is one that Lightning starts and watches
+        places = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+        places["PYTHONPATH"] = str(Path(__file__).parents[2])
+        code, printed = fork(run_script, str(script), *arguments, folder=tmp_path, **places).end()
+        assert code == 3, printed
+    else:
+        run_in_two_processes(str(script), tmp_path, *arguments, codes=(3, 0))
+    left = [own for own in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(own.info["cmdline"])]
+    assert not psutil.wait_procs(left, timeout=30)[1]
+    folder = RunFolder(tmp_path / "divergence" / "r")
+    record = folder.read()
+    assert record["status"] == "diverged"
+    assert str(folder.checkpoint) in record["error"]
+    assert f"optimizer {batch}: the loss is inf" in record["error"]
+    assert ("all of the last 2 steps" in record["error"]) == (last == "6")
+    stored = torch.load(folder.checkpoint, weights_only=True)
+    assert all(tensor.isfinite().all() for tensor in stored["state_dict"].values())
+    assert stored["global_step"] == kept
 
 
 def test_a_last_step_that_leaves_infinite_weights_ends_a_run_as_diverged(tmp_path):
