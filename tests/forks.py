@@ -1,4 +1,4 @@
-"""Real processes for tests, which may be killed: they start as a new one would, without its seconds of imports.
+"""Real processes for tests, which may be killed: they start like new ones, without the seconds of imports.
 
 They are forks of one server, which has imported everything, and has neither run anything nor started W&B.
 """

@@ -15,9 +15,7 @@ COMMAND = str(Path(lora_lab.__file__).with_name("__main__.py"))
 """The script that `lora-lab` is."""
 
 
-def run_in_two_processes(
-    file: str, folder: Path, *arguments: str, codes: tuple[int, int] = (0, 0)
-) -> None:
+def run_in_two_processes(file: str, folder: Path, *arguments: str, codes: tuple[int, int] = (0, 0)) -> None:
     """Runs a test's file as a script in two processes, which find each other as Lightning's do.
 
     They are forks of this one: torch and Lightning would take each of them many seconds to import.
