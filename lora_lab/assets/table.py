@@ -45,8 +45,8 @@ class Asset:
     converted: tuple[str, ...] = ()
     """Files made from `files` once after the download; empty if the files are used as they are."""
     converted_hashes: dict[str, str] = field(default_factory=dict)
-    """sha256 of those among them that every version of the converter makes alike: they check a copy next to
-    which no hashes were written."""
+    """sha256 of those among them that every version of the converter writes identically, to check a copy
+    without stored hashes."""
     single_file: bool = False
     """Whether `fetch` returns the one file rather than the folder."""
 

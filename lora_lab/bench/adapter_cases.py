@@ -1,4 +1,4 @@
-"""What `adapter_cost` compares: shapes of models, and each method in our words and in PEFT's."""
+"""What `adapter_cost` compares: shapes of models, and each method with our options and with PEFT's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lora_lab.adapters.spec import AdapterSpec
 class Task(nn.Module):
     """A model with a loss, between embeddings and a fixed direction of the output.
 
-    The loss is linear, so that autograd keeps nothing for it but a buffer.
+    The loss is linear, so autograd keeps only a buffer for it.
     """
 
     direction: Tensor
@@ -48,7 +48,7 @@ class Shapes:
     linears: list[str]
     """Names of all its linear maps, as PEFT takes them."""
     down: str
-    """Pattern of the paths that end the feed-forward parts, for IA3."""
+    """Pattern of the paths of the last maps of feed-forward parts, for IA3."""
     rows: int
     length: int
     width: int = 768
@@ -96,7 +96,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One method, in our words and in PEFT's, and what it shall cost: ours / PEFT's, at most."""
+    """One method with our options and with PEFT's, and the goals for its cost, as ours / PEFT's."""
 
     method: str
     ours: Mapping[str, Any]
@@ -108,7 +108,7 @@ class Case:
     saved: float
     """Goal for the bytes kept between forward and backward, on BERT's shapes."""
     stacked: bool = field(default=False, kw_only=True)
-    """Whether our files hold frozen tensors besides the learned ones, which alone PEFT's modules hold."""
+    """Whether our files also hold frozen tensors, which PEFT's modules do not have."""
 
     def spec(self, shapes: Shapes) -> AdapterSpec:
         """Returns our spec."""
@@ -165,4 +165,4 @@ CASES = {
     ),
     "delora": Case("delora", {"rank": 8, "init": "zero_b"}, "DeloraConfig", {"r": 8}, 0.97, 0.55),
 }
-"""Every method that both have, by the name of its row."""
+"""Every method that both libraries have, by the name of its row."""

@@ -1,12 +1,12 @@
-"""What an adapter costs: ours against PEFT's, and both against the frozen base.
+"""What an adapter costs: ours compared with PEFT's, and both with the frozen base.
 
     python -m lora_lab.bench.adapter_cost OUTPUT.csv [--shapes bert] [--methods lora …] [--rounds 5]
     python -m lora_lab.bench.adapter_cost OUTPUT.csv --show      # the tables of a file, as markdown
 
 Three models of one base take turns: `limit`, which is frozen and only passes gradients on to its embeddings;
-PEFT's adapters on all linear maps; and ours with the same numbers in them. They have to agree before anything
-is measured. One thread and CPU time: wall time would also count what else the machine does. A CPU's speed
-drifts, so that only ratios within a round count; bytes are exact. Needs PEFT, `pip install lora_lab[dev]`.
+PEFT's adapters on all linear maps; and ours with the same numbers in them. They must agree before anything is
+measured. One thread and CPU time: wall time would also count what else the machine does. A CPU's speed
+drifts, so only ratios within a round are used; bytes are exact. Needs PEFT, `pip install lora_lab[dev]`.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from lora_lab.bench.step_cost import peak_bytes, saved_bytes, seconds
 from lora_lab.errors import LabError
 
 TOLERANCE = 1e-5
-"""How far the two sides may be apart, relative to the largest number."""
+"""Largest allowed difference of the two sides, relative to the largest number."""
 
 Row = dict[str, Any]
 
 
 class DisagreementError(LabError):
-    """The two sides do not compute the same: what they cost cannot be compared."""
+    """The two sides do not compute the same, so their costs cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Side:
         self.forward().backward()
 
     def fresh(self) -> None:
-        """Forgets all gradients, so that every step has to make them."""
+        """Deletes all gradients, so that every step creates them."""
         self.module.zero_grad(set_to_none=True)
         self.embeddings.grad = None
 
@@ -95,17 +95,17 @@ def check_agreement(ours: Side, theirs: Side, limit: Side) -> None:
     """Compares outputs, losses and the embeddings' gradients, without dropout.
 
     Raises:
-        DisagreementError: if ours and PEFT's are apart, or so near the base that this says nothing.
+        DisagreementError: if ours and PEFT's differ, or are so close to the base that equality means nothing.
     """
     own, other, base = (_results(side) for side in (ours, theirs, limit))
     for name in own:
-        # A loss has either sign and may come near 0; its size is 1, as `direction` has length 1.
+        # A loss can have either sign and be near 0; its scale is 1, as `direction` has length 1.
         apart = _apart(own[name], other[name], least=float(name == "loss"))
         if not apart <= TOLERANCE:
-            raise DisagreementError(f"{name} is {apart:.1e} apart from PEFT's, above {TOLERANCE:.0e}.")
+            raise DisagreementError(f"{name} differs by {apart:.1e} from PEFT's, above {TOLERANCE:.0e}.")
     moved = _apart(own["output"], base["output"])
     if not moved > 100 * TOLERANCE:
-        raise DisagreementError(f"output is {moved:.1e} apart from the base's, too little to compare.")
+        raise DisagreementError(f"output differs by {moved:.1e} from the base's, too little to compare.")
 
 
 def _results(side: Side) -> dict[str, Tensor]:
@@ -124,7 +124,7 @@ def _apart(own: Tensor, other: Tensor, least: float = 0.0) -> float:
 
 
 def _shake(adapters: AdapterSet) -> None:
-    """Moves the adapters from their start, where many compute what the base does."""
+    """Moves the adapters away from their start, where many compute what the base computes."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in adapters.trainable_parameters():
@@ -145,7 +145,7 @@ def measure_once(case: Case, shapes: Shapes, sides: dict[str, Side], device: tor
     for name, side in sides.items():
         side.fresh()
         yield {"side": name, "measure": "saved_bytes", "value": saved_bytes(side.forward, side.module)}
-        side.step()  # warm: what a first step allocates permanently is not its peak
+        side.step()  # warm-up: what a first step allocates permanently is not part of its peak
         side.fresh()
         yield {"side": name, "measure": "peak_bytes", "value": peak_bytes(side.step, device)}
     with tempfile.TemporaryDirectory() as folder:
@@ -198,7 +198,7 @@ def measure(
         DisagreementError: before anything is measured, if the sides do not compute the same.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's, of models without a name on the hub
+        warnings.simplefilter("ignore")  # PEFT's, for models without a name on the hub
         sides = build_sides(case, shapes, device)
         yield from ({"round": 1, **row} for row in measure_once(case, shapes, sides, device))
         for number in range(1, rounds + 1):

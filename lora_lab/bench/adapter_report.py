@@ -29,7 +29,7 @@ TABLES = {
     "PEFT's → ours, over the frozen base": (0, 5, 6, 7),
     "PEFT's → ours, once": (0, 8, 9, 10),
 }
-"""Titles of the tables and which of `HEADINGS` they show: all in one would be too wide for a terminal."""
+"""Titles of the tables and which of `HEADINGS` they show; one table would be too wide for a terminal."""
 
 
 def read_rows(path: Path) -> pd.DataFrame:
@@ -40,7 +40,7 @@ def read_rows(path: Path) -> pd.DataFrame:
 def cells(rows: pd.DataFrame, shapes: str) -> list[list[str]]:
     """Returns a line for each method on one model's shapes, under `HEADINGS`.
 
-    Numbers are medians over the rounds, of ratios within a round.
+    Numbers are medians over the rounds of ratios within a round.
     """
     chosen = rows[rows["shapes"] == shapes]
     return [_line(name, chosen[chosen["method"] == name], shapes) for name in chosen["method"].unique()]

@@ -3,8 +3,8 @@
     python -m lora_lab.bench.architectures --out experiments/architectures/results.csv
 
 Each architecture of the installed version is built tiny and gets LoRA with the default targets, with
-`all-linear` and with `all`. It then takes one step of training on random tokens. Right is that every counted
-tensor moves and the merged model computes what the adapted one does, or that the targets are refused.
+`all-linear` and with `all`. It then takes one step of training on random tokens. Correct is: every counted
+tensor changes and the merged model computes what the adapted one does, or the targets are refused.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from lora_lab.models.architectures import roles_of
 
 TARGETS: dict[str, str | None] = {"default": None, "all-linear": "all-linear", "all": "all"}
 SECONDS = 60
-"""Limit of computing for one model: some cannot be made small."""
+"""Time limit for one model: some cannot be made small."""
 
 
 def measure(task: str, model_type: str) -> list[dict[str, Any]]:
-    """Returns the rows of one architecture, one for each of `TARGETS`, or one that says why it was not built.
+    """Returns the rows of an architecture, one for each of `TARGETS`, or one that says why it was not built.
 
-    Each has an `outcome`, and a `message` where there is more to say: "alive", "refused", "dead" (and which
+    Each has an `outcome`, and possibly a `message`: "alive", "refused", "dead" (and which
     tensors), "merged differs" (by what share of the largest logit), "failed" or "not built" (and why).
     """
     about_model = {"task": task, "architecture": model_type}
@@ -72,7 +72,7 @@ def _after_one_step(
     model: PreTrainedModel, adapters: AdapterSet, inputs: Mapping[str, Tensor]
 ) -> dict[str, str]:
     parameters = adapters.named_parameters()
-    # Off the start, where half of LoRA's tensors are 0 and the others have no gradient.
+    # Away from the start, where half of LoRA's tensors are 0 and the others have no gradient.
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in parameters.values():
@@ -104,7 +104,7 @@ def _logits(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
 
 @contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Raises TimeoutError inside after this many seconds of computing."""
+    """Raises TimeoutError inside the context after this many seconds of computing."""
 
     def late(number: int, frame: object) -> None:
         raise TimeoutError(f"computes longer than {seconds} s")

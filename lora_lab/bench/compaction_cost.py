@@ -3,8 +3,8 @@
     python -m lora_lab.bench.compaction_cost OUTPUT.csv
 
 The model has BERT base's shapes, 3 layers and random weights; `lora_prune` of rank 64 on all linear maps of
-its blocks, of which pruning has left all, half or nothing. One thread and CPU time of this process. Silenced
-and sliced adapters take steps in turns, and each round gives one ratio.
+its blocks, with all, half or none of the components left after pruning. One thread and CPU time of this
+process. Silenced and sliced adapters take turns, and each round gives one ratio.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Run:
         self.optimizer.step()
 
     def megabytes(self) -> tuple[float, float]:
-        """Returns what trained tensors and the optimizer's state take."""
+        """Returns the size of trained tensors and optimizer state."""
         return size(self.adapters.trainable_parameters()) / 1e6, optimizer_bytes([self.optimizer]) / 1e6
 
 

@@ -2,9 +2,9 @@
 
     python -m lora_lab.bench.controller_cost OUTPUT.csv
 
-The model has BERT base's shapes and random weights; each controller acts at its defaults on the method
-that it was made for. One thread and CPU time. The two runs take turns, and each round gives one ratio; as a
-CPU's speed drifts by some per cent within a round, the time in the controller's own hooks is measured too.
+The model has BERT base's shapes and random weights; each controller acts with its defaults on the method that
+it was made for. One thread and CPU time. The two runs take turns, and each round gives one ratio; as a CPU's
+speed drifts by a few per cent within a round, the time in the controller's hooks is also measured.
 """
 
 from __future__ import annotations

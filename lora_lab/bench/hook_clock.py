@@ -21,7 +21,7 @@ CLOCKS = (time.process_time, time.thread_time, children_time)
 
 
 class HookClock(L.Callback):
-    """Measures CPU seconds from the second batch, when all is warm, to the last row.
+    """Measures CPU seconds from the second batch, after warm-up, to the last row.
 
     Attributes:
         process: of this process.
@@ -47,7 +47,7 @@ class HookClock(L.Callback):
         self.process, self.main, self.wandb = self.process + now[0], self.main + now[1], self.wandb + now[2]
 
     def watch(self, target: L.Callback | Logger, names: tuple[str, ...], sum_up: str) -> None:
-        """Adds the time of an object's methods to an attribute; what they call in turn is counted once."""
+        """Adds the time of an object's methods to an attribute; nested calls are counted once."""
         for name in names:
             setattr(target, name, self._timed(getattr(target, name), sum_up))
 

@@ -1,10 +1,10 @@
-"""How folders that PEFT writes open here: one row for each of its types, options and a few models.
+"""How folders written by PEFT open here: one row for each of its types, its options and some models.
 
     python -m lora_lab.bench.peft_folders --out experiments/peft_folders/results.csv
 
 Every option of every config is set to another value than its default, one at a time. PEFT puts such an
-adapter into a tiny model, its tensors are moved off their start, and it writes the folder. Right is that
-lora_lab opens it with the logits that PEFT had, or refuses it by the name of the field.
+adapter into a tiny model, its tensors are moved off their start, and it writes the folder. Correct is:
+lora_lab opens it with PEFT's logits, or refuses it and names the field.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MODELS: dict[str, tuple[str, str, list[str]]] = {
     "mixtral": ("causal_lm", "mixtral", ["q_proj", "v_proj"]),
     "convolutions": ("", "", ["first", "second", "head"]),
 }
-"""Name → task and architecture of `tiny_architectures`, and target modules of all kinds of shapes."""
+"""Name → task and architecture of `tiny_architectures`, and target modules of various shapes."""
 
 BASES: dict[str, dict[str, Any]] = {
     "ADALORA": {"init_r": 4, "target_r": 2, "total_step": 10},
@@ -72,7 +72,7 @@ BASES: dict[str, dict[str, Any]] = {
     "VBLORA": {"num_vectors": 8, "vector_length": 8},
     "WAVEFT": {"n_frequency": 20},
 }
-"""Options that a type needs on tiny models; those with a rank and no entry have rank 4."""
+"""Options that a type needs on tiny models; types with a rank but without an entry have rank 4."""
 
 VALUES: dict[str, list[Any]] = {
     "r": [1, 6],
@@ -119,7 +119,7 @@ VALUES: dict[str, list[Any]] = {
     "eps": [0.5],
     "lora_dropout": [0.1],
 }  # fmt: skip
-"""Field → the values to try. Other flags are turned over, and other numbers halved."""
+"""Field → the values to try. Other flags are inverted, and other numbers halved."""
 
 OWN_VALUES: dict[tuple[str, str], list[Any]] = {
     ("LOKR", "init_weights"): [False, "lycoris"],
@@ -128,7 +128,7 @@ OWN_VALUES: dict[tuple[str, str], list[Any]] = {
 """Values of fields that mean something else in one type."""
 
 SKIPPED = frozenset(
-    # Who, when and from what, and how a model runs; none of them is an option of what is computed.
+    # Origin, and how a model runs; none of these options changes what is computed.
     "megatron_config megatron_core token_dim num_transformer_submodules num_attention_heads num_layers "
     "tokenizer_name_or_path tokenizer_kwargs prompt_tuning_init_text prompt_tuning_init_state_dict_path "
     "progressbar prompt_tuning_init opt_weighted_loss_type runtime_config runtime_offload_base_weight "
@@ -137,9 +137,9 @@ SKIPPED = frozenset(
 
 
 def variants() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Gives type, option (`field=value`, "" for the defaults) and all options that are set.
+    """Yields type, option (`field=value`, "" for the defaults) and all options that are set.
 
-    A type that no method here is called gets its defaults alone: no option of it is ever read.
+    A type without a method here gets only its defaults, as none of its options is read.
     """
     ours = {method.peft.peft_type for method in METHODS.values()}
     for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items():
@@ -169,7 +169,7 @@ def _values(kind: str, field: Any, base: Mapping[str, Any]) -> list[Any]:
 
 
 def model_of(name: str) -> nn.Module:
-    """Builds one of `MODELS`, its weights moved off the usual starts of 0 and 1."""
+    """Builds one of `MODELS`, with weights moved away from the usual initial 0 and 1."""
     torch.manual_seed(0)
     task, model_type, _ = MODELS[name]
     model: nn.Module
@@ -280,7 +280,7 @@ def _line(error: BaseException) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Writes the table; rows that the file has already are kept."""
+    """Writes the table; rows that are already in the file are kept."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="CSV file to write")
     parser.add_argument("--types", nargs="*", help="PEFT's types; all by default")

@@ -1,4 +1,4 @@
-"""What every row of a benchmark's results says, and where the rows go."""
+"""What every row of a benchmark's results contains, and writing the rows."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def train(
     loggers: Sequence[Logger] = (),
     log_every: int = 50,
 ) -> None:
-    """Takes one step to warm up and then as many as asked for, and removes the adapters."""
+    """Takes one warm-up step and then the given number of steps, and removes the adapters."""
     trainer = L.Trainer(
         max_steps=steps + 1,
         log_every_n_steps=log_every,

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lora_lab.callbacks.saved_tensors import SavedTensors
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would tell of every start and stop
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would report every start and stop
 
 
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
@@ -33,7 +33,7 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """Returns the most memory that a call holds at once beyond what was held before it."""
+    """Returns the largest memory that a call holds in addition to what was held before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -62,5 +62,5 @@ def saved_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:
     finally:
         saved.stop()
     count = saved.count([*module.parameters(), *module.buffers()])
-    del loss  # the graph had to live until here
+    del loss  # the graph is needed until here
     return count

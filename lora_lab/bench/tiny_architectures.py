@@ -1,7 +1,7 @@
 """Every text architecture of the installed transformers as a tiny random model.
 
-The sizes below replace those of an architecture's default config wherever it has a field of that name, inside
-nested configs too; what needs other numbers stands in `SPECIAL`.
+The sizes below replace those of an architecture's default config if it has a field of that name, also in
+nested configs; `SPECIAL` has the exceptions.
 """
 
 from collections.abc import Mapping
@@ -159,7 +159,7 @@ def _shrunk(config_class: type[PretrainedConfig], special: Mapping[str, Any]) ->
     default = config_class()
     fields = set(default.to_dict()) | set(config_class.attribute_map)
     changes = {name: size for name, size in SIZES.items() if name in fields}
-    if "qk_rope_head_dim" in fields:  # latent attention has widths of its own, and as many keys as queries
+    if "qk_rope_head_dim" in fields:  # latent attention has its own widths, and as many keys as queries
         changes.pop("head_dim", None)
         changes["num_key_value_heads"] = 4
     changes = {config_class.attribute_map.get(name, name): size for name, size in changes.items()}
@@ -171,12 +171,12 @@ def _shrunk(config_class: type[PretrainedConfig], special: Mapping[str, Any]) ->
 
 
 def _flat(special: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what is meant for a config itself, not for one inside it."""
+    """Returns the settings of the config itself, without those of nested configs."""
     return {name: value for name, value in special.items() if not isinstance(value, dict)}
 
 
 def tiny_model(task: str, model_type: str, seed: int = 0) -> PreTrainedModel:
-    """Builds one architecture for a task of `TASKS`, its weights moved off the usual starts of 0 and 1."""
+    """Builds one architecture for a task of `TASKS`, with weights moved from the usual initial 0 and 1."""
     config = tiny_config(model_type)
     config.num_labels = CLASSES
     torch.manual_seed(seed)

@@ -6,9 +6,9 @@ The model has BERT base's shapes and random weights, LoRA of rank 8 on query and
 tokens. One thread and CPU time, of this process and of W&B's own: wall time would also count what else the
 machine does. The two runs take turns, and each round gives one ratio.
 
-A CPU's speed drifts by some per cent within a round, which hides a cost below that. Hence two more measures:
-directly, the time in hooks and loggers, in W&B's threads and in W&B's process; and the difference of the two
-runs on a model with the same adapters but so narrow that the same drift is a few milliseconds.
+A CPU's speed drifts by some per cent within a round, which hides smaller costs. So there are two more
+measures: directly, the time in hooks and loggers, in W&B's threads and in W&B's process; and the difference
+of the two runs on a model with the same adapters that is so narrow that the drift is a few milliseconds.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ EACH_STEP = ("on_train_batch_start", "on_before_backward", "on_before_optimizer_
 
 @dataclass(frozen=True)
 class Setting:
-    """A model and how long it is measured."""
+    """A model, and for how long it is measured."""
 
     name: str
     widths: dict[str, int]
@@ -57,7 +57,7 @@ SETTINGS = (
 
 
 def train(model: nn.Module, steps: int, folder: Path | None) -> HookClock:
-    """Trains some steps; with a folder under full tracking, without one under none."""
+    """Trains some steps; with a folder with full tracking, without one without tracking."""
     adapters = inject(model, LoRASpec(rank=8, targets=["query", "value"]))
     clock = HookClock()
     begin = time.process_time() + children_time()
@@ -90,7 +90,7 @@ def measure(model: nn.Module, setting: Setting, number: int) -> dict[str, Any]:
             runs[tracked] = train(model, setting.steps, Path(folder) / "tracked" if tracked else None)
     plain, tracked_run = runs[False], runs[True]
     each = 1e3 / setting.steps
-    # W&B's threads: what the process spends outside its main thread, less what it does without tracking.
+    # W&B's threads: the process's time outside its main thread, minus the same without tracking.
     threads = max(0.0, (tracked_run.process - tracked_run.main) - (plain.process - plain.main))
     row = {
         "setting": setting.name,

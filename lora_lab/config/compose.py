@@ -7,11 +7,11 @@ A file may start from others:
 
 Their paths count from the file, and later ones win. `adapter` and `data` are tagged unions: `adapter.method`
 and `data.source` choose the dataclass that the rest of the node must fit. A layer that names another method
-keeps what earlier layers set of the fields that both methods have (`rank`, `targets`), so that a comparison
-changes the method alone; the fields that only the former method has are reset, and a message names them.
-(Own code because no library for configs does this, or names the file of each fault.)
-`controllers` holds any number: each key names one, and null takes one out again that an earlier layer put in.
-Fields for text get a value as it was written: `run=0123` names the folder 0123.
+keeps the earlier settings of fields that both methods have (`rank`, `targets`), so that a comparison changes
+only the method. Fields that only the former method has are reset, and a message names them. (Own code,
+because no config library does this or names the file of each fault.) `controllers` holds any number: each key
+names one, and null removes one that an earlier layer added. Text fields get a value as it was written:
+`run=0123` names the folder 0123.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ UNIONS: dict[str, tuple[str, Callable[[], Mapping[str, type]]]] = {
     "adapter": ("method", lambda: {name: method.Spec for name, method in METHODS.items()}),
     "data": ("source", lambda: DATA_SOURCES),
 }
-"""Node → the key that names the kind, and what gives the dataclass of each kind known by then."""
+"""Node → the key that names the kind, and a function that returns the dataclass of each known kind."""
 
 
 @dataclass
@@ -57,26 +57,27 @@ class Layer:
 
     source: str
     settings: dict[str, Any]
-    """Key → value; values may be `documents.Scalar`, which keeps the text that stands in the file."""
+    """Key → value; values may be `documents.Scalar`, which keeps the text of the file."""
 
 
 def compose(path: str | Path, overrides: Sequence[str] = (), stored: bool = False) -> ExperimentConfig:
-    """Composes an experiment's config and checks all that can be checked before anything is loaded.
+    """Composes an experiment's config and checks everything that can be checked before anything is loaded.
 
     Args:
         path: the experiment's YAML file.
         overrides: settings such as `adapter.rank=4`, which win over every file.
-        stored: whether a run wrote the file, perhaps under former names: it extends and interpolates nothing.
+        stored: whether a run wrote the file, possibly with former names; it extends and interpolates nothing.
 
     Raises:
         ConfigError: with one line per fault: file, key, what is wrong, what is allowed.
     """
     layers = read_layers(Path(path))
     if stored:
-        # It may be somebody else's, and `${oc.env:…}` would read the environment.
+        # It may come from an unknown source, and `${oc.env:…}` would read the environment.
         if len(layers) > 1 or references(layers[0].settings):
             raise ConfigError(
-                f"{path}: a stored config extends no other and holds no `${{…}}`. Write the values instead."
+                f"{path}: a stored config cannot extend another and cannot hold `${{…}}`. Write the values "
+                "instead."
             )
         controllers = layers[0].settings.get("controllers")
         if isinstance(controllers, dict):
@@ -96,8 +97,8 @@ def compose_layers(layers: Sequence[Layer], tell: Callable[[str], None] = logger
     """Merges layers, later ones winning, into a checked config; see `compose`.
 
     Args:
-        layers: the sources of settings; they are not changed.
-        tell: is given a sentence for each kind of a node whose settings do not fit the kind that was chosen.
+        layers: the sources of settings, which are not changed.
+        tell: called with a sentence for each node whose settings do not fit the chosen kind.
 
     Raises:
         ConfigError: with one line per fault.
@@ -120,7 +121,7 @@ def compose_layers(layers: Sequence[Layer], tell: Callable[[str], None] = logger
     where = _file_of(settings)
     try:
         missing = sorted(OmegaConf.missing_keys(schema))
-    except OmegaConfBaseException as error:  # a `${…}` that does not fit where it stands
+    except OmegaConfBaseException as error:  # a `${…}` of the wrong type
         raise ConfigError("\n".join([*faults, f"{where}: {_first_line(error)}"])) from error
     for key in missing:
         node = key.partition(".")[0]
@@ -147,41 +148,41 @@ def _first_line(error: Exception) -> str:
 
 
 def _cross_checks(config: ExperimentConfig) -> list[str]:
-    """Returns the faults of settings that are each well-formed."""
+    """Returns the faults of combinations of settings."""
     found = [f"adapter.{fault}" for fault in config.adapter.faults()]
     found += check_controllers(config.controllers, METHODS[config.adapter.method])
     found += [f"optimization.{fault}" for fault in config.optimization.faults()]
     found += [f"trainer.{fault}" for fault in config.trainer.faults()]
     found += [f"model.{fault}" for fault in check_model(config.model)]
-    if config.model.task in TASKS:  # else the model's faults say so
+    if config.model.task in TASKS:  # else the model's faults name it
         found += check_data(config.data, config.model.task)
         found += [
             f"trainer.{fault}" for fault in TASKS[config.model.task].monitor_faults(config.trainer.monitor)
         ]
     if config.adapter.reads_full_weights and config.model.quantization == "none":
         found.append(
-            "model.quantization: is none, and this adapter's start makes up for what quantisation takes; set "
+            "model.quantization: is none, and this adapter's start corrects the error of quantisation; set "
             "it to nf4, or choose another adapter.init"
         )
     for name in ("name", "run"):
         value = getattr(config, name)
         if value is not None and (not value or value in (".", "..") or set(value) & set("/\0\n")):
             found.append(f"{name}: must be a plain folder name; got {value!r}")
-    highest = 2**32 - max(1, config.trainer.devices)  # each process has a seed of its own, counted from it
+    highest = 2**32 - max(1, config.trainer.devices)  # each process adds its rank to the seed
     if not 0 <= config.seed <= highest:
         found.append(f"seed: must lie from 0 to {highest}; got {config.seed}")
     return found
 
 
 def read_layers(path: Path, trail: tuple[Path, ...] = ()) -> list[Layer]:
-    """Reads a file and all that it extends, farthest first.
+    """Reads a file and all files that it extends, the most distant first.
 
     Args:
         path: the file.
-        trail: the files that led to it, by extending each other.
+        trail: the chain of files that extend each other up to it.
 
     Raises:
-        ConfigError: if a file is missing or no mapping, or files extend each other in a circle.
+        ConfigError: if a file is missing or not a mapping, or files extend each other in a circle.
     """
     if any(path.resolve() == earlier.resolve() for earlier in trail):
         raise ConfigError(f"{trail[-1]}: extends: {path} is extended in a circle; remove one of them.")
@@ -207,7 +208,7 @@ def read_layers(path: Path, trail: tuple[Path, ...] = ()) -> list[Layer]:
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Layer]:
-    """Reads `key=value` settings; each is a layer of its own, so that order decides.
+    """Reads `key=value` settings; each is a separate layer, so that later ones win.
 
     Raises:
         ConfigError: if one is not a setting.
@@ -260,7 +261,7 @@ def _blamed(node: str, layers: Sequence[Layer]) -> str | None:
 def _choose(
     node: str, tag: str, kinds: Mapping[str, type], layers: Sequence[Layer], faults: list[str]
 ) -> str | None:
-    """Returns the kind that the last layer to name one names; None if there is no such kind."""
+    """Returns the kind that the last layer with the tag names; None if there is no such kind."""
     chosen, source = None, ""
     for layer in layers:
         settings = layer.settings.get(node)
@@ -278,9 +279,10 @@ def _choose(
 def _keep_shared_fields(
     node: str, tag: str, kinds: Mapping[str, type], layers: Sequence[Layer], tell: Callable[[str], None]
 ) -> None:
-    """Takes out of each layer the fields of its kind that the chosen kind does not have alike.
+    """Removes from each layer the fields of its kind that mean nothing or something else for the chosen kind.
 
-    A layer's kind is the last that it or an earlier layer names. What goes is reported, as the user set it.
+    A layer's kind is the last that it or an earlier layer names. What is removed is reported, as the user set
+    it.
     """
     names: list[str | None] = []
     for layer in layers:
@@ -314,21 +316,21 @@ def _keep_shared_fields(
 def _means_the_same(name: str, before: type, after: type, node: str) -> bool:
     """Returns whether a field keeps its meaning from one kind of a node to another.
 
-    Methods have one name for one idea. Data sources do not (`name` is a data set's, here and on the hub):
-    they share what they inherit.
+    Fields of methods with the same name mean the same. Those of data sources do not (`name` has two
+    meanings), unless they are inherited.
     """
     old, new = get_type_hints(before), get_type_hints(after)
     if issubclass(after, AdapterSpec) and name in after.meaningless:
         return False
     if name not in old:
-        return True  # a key that the former kind did not know either is refused as usual
+        return True  # a key that the former kind does not have either is refused as usual
     common = {*before.__mro__} & {*after.__mro__}
     inherited = any(name in vars(kind).get("__annotations__", {}) for kind in common)
     return old[name] == new.get(name) and (node == "adapter" or inherited)
 
 
 def _merge_controllers(schema: DictConfig, layer: Layer, faults: list[str]) -> None:
-    """Takes `controllers` out of a layer: each key there chooses the dataclass that its node must fit."""
+    """Removes `controllers` from a layer: each of its keys chooses the dataclass that its node must fit."""
     named = layer.settings.pop("controllers", {})
     if not isinstance(named, dict):
         faults.append(

@@ -8,9 +8,9 @@ from textwrap import dedent
 
 @cache
 def field_documentation(kind: type) -> dict[str, str]:
-    """Returns field name → the docstring under it, for a dataclass and all that it inherits from.
+    """Returns field name → the docstring under it, for a dataclass and its base classes.
 
-    Classes whose source is not at hand, of a notebook for instance, add nothing.
+    Classes without a source file, for example in a notebook, add nothing.
     """
     found: dict[str, str] = {}
     for ancestor in reversed(kind.__mro__[:-1]):

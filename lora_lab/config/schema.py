@@ -1,4 +1,4 @@
-"""What an experiment file may say: one dataclass per part, each kept next to the code that uses it."""
+"""The settings of an experiment file: one dataclass per part, each in the module that uses it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ExperimentConfig:
     """One run: a model, data, an adapter, and how it is trained and tracked."""
 
     name: str = "experiment"
-    """Name of the experiment; its runs lie in `<output>/<name>/`."""
+    """Name of the experiment; its runs are in `<output>/<name>/`."""
 
     run: str | None = None
     """Name of the run's folder; null means `<method>-<first 8 digits of the config's hash>-seed<seed>`."""
@@ -30,8 +30,8 @@ class ExperimentConfig:
     """Folder of all experiments' runs."""
 
     continues: str | None = None
-    """Folder of a finished run from whose last checkpoint this one starts, to train longer than it did; null
-    means none. Only `trainer.max_epochs` and `trainer.max_steps` may differ from that run's."""
+    """Folder of a finished run, from whose last checkpoint this run starts to train longer; null means none.
+    Only `trainer.max_epochs` and `trainer.max_steps` may differ from that run's."""
 
     seed: int = 0
     """Seed of everything random in the run: adapters, heads, data order, dropout."""
@@ -46,9 +46,9 @@ class ExperimentConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def decisive(self) -> dict[str, Any]:
-        """Returns what decides the result: everything but names, folders, tracking and conveniences.
+        """Returns the settings that decide the result: all but names, folders, tracking and conveniences.
 
-        What is done about a step that is not finite may be chosen when the step has come.
+        How steps that are not finite are handled may be changed when such a step has occurred.
         """
         settings = asdict(self)
         for name in ("name", "run", "output", "tracking"):
@@ -59,7 +59,7 @@ class ExperimentConfig:
         return settings
 
     def hash(self) -> str:
-        """Returns a sha256 of what decides the result."""
+        """Returns a sha256 of the settings that decide the result."""
         return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()
 
     def run_name(self) -> str:

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 def check_data(config: DataConfig, task: str) -> list[str]:
-    """Returns all faults that are seen without loading data, each with its key; empty if there are none."""
+    """Returns all faults that show without loading data, each with its key; empty if there are none."""
     return task_faults(task) or config.faults(task)
 
 
@@ -54,19 +54,19 @@ def build_data(
     seed: int,
     label_names: Sequence[str] = (),
 ) -> TaskData:
-    """Reads, checks, splits and tokenises the data; logs how many texts were cut, and rows that splits share.
+    """Reads, checks, splits and tokenises the data; logs how many texts were cut and how many rows repeat.
 
     Args:
         config: Options of one source.
-        tokenizer: Of the model; None for models without text.
+        tokenizer: The model's tokenizer; None for models without text.
         task: A key of TASKS.
-        seed: Of the run, at least 0; decides the order of the training examples, not the split.
+        seed: Seed of the run, at least 0; decides the order of the training examples, not the split.
         label_names: The classes of a stored model in the order of their ids; empty to find them in the
             training rows.
 
     Raises:
         DataError: If options or data are invalid.
-        AssetError: If an embedded data set can be fetched from nowhere.
+        AssetError: If an embedded data set cannot be fetched from any source.
     """
     faults = check_data(config, task)
     if faults:

@@ -1,4 +1,4 @@
-"""The order of the examples: batches of like length, the same for any number of processes."""
+"""The order of the examples: batches of similar length, the same for any number of processes."""
 
 import math
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ BATCHES_PER_BUCKET = 50
 
 
 def seeded_generator(*seeds: int) -> torch.Generator:
-    """Returns a generator of its own for these non-negative seeds; torch's global one stays untouched."""
+    """Returns a new generator for these non-negative seeds; torch's global one is not changed."""
     state = np.random.SeedSequence(seeds).generate_state(1)
     return torch.Generator().manual_seed(int(state[0]))
 
@@ -21,13 +21,13 @@ def seeded_generator(*seeds: int) -> torch.Generator:
 def training_order(lengths: Tensor, size: int, bucketed: bool, seed: int, epoch: int) -> list[Tensor]:
     """Shuffles one epoch into global batches; a pure function of its arguments.
 
-    The rows that fill no whole batch are set apart before sorting, so that they are a random choice and not
-    the longest rows. They are a shorter batch; the last one, where lengths do not decide the batches.
+    The rows that do not fill a batch are set aside before sorting, so that they are a random choice and not
+    the longest rows. They form a shorter batch, which is the last one if batches are not sorted by length.
 
     Args:
         lengths: Tokens of each example, `(examples,)`.
         size: Examples in a global batch.
-        bucketed: Whether a batch holds examples of like length.
+        bucketed: Whether a batch holds examples of similar length.
         seed: The run's seed.
         epoch: Which epoch, counted from 0.
 
@@ -48,32 +48,32 @@ def training_order(lengths: Tensor, size: int, bucketed: bool, seed: int, epoch:
 
 
 def stratified_sample(size: int, classes: Tensor, seed: int) -> Tensor:
-    """Draws examples without replacement, of each class its share; a pure function of its arguments.
+    """Draws examples without replacement, from each class its share; a pure function of its arguments.
 
     Args:
-        size: Least number of examples; each class's share of it is rounded up.
+        size: Smallest number of examples; each class's share of it is rounded up.
         classes: Class of each example, `(examples,)`.
         seed: The run's seed.
 
     Returns:
         Indices in ascending order.
     """
-    generator = seeded_generator(seed, 0, 1)  # two numbers are an epoch's order
+    generator = seeded_generator(seed, 0, 1)  # two numbers are used for an epoch's order
     order = torch.randperm(len(classes), generator=generator)
     chosen = [order[classes[order] == value] for value in classes.unique()]
     return torch.cat([own[: math.ceil(size * len(own) / len(classes))] for own in chosen]).sort().values
 
 
 class BucketedBatches(Sampler[list[int]]):
-    """The training batches of one process; stands as a DataLoader's `batch_sampler`.
+    """The training batches of one process, used as a DataLoader's `batch_sampler`.
 
     Global batches of `batch_size * world_size` are formed first, and process `rank` takes every
     `world_size`-th row of each. Two processes with batches of 16 therefore train on the same global batches
-    as one process with batches of 32. Of an incomplete one a process may have no rows: its batch is `[]`
-    then.
+    as one process with batches of 32. A process may have no rows of an incomplete batch: then its batch is
+    `[]`.
 
     Attributes:
-        skip: Batches left out at the front of the epoch, because an interrupted run has had them.
+        skip: Number of batches to leave out at the start of the epoch, which an interrupted run has done.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class BucketedBatches(Sampler[list[int]]):
         return training_order(self.lengths, self.size, self.bucketed, self.seed, self.epoch)
 
     def __len__(self) -> int:
-        """Returns the batches of a whole epoch, those to skip included: Lightning counts on from them."""
+        """Returns the number of batches of an epoch, including those to skip, as Lightning counts."""
         return math.ceil(len(self.lengths) / self.size)
 
 

@@ -1,4 +1,4 @@
-"""What every data source is asked for, and what it answers with."""
+"""The options of every data source, and what a source returns."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_lab.tasks import TASKS
 
 LONGEST = 2**24
-"""Tokens of an example at most: far above what any model reads, and below what a tokenizer can count."""
+"""Most tokens of an example: far above what any model reads, and below what a tokenizer can count."""
 
 
 @dataclass(frozen=True)
@@ -25,23 +25,24 @@ class Split:
     lengths: Tensor
     """Tokens of each example, `(examples,)`; decides which examples share a batch."""
     cut: int = 0
-    """Examples that lost tokens to `max_length`, at their end."""
+    """Number of examples that were cut at `max_length`."""
     also_in: dict[str, int] = field(default_factory=dict)
-    """Of each earlier split (`train`, for `test` also `validation`): examples whose texts are there too."""
+    """For each earlier split (`train`, for `test` also `validation`): number of examples whose texts are also
+    there."""
 
 
 @dataclass(frozen=True)
 class Splits:
-    """All that a source yields: the examples and what the model must know of them."""
+    """Everything that a source returns: the examples, and what the model must know about them."""
 
     splits: dict[str, Split]
-    """Always `train` and `validation`; `test` where the source has one."""
+    """Always `train` and `validation`; `test` if the source has one."""
     label_names: list[str]
     """The classes in the order of their ids; empty for other tasks."""
     fingerprint: str
     """sha256 of the contents of the splits, before tokenisation."""
     pad_token: int
-    """Id that fills up short sequences."""
+    """Id that fills short sequences."""
     padding_side: str
     """`right` or `left`, as the tokenizer has it."""
 
@@ -67,21 +68,21 @@ class DataConfig:
     test_limit: int | None = None
     """Examples kept of the test split after its seeded shuffle; all if empty."""
     validation_fraction: float = 0.1
-    """Share of the training rows set aside where the source has no validation split; above 0, below 1. For
-    classes each has its share."""
+    """Share of the training rows set aside if the source has no validation split, between 0 and 1; the same
+    share of each class."""
     test_fraction: float = 0.0
-    """Share of the training rows set aside for testing where the source has no test split, likewise; 0 means
-    no test."""
+    """Share of the training rows set aside for testing if the source has no test split, likewise; 0 means no
+    test."""
     class_weights: Union[str, dict[str, float]] = field(default_factory=dict)  # noqa: UP007
-    """Weights in every loss of a classification: name of a class → weight above 0, and 1 for those left out;
-    `balanced` weighs each by rows / (classes · rows of the class) in the training split."""
+    """Class weights in every loss of a classification: name of a class → weight above 0, and 1 for classes
+    left out; `balanced` weighs each by rows / (classes · rows of the class) in the training split."""
     split_seed: int = 1234
-    """Seed of splits and limits, at least 0; not the run's seed, so that all runs see the same rows."""
+    """Seed of splits and limits, at least 0; not the run's seed, so that all runs use the same rows."""
     bucket_by_length: bool = True
-    """Whether training batches gather texts of like length, which saves padding."""
+    """Whether training batches have texts of similar length, which saves padding."""
 
     def faults(self, task: str) -> list[str]:
-        """Returns what is wrong with these options for a task, as far as they show without data."""
+        """Returns what is wrong with these options for a task, as far as it shows without data."""
         lowest = {
             "batch_size": 1,
             "evaluation_batch_size": 1,
@@ -119,7 +120,7 @@ class DataConfig:
             ]
         if self.test_fraction and self.has_test_split:
             faults.append(
-                f"data.test_fraction: '{self.source}' has a test split of its own; take out one of the two"
+                f"data.test_fraction: '{self.source}' already has a test split; remove one of the two"
             )
         if self.split_seed >= 2**32:
             faults.append(f"data.split_seed: must be below {2**32}; got {self.split_seed}")
@@ -129,7 +130,7 @@ class DataConfig:
 
     @property
     def has_test_split(self) -> bool:
-        """Whether the source gives test rows by itself."""
+        """Whether the source has test rows."""
         return True
 
     def limit(self, split: str) -> int | None:
@@ -150,6 +151,6 @@ class DataConfig:
                 training rows.
 
         Raises:
-            DataError: If the examples are missing, broken or do not suit the task.
+            DataError: If the examples are missing, broken or do not fit the task.
         """
         raise NotImplementedError

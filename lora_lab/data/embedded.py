@@ -1,4 +1,4 @@
-"""Small real data sets which need no account and no hub."""
+"""Small real data sets that need no account and no hub."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +13,7 @@ from lora_lab.errors import suggest
 from lora_lab.tasks import TASKS
 
 LABELS_OF = {"movie_reviews": "classes", "imdb": "classes", "vader": "numbers"}
-"""What each set labels its texts with; tasks that learn the text itself need no labels."""
+"""The tasks for which each set has labels; tasks that learn the text itself need none."""
 ROWS_HELD_OUT = {"movie_reviews": (1000, 1000), "imdb": (2000, 5000), "vader": (1000, 1000)}
 """Validation and test rows; all others are for training."""
 
@@ -47,13 +47,13 @@ class EmbeddedConfig(TextConfig):
     sentences with a rating from -4 to 4, for regression."""
 
     def faults(self, task: str) -> list[str]:
-        """Adds: a task this data set has no labels for."""
+        """Also checks that the data set has labels for the task."""
         faults = super().faults(task)
         if self.name not in LABELS_OF:
             faults.append(f"data.name: no embedded data set '{self.name}'{suggest(self.name, LABELS_OF)}")
         elif TASKS[task].labels not in (LABELS_OF[self.name], "tokens"):
             served = [name for name, each in TASKS.items() if each.labels in (LABELS_OF[self.name], "tokens")]
-            faults.append(f"data.name: '{self.name}' serves {' or '.join(served)}, not {task}")
+            faults.append(f"data.name: '{self.name}' is for {' or '.join(served)}, not for {task}")
         return faults
 
     def columns(self, task: str) -> Columns:
@@ -64,7 +64,7 @@ class EmbeddedConfig(TextConfig):
         """Fetches the rows, drops duplicates and splits the rest by `split_seed`.
 
         Raises:
-            AssetError: If the data set can be fetched from nowhere.
+            AssetError: If the data set cannot be fetched from any source.
         """
         readers = {
             "movie_reviews": lambda: read_reviews("rotten_tomatoes"),

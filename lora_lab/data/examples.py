@@ -18,7 +18,7 @@ from lora_lab.tasks import TASKS
 NAMES_SHOWN = 10
 CHARACTERS_SHOWN = 80
 EXACT = 2**53
-"""Below it a float holds every whole number."""
+"""Below it floats represent every whole number exactly."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Columns:
     text: list[str]
     """One column, or two for pairs of texts."""
     label: str | None = None
-    """Class or number; not read for causal language modelling."""
+    """Class or number; not used for causal language modelling."""
     prompt: str | None = None
-    """Text before the one to learn; causal language modelling only."""
+    """Text before the one to learn; only for causal language modelling."""
 
 
 def shown(value: Any) -> str:
@@ -40,7 +40,7 @@ def shown(value: Any) -> str:
 
 
 def _half_character(text: str) -> bool:
-    """Whether a text has a lone surrogate, half of a character, which no tokenizer or file takes."""
+    """Whether a text has a lone surrogate, half of a character, which tokenizers and files refuse."""
     return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -67,11 +67,11 @@ def texts_of(table: Table, column: str, required: bool = True) -> list[str]:
 def class_name(value: Any) -> str:
     """Returns a label as the name of a class.
 
-    A text is its own name, without spaces around it: 007 is not 7. A number is written in full, and 1.0, also
-    as a text, is 1: programs write a column of whole numbers so where a value is missing.
+    A text is its own name, without surrounding spaces: 007 is not 7. A number is written in full, and 1.0,
+    also as text, is 1, since programs write a column of whole numbers in this way if a value is missing.
 
     Raises:
-        ValueError: If it stands for no class; says why.
+        ValueError: If it is not a class, with the reason.
     """
     if not pd.api.types.is_scalar(value):
         raise ValueError(f"holds {shown(value)}; a class is a name or a whole number")
@@ -83,7 +83,7 @@ def class_name(value: Any) -> str:
     if _half_character(name):
         raise ValueError(f"holds {shown(name)}, which has half of a character; fix or remove the row")
     if re.fullmatch(r"-[0-9]+(\.[0-9]*)?", name):
-        raise ValueError(f"holds {name}; negative labels often stand for hidden ones. Remove such rows")
+        raise ValueError(f"holds {name}; negative labels often mark hidden labels. Remove such rows")
     if re.fullmatch(r"[0-9]+\.0*", name):
         return name.partition(".")[0]
     if re.fullmatch(r"[0-9]*\.[0-9]+", name):
@@ -114,7 +114,7 @@ def class_names_of(table: Table, column: str) -> pd.Series:
 
     Raises:
         DataError: If a label is missing, negative or a fraction, or if two labels of different kinds (1 and
-            "1", true and "True") would have one name.
+            "1", true and "True") would get the same name.
     """
     labels = table.column(column)
     names = []
@@ -128,7 +128,8 @@ def class_names_of(table: Table, column: str) -> pd.Series:
         if kind != _kind(value):
             raise DataError(
                 f"{table.origin}: row {row}: label column '{column}' holds {shown(value)}, a {_kind(value)}, "
-                f"and in row {earlier} {shown(other)}, a {kind}: are they one class? Write them alike"
+                f"and in row {earlier} {shown(other)}, a {kind}: are they one class? Write them in the same "
+                "way"
             )
         names.append(name)
     return pd.Series(names, index=labels.index)
@@ -155,8 +156,8 @@ def find_classes(table: Table, column: str) -> list[str]:
         )
     if len(names) == len(found) > 2:
         raise DataError(
-            f"{table.origin}: label column '{column}' has another value in each of its {len(found)} rows, "
-            f"e.g. {shown(names[0])}; choose the column that holds the class"
+            f"{table.origin}: label column '{column}' has a different value in each of its {len(found)} "
+            f"rows, e.g. {shown(names[0])}; choose the column that holds the class"
         )
     if all(re.fullmatch("[0-9]{1,4000}", name) for name in names):
         return sorted(names, key=lambda name: (int(name), name))
@@ -191,7 +192,7 @@ class Examples:
     labels: Tensor | None
 
     def inputs(self) -> list[tuple[str, ...]]:
-        """Returns all texts of each example together; two examples with the same ones are one row."""
+        """Returns the texts of each example; two examples with the same texts count as the same row."""
         columns = [given for given in (self.texts, self.pairs, self.prompts) if given is not None]
         return list(zip(*columns, strict=True))
 
@@ -203,7 +204,7 @@ class Examples:
 
 
 def read_examples(table: Table, columns: Columns, task: str, classes: list[str]) -> Examples:
-    """Takes texts and labels out of a table.
+    """Extracts texts and labels from a table.
 
     Args:
         table: Its rows.
@@ -212,7 +213,7 @@ def read_examples(table: Table, columns: Columns, task: str, classes: list[str])
         classes: The classes of a classification task.
 
     Raises:
-        DataError: If a column is missing or a value does not suit, naming the row.
+        DataError: If a column is missing or a value does not fit; names the row.
     """
     labels = None
     if TASKS[task].labels == "classes":

@@ -14,7 +14,7 @@ from lora_lab.tasks import TASKS
 
 @dataclass
 class FilesConfig(TextConfig):
-    """Local files, one per split; the suffix (.csv, .tsv, .jsonl, .parquet) tells the format."""
+    """Local files, one per split; the suffix (.csv, .tsv, .jsonl, .parquet) decides the format."""
 
     source: str = "files"
     """Always `files`."""
@@ -28,18 +28,18 @@ class FilesConfig(TextConfig):
     """Column of the text, or two columns for pairs of texts."""
     label: str | None = None
     """Column of the class (number or name) or of the rating; needed unless the task is causal_lm. Names are
-    kept as they are, without spaces around them: 007 is not 7, but 1.0 is 1. In JSON and Parquet true is
-    no 1, and a column with both 1 and "1" is refused."""
+    kept as they are, without surrounding spaces: 007 is not 7, but 1.0 is 1. In JSON and Parquet true is not
+    1, and a column with both 1 and "1" is refused."""
     prompt: str | None = None
-    """causal_lm only: column of a text that goes before and is given, not learned."""
+    """Only for causal_lm: column of a text that comes first and is given, not learned."""
     delimiter: str | None = None
-    """Character between the values of CSV and TSV files; a comma and a tab if empty."""
+    """Delimiter of CSV and TSV files; a comma or a tab if empty."""
     quotes: bool = True
-    """Whether quotation marks around a value of CSV and TSV files enclose it, so that it may hold delimiters
-    and line breaks; false for files in which they are characters like others."""
+    """Whether values of CSV and TSV files may be quoted, and then hold delimiters and line breaks; false if
+    quotation marks are ordinary characters."""
 
     def faults(self, task: str) -> list[str]:
-        """Adds: missing files, files given twice, columns that do not suit the task."""
+        """Also checks for missing files, files given twice, and columns that do not fit the task."""
         faults = super().faults(task)
         given = {name: getattr(self, name) for name in ("train", "validation", "test")}
         seen: dict[Path, str] = {}
@@ -102,5 +102,5 @@ def column_count_faults(text: list[str], task: str) -> list[str]:
     if TASKS[task].causal and len(text) != 1:
         return [f"data.text: {task} needs one column; got {len(text)}"]
     if not 1 <= len(text) <= 2:
-        return [f"data.text: one column, or two for pairs of texts; got {len(text)}"]
+        return [f"data.text: must be one column, or two for pairs of texts; got {len(text)}"]
     return []

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, with the columns of GLUE known."""
+"""Data sets of the Hugging Face hub; the columns of GLUE are known."""
 
 import importlib.util
 from dataclasses import dataclass, field
@@ -43,20 +43,20 @@ class HubConfig(TextConfig):
     name: str | None = None
     """Configuration inside the repository, e.g. `sst2`."""
     revision: str | None = None
-    """Commit or tag of the repository, which keeps a study repeatable; the newest if empty."""
+    """Commit or tag of the repository, which makes a study repeatable; the newest if empty."""
     text: list[str] = field(default_factory=list)
     """Column of the text, or two for pairs; may be empty for GLUE."""
     label: str = "label"
-    """Column of the class or rating; not read for causal_lm."""
+    """Column of the class or rating; not used for causal_lm."""
     train_split: str = "train"
     """Name of the training split."""
     validation_split: str | None = None
-    """Name of the validation split; if empty, GLUE's own, elsewhere a share of the training rows."""
+    """Name of the validation split; if empty, GLUE's, for other data a share of the training rows."""
     test_split: str | None = None
     """Name of the test split; no test if empty. GLUE's test labels are hidden."""
 
     def faults(self, task: str) -> list[str]:
-        """Adds: the package datasets is missing, an unknown GLUE task, columns that do not suit."""
+        """Also checks that the package datasets is installed, the GLUE task, and the columns."""
         faults = super().faults(task)
         if self.path == MISSING:
             return [*faults, "data.path: missing; give the repository of the data set, e.g. glue"]
@@ -86,7 +86,7 @@ class HubConfig(TextConfig):
         where = " ".join(filter(None, [self.path, self.name]))
         try:
             loaded = datasets.load_dataset(self.path, self.name, revision=self.revision)
-        except Exception as fault:  # the package raises errors of many libraries below it
+        except Exception as fault:  # the package raises errors of many libraries that it uses
             raise DataError(
                 f"data.path: '{where}' cannot be loaded ({fault}); check the name and the connection"
             ) from fault
@@ -105,7 +105,7 @@ class HubConfig(TextConfig):
 
 
 def to_table(loaded: "DatasetDict", split: str, where: str) -> Table:
-    """Returns one split as a table; classes keep the numbers the data set gives them.
+    """Returns one split as a table; classes keep the data set's numbers.
 
     Raises:
         DataError: If there is no such split, or it has no rows.

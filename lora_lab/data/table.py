@@ -1,4 +1,4 @@
-"""Reading CSV, TSV, JSON lines and Parquet into tables that remember where each row came from."""
+"""Reading CSV, TSV, JSON lines and Parquet into tables that know where each row came from."""
 
 import csv
 import json
@@ -18,10 +18,10 @@ LONGEST_VALUE = 2**31 - 1
 
 @dataclass(frozen=True)
 class Table:
-    """Rows together with the words that name their origin in messages."""
+    """Rows, with the name of their origin for messages."""
 
     frame: pd.DataFrame
-    """One row per example; the index counts from 1 and stays with a row through every selection."""
+    """One row per example; the index counts from 1 and stays with its row in every selection."""
     origin: str
     """The file, or the split of a hosted data set."""
 
@@ -29,7 +29,7 @@ class Table:
         """Returns the column.
 
         Raises:
-            DataError: If there is none of that name.
+            DataError: If there is no such column.
         """
         if name not in self.frame.columns:
             known = [str(column) for column in self.frame.columns]
@@ -39,7 +39,7 @@ class Table:
 
 
 def other_delimiter(header: list[str]) -> str:
-    """Returns a hint, as the end of a message, where a header of one name looks like more."""
+    """Returns a hint for the end of a message, if the only name of a header looks like several."""
     found = [mark for mark in ";\t|," if len(header) == 1 and mark in header[0]]
     return f". If {found[0]!r} stands between values, set data.delimiter to it" if found else ""
 
@@ -47,14 +47,14 @@ def other_delimiter(header: list[str]) -> str:
 def read_delimited(path: Path, delimiter: str, quotes: bool = True) -> pd.DataFrame:
     """Reads a file with a header line; every value is text.
 
-    The standard library's reader is used since it can name the line of any fault, also of rows that are too
-    short, which pandas fills up silently.
+    The standard library's reader is used since it can name the line of every fault, also of rows that are too
+    short, which pandas fills without a message.
 
     Args:
         path: UTF-8, with or without a byte order mark.
         delimiter: One character between the values of a row.
-        quotes: Whether `"` around a value encloses it; then it may hold the delimiter, line breaks and `""`
-            for `"`. False takes the mark as any other character.
+        quotes: Whether values may be quoted with `"`, and then hold the delimiter, line breaks and `""` for
+            `"`. If not, `"` is an ordinary character.
     """
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
     usual = csv.field_size_limit(LONGEST_VALUE)
@@ -78,8 +78,7 @@ def read_delimited(path: Path, delimiter: str, quotes: bool = True) -> pd.DataFr
     except csv.Error as fault:
         raise DataError(
             f"{path}: line {reader.line_num}: {fault}; look for a quotation mark from line {start} on that "
-            "is not closed or not doubled. If quotation marks enclose nothing in this file, set data.quotes "
-            "to false"
+            "is not closed or not doubled. If values in this file are not quoted, set data.quotes to false"
         ) from None
     finally:
         csv.field_size_limit(usual)  # it holds for the whole process
@@ -95,7 +94,7 @@ def read_json_lines(path: Path) -> pd.DataFrame:
                 continue
             try:
                 record = json.loads(line, object_pairs_hook=_unique_keys)
-            except (ValueError, RecursionError) as fault:  # ValueError: also a number of too many digits
+            except (ValueError, RecursionError) as fault:  # ValueError: also a number with too many digits
                 raise DataError(
                     f"{path}: line {number} is not valid JSON ({fault}); fix or remove it"
                 ) from None
@@ -117,7 +116,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-"""Suffix of a file of delimited values → what is between them."""
+"""Suffix of a file of delimited values → its delimiter."""
 READERS: dict[str, Callable[[Path], pd.DataFrame]] = {".jsonl": read_json_lines, ".parquet": pd.read_parquet}
 """Suffix of every other file → its reader."""
 SUFFIXES = (*DELIMITERS, *READERS)
@@ -127,8 +126,8 @@ def read_table(path: Path, delimiter: str | None = None, quotes: bool = True) ->
     """Reads a file by its suffix.
 
     Args:
-        path: A file ending in one of `SUFFIXES`, in small or capital letters.
-        delimiter: Of `.csv` and `.tsv` files, where it is not the usual one.
+        path: A file ending in one of `SUFFIXES`, in lower or upper case.
+        delimiter: Delimiter of `.csv` and `.tsv` files, if it is not the usual one.
         quotes: As `read_delimited` takes it.
 
     Raises:

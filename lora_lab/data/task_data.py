@@ -1,4 +1,4 @@
-"""The Lightning data module: padding, loaders, and going on in the middle of an epoch."""
+"""The Lightning data module: padding, loaders, and continuing in the middle of an epoch."""
 
 import math
 import signal
@@ -20,11 +20,11 @@ from lora_lab.tasks import IGNORED, TASKS
 
 
 def collate(examples: list[dict[str, Tensor]], pad_token: int, padding_side: str) -> dict[str, Tensor]:
-    """Stacks examples, filling sequences up to the longest of the batch.
+    """Stacks examples, and pads sequences to the longest of the batch.
 
     Args:
         examples: Tensors of each example; `input_ids` is `(length,)` where there is text.
-        pad_token: Fills `input_ids`; labels are filled with -100 and all else with 0.
+        pad_token: Pads `input_ids`; labels are padded with -100 and everything else with 0.
         padding_side: `right` or `left`.
 
     Returns:
@@ -48,17 +48,17 @@ def collate(examples: list[dict[str, Tensor]], pad_token: int, padding_side: str
 
 
 def uncounted(example: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns an example whose labels take no part in any loss."""
+    """Returns an example whose labels do not count in any loss."""
     labels = example["labels"]
     return example | {"labels": torch.full_like(labels, math.nan if labels.is_floating_point() else IGNORED)}
 
 
 class TrainingLoader(DataLoader[dict[str, Tensor]]):
-    """A loader that finds its place in the run when its first batch is asked for, and not before.
+    """A loader that finds its position in the run only when its first batch is requested.
 
-    Lightning asks a loader for its iterator while it sets up, before it has settled where a restored run goes
-    on. Only when the training loop wants a batch are the epoch and the batches done in it certain; so
-    nothing happens until then, nor do workers start.
+    Lightning creates a loader's iterator during setup, before it has decided where a restored run continues.
+    The epoch and the number of batches done in it are certain only when the training loop requests a batch,
+    so nothing happens before, and no workers start.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class TrainingLoader(DataLoader[dict[str, Tensor]]):
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns nothing: the trainer's progress says it all. Its presence tells Lightning we can resume."""
+        """Returns nothing, as the trainer's progress is enough. Lightning sees that the loader can resume."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -99,20 +99,20 @@ class TrainingLoader(DataLoader[dict[str, Tensor]]):
 class TaskData(L.LightningDataModule):
     """The splits of one task as padded batches.
 
-    Each batch is a dict of tensors. Text: `input_ids`, `attention_mask`, `token_type_ids` where the tokenizer
-    gives them (all `(batch, time)` int64) and `labels`: `(batch,)` int64 classes, `(batch,)` float32 numbers,
-    or `(batch, time)` int64 tokens with -100 on padding and prompts. Toy: `features (batch, features)` and
-    `labels (batch, 1)`, float32.
+    Each batch is a dict of tensors. Text: `input_ids`, `attention_mask`, `token_type_ids` if the tokenizer
+    returns them (all `(batch, time)` int64) and `labels`: `(batch,)` int64 classes, `(batch,)` float32
+    numbers, or `(batch, time)` int64 tokens with -100 on padding and prompts. Toy: `features (batch,
+    features)` and `labels (batch, 1)`, float32.
 
-    Every epoch has all examples. A process that has none of an incomplete batch gets an example whose labels
+    Every epoch has all examples. A process without rows of an incomplete batch gets an example whose labels
     do not count (-100, or NaN for numbers), so that all processes make the same steps.
 
-    Loaders never draw from torch's global generator, so that iterating them changes no other randomness.
+    Loaders never draw from torch's global generator, so iterating over them changes no other random numbers.
 
     Attributes:
         task: A key of TASKS.
         label_names: Classes in the order of their ids; empty for other tasks.
-        num_labels: Outputs the model needs: see `Task.outputs`.
+        num_labels: Number of the model's outputs, see `Task.outputs`.
         fingerprint: sha256 of the contents of all splits.
         sizes: Number of examples of each split.
     """
@@ -130,7 +130,7 @@ class TaskData(L.LightningDataModule):
         self.collate = partial(collate, pad_token=splits.pad_token, padding_side=splits.padding_side)
 
     def train_dataloader(self) -> TrainingLoader:
-        """Returns this process's batches; under a trainer of its current epoch, else of epoch 0.
+        """Returns this process's batches: of the trainer's current epoch, or of epoch 0 without a trainer.
 
         Raises:
             DataError: If there are fewer examples than processes.
@@ -146,7 +146,7 @@ class TaskData(L.LightningDataModule):
         return self.collate(examples or [uncounted(split.examples[int(split.lengths.argmin())])])
 
     def batches_per_epoch(self, processes: int) -> int:
-        """Returns how many training batches each of `processes` processes has in an epoch.
+        """Returns the number of training batches of an epoch in each of `processes` processes.
 
         Raises:
             DataError: If a split has fewer examples than there are processes.
@@ -158,10 +158,11 @@ class TaskData(L.LightningDataModule):
     def training_sample(self, ratio: float) -> Iterator[dict[str, Tensor]]:
         """Yields this process's batches of a random part of the training split, always the same.
 
-        Classes have the same shares in it as in the whole.
+        Classes have the same shares as in the whole split.
 
         Args:
-            ratio: Size of the part over that of the whole, in (0, 1]; it is no smaller than a training batch.
+            ratio: Size of the part divided by that of the split, in (0, 1]; the part has at least one
+                training batch.
         """
         split, (rank, processes) = self.splits["train"], self._place()
         count = len(split.lengths)
@@ -183,7 +184,7 @@ class TaskData(L.LightningDataModule):
         return self._evaluation_loader("test") if "test" in self.splits else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what decides the batches, and a run that goes on from a checkpoint must therefore share."""
+        """Returns what decides the batches, and must be equal in a run that continues from a checkpoint."""
         return {
             "fingerprint": self.fingerprint,
             "seed": self.seed,
@@ -193,24 +194,24 @@ class TaskData(L.LightningDataModule):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Checks, when training goes on, that the remaining batches are those of the interrupted run.
+        """Checks, when training continues, that the remaining batches are those of the interrupted run.
 
         Raises:
-            CheckpointError: If what decides them differs from the checkpoint's.
+            CheckpointError: If they are not.
         """
         fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         differing = [name for name, value in self.state_dict().items() if state.get(name) != value]
         if fitting and differing:
             raise CheckpointError(
-                f"data: {', '.join(differing)} differ from the checkpoint's, so training cannot go on where "
-                "it stopped; use the same values, or start a new run"
+                f"data: {', '.join(differing)} differ from the checkpoint's, so training cannot continue "
+                "where it stopped; use the same values, or start a new run"
             )
 
     def class_weights(self) -> list[float] | None:
-        """Returns the weight of each class in the loss, by their ids; None if all count alike.
+        """Returns the weight of each class in the loss, by id; None if all have the same.
 
         Raises:
-            DataError: If `data.class_weights` names a class that there is none of.
+            DataError: If `data.class_weights` names an unknown class.
         """
         given = self.config.class_weights
         if not given:
@@ -221,7 +222,7 @@ class TaskData(L.LightningDataModule):
                 raise DataError(f"data.class_weights: no class '{unknown[0]}'{known}")
             return [float(given.get(name, 1.0)) for name in self.label_names]
         counts = self._training_classes().bincount(minlength=len(self.label_names))
-        # A class without a row in training has no weight to find; it may be met in validation.
+        # A class without training rows has no balanced weight; it may occur in validation.
         return (len(self._training_classes()) / (len(counts) * counts)).nan_to_num(posinf=1.0).tolist()
 
     def _training_classes(self) -> Tensor:
@@ -229,7 +230,7 @@ class TaskData(L.LightningDataModule):
         return torch.stack([examples[index]["labels"] for index in range(self.sizes["train"])])
 
     def facts(self) -> dict[str, dict[str, int]]:
-        """Returns each split's rows, those that were cut, and those whose texts an earlier split has."""
+        """Returns each split's number of rows, of cut rows, and of rows that repeat an earlier split."""
         return {
             name: {"rows": self.sizes[name], "cut": split.cut}
             | {f"also_in_{earlier}": count for earlier, count in split.also_in.items()}
@@ -237,7 +238,7 @@ class TaskData(L.LightningDataModule):
         }
 
     def remarks(self) -> list[str]:
-        """Returns what a user should know of the data before trusting a score, a sentence each."""
+        """Returns what a user should know about the data before trusting a score, as sentences."""
         found = []
         what = "answers" if any("prompt_lengths" in self._first(name) for name in self.splits) else "texts"
         if cut := [f"{n:,} of {self.sizes[name]:,} in {name}" for name, n in self._counts("cut")]:
@@ -293,5 +294,5 @@ class TaskData(L.LightningDataModule):
 
 
 def _outlive_sigterm(worker: int) -> None:
-    """Lets a loader's worker outlive a SIGTERM to the whole process group, which its parent answers."""
+    """Lets a loader's worker ignore a SIGTERM to the whole process group, which its parent handles."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

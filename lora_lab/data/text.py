@@ -1,4 +1,4 @@
-"""What all sources of text share: from their tables to tokenised splits."""
+"""What all text sources share: from their tables to tokenised splits."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,8 @@ from lora_lab.tasks import IGNORED, TASKS
 class TokenisedTexts(Dataset[dict[str, Tensor]]):
     """Examples of text without padding: `input_ids`, `token_type_ids` where known, and `labels`.
 
-    Where a text follows a prompt, `prompt_lengths` tells its tokens, for methods that edit prompts.
+    If a text follows a prompt, `prompt_lengths` has the prompt's number of tokens, for methods that edit
+    prompts.
     """
 
     def __init__(self, tokens: Tokens, labels: Tensor | None):
@@ -50,21 +51,21 @@ class TokenisedTexts(Dataset[dict[str, Tensor]]):
 
 
 def shuffled(table: Table, seed: int) -> Table:
-    """Returns the rows in a random order that depends on the seed alone."""
+    """Returns the rows in a random order that depends only on the seed."""
     return Table(table.frame.sample(frac=1, random_state=seed), table.origin)
 
 
 def set_aside(
     table: Table, count: int, classes: pd.Series | None = None, purpose: str = "validation"
 ) -> tuple[Table, Table]:
-    """Splits off the first rows, and returns rest and share.
+    """Sets aside the first rows; returns the rest and these.
 
     Args:
         table: Its rows in a random order.
         count: Rows to set aside.
-        classes: Class of each row; each then has its part of the share, to the nearest whole row, and a class
-            keeps a row in the rest where that is possible.
-        purpose: What the share is for, for messages.
+        classes: Class of each row; then each class has its part of the share, to the nearest row, and keeps a
+            row in the rest if possible.
+        purpose: What the rows are for, for messages.
 
     Raises:
         DataError: If nothing would be left.
@@ -83,15 +84,15 @@ def set_aside(
 
 
 def classes_share(sizes: Mapping[Any, int], count: int) -> dict[Any, int]:
-    """Returns how many rows of each class are among `count`: its share rounded, so that all add up.
+    """Returns how many rows of each class are among `count`: the rounded shares, which add up.
 
     Args:
-        sizes: Rows of each class; all together more than `count`.
+        sizes: Rows of each class; in all more than `count`.
         count: Rows to take.
     """
     total = sum(sizes.values())
     parts = {name: size * count // total for name, size in sizes.items()}
-    # Those come first that keep a row, then those whose share lost most by being rounded down.
+    # First come classes that keep a row, then those whose share lost most by rounding down.
     order = sorted(sizes, key=lambda name: (sizes[name] - parts[name] < 2, -(sizes[name] * count % total)))
     for name in order[: count - sum(parts.values())]:
         parts[name] += 1
@@ -99,7 +100,7 @@ def classes_share(sizes: Mapping[Any, int], count: int) -> dict[Any, int]:
 
 
 def without_duplicates(table: Table, column: str) -> Table:
-    """Returns the rows whose text has not occurred before; case and white space do not tell texts apart."""
+    """Returns the rows whose text has not occurred before; case and white space do not count."""
     plain = table.frame[column].str.casefold().str.split().str.join(" ")
     return Table(table.frame[~plain.duplicated()], table.origin)
 
@@ -126,7 +127,7 @@ class TextConfig(DataConfig):
             )
         columns = self.columns(task)
         tables = {split: shuffled(table, self.split_seed) for split, table in self.tables().items()}
-        # Before any limit, so that a class which is rare does not disappear from a short run.
+        # Before any limit, so that a rare class does not disappear from a short run.
         classes, of_rows = list(label_names), None
         if TASKS[task].labels == "classes":
             of_rows = class_names_of(tables["train"], str(columns.label))
@@ -154,8 +155,8 @@ class TextConfig(DataConfig):
                 TokenisedTexts(tokens, examples.labels), tokens.lengths, int(tokens.cut.sum()), also_in
             )
             hashes.append(f"{name} {examples.hash()}")
-        # Masked everywhere, so any id will do; but a model may refuse one that is not in its vocabulary.
+        # It is masked everywhere, so any id would do, but a model may refuse one outside its vocabulary.
         pad_token = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-        # In the order of names, as before.
+        # In the order of names, so that fingerprints stay the same.
         fingerprint = hashlib.sha256(" ".join([task, *classes, *sorted(hashes)]).encode()).hexdigest()
         return Splits(splits, classes, fingerprint, pad_token, tokenizer.padding_side)

@@ -1,4 +1,4 @@
-"""Texts to token ids, kept on disk because the same texts are tokenised by every run of a study."""
+"""Texts to token ids, cached on disk because every run of a study tokenises the same texts."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ from lora_lab.errors import DataError
 TEXTS_AT_ONCE = 1000
 SHOW_PROGRESS_FROM = 5000
 LAYOUT = 3
-"""Goes up when the stored tensors change their meaning."""
+"""Increased when the stored tensors change their meaning."""
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +39,9 @@ class Tokens:
     offsets: Tensor
     """`(examples + 1,)` int64; example i owns `ids[offsets[i]:offsets[i + 1]]`."""
     types: Tensor | None
-    """`(tokens,)` int32: first or second text of a pair, where the tokenizer tells."""
+    """`(tokens,)` int32: first or second text of a pair, if the tokenizer says so."""
     prompts: Tensor
-    """`(examples,)` int64: tokens at the front that are given and not to be learned."""
+    """`(examples,)` int64: number of tokens at the start that are given and not learned."""
     cut: Tensor
     """`(examples,)` bool: whether tokens at the end were left out, as the example is too long."""
 
@@ -52,9 +52,9 @@ class Tokens:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns a sha256 that changes when the tokenizer would give other ids.
+    """Returns a sha256 that changes when the tokenizer would return other ids.
 
-    Truncation and padding are left out of the backend's description: every call of the tokenizer alters them.
+    Truncation and padding are not included, since every call of the tokenizer changes them in its backend.
     """
     parts: dict[str, object] = {
         "class": type(tokenizer).__name__,
@@ -71,7 +71,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def frame_of(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Returns the special tokens that the tokenizer puts before and behind a text."""
+    """Returns the special tokens that the tokenizer puts before and after a text."""
     bare, framed = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True))
     for start in range(len(framed) - len(bare) + 1):
         if framed[start : start + len(bare)] == bare:
@@ -80,20 +80,20 @@ def frame_of(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
 
 
 def without_end(ids: list[int], *ends: list[int]) -> list[int]:
-    """Returns the tokens without the first of these ends that they have."""
+    """Returns the tokens without the first of these ends that matches."""
     found = next((end for end in ends if end and ids[-len(end) :] == end), [])
     return ids[: len(ids) - len(found)]
 
 
 def without_start(ids: list[int], *starts: list[int]) -> list[int]:
-    """Returns the tokens without the first of these starts that they have."""
+    """Returns the tokens without the first of these starts that matches."""
     return ids[len(next((start for start in starts if start and ids[: len(start)] == start), [])) :]
 
 
 def without_frame(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Returns texts without the special tokens, written out at their borders, that the tokenizer adds itself.
+    """Returns texts without special tokens at their ends that the tokenizer adds itself.
 
-    Models that read a class where a text ends (T5, BART) want that mark once.
+    Models that read the class at the end of a text (T5, BART) need that token only once.
     """
     front, back = ("".join(tokenizer.convert_ids_to_tokens(ids)) for ids in frame_of(tokenizer))
 
@@ -111,11 +111,10 @@ def encode_causal(
 ) -> tuple[list[list[int]], list[int], list[bool]]:
     """Tokenises some prompts and texts for causal language modelling.
 
-    What the tokenizer puts before a text stands once at the front, also where the prompt or text has it
-    written out, as chat templates do. What it puts behind, and the end-of-text token, stand once at the end,
-    where they fit, so that a model learns to stop there and nowhere else: neither at the end of the prompt
-    nor where a text is cut. Prompt and text are tokenised apart, which makes the border between them one of
-    tokens.
+    The tokenizer's start tokens occur once at the start, also if the prompt or text already contains them, as
+    with chat templates. Its end tokens and the end-of-text token occur once at the end, if they fit, so that
+    a model learns to stop only there: neither at the end of the prompt nor where a text is cut. Prompt and
+    text are tokenised separately, so that no token crosses the border between them.
 
     Returns:
         Ids of each example, its number of prompt tokens, and whether it was cut.
@@ -164,7 +163,7 @@ def encode_chunk(
     encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length)
     if encoded.encodings is not None:
         cut = [bool(encoding.overflowing) for encoding in encoded.encodings]
-    else:  # a tokenizer written in Python
+    else:  # a tokenizer in Python
         whole = tokenizer(texts, pairs, verbose=False)["input_ids"]
         cut = [len(ids) < len(all_ids) for ids, all_ids in zip(encoded["input_ids"], whole, strict=True)]
     return encoded["input_ids"], encoded.get("token_type_ids"), [0] * len(texts), cut
@@ -227,7 +226,7 @@ def checksum(tensors: dict[str, Tensor]) -> str:
 
 
 def read_cache(path: Path) -> Tokens | None:
-    """Returns the stored tokens, or None if there are none or they are damaged."""
+    """Returns the stored tokens; None if they are missing or damaged."""
     if not path.is_file():
         return None
     try:
@@ -243,7 +242,7 @@ def read_cache(path: Path) -> Tokens | None:
 
 
 def write_cache(path: Path, tokens: Tokens) -> None:
-    """Stores the tokens in one step: other processes see the old file, none or the whole new one."""
+    """Stores the tokens in one step: other processes see the old file, no file or the complete new one."""
     tensors = {name: tensor for name, tensor in vars(tokens).items() if tensor is not None}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -256,11 +255,11 @@ def write_cache(path: Path, tokens: Tokens) -> None:
 
 
 def tokenise(examples: Examples, tokenizer: PreTrainedTokenizerBase, causal: bool, max_length: int) -> Tokens:
-    """Returns the examples' tokens, from the cache where they are there.
+    """Returns the examples' tokens, from the cache if they are there.
 
     Args:
-        examples: Their texts; labels play no part.
-        tokenizer: Of the model to be trained.
+        examples: Their texts; labels are not used.
+        tokenizer: The model's tokenizer.
         causal: Whether prompt and text are joined for causal language modelling.
         max_length: Longest example in tokens.
     """

@@ -19,7 +19,7 @@ TARGETS = ("product", "sum")
 
 
 class ToyExamples(Dataset[dict[str, Tensor]]):
-    """Normal random inputs and a function of them: `features (features,)` and `labels (1,)`."""
+    """Normally distributed inputs and a function of them: `features (features,)` and `labels (1,)`."""
 
     def __init__(self, target: str, features: Tensor):
         self.features = features  # (examples, features)
@@ -48,10 +48,10 @@ class ToyConfig(DataConfig):
     """Inputs of an example; at least 2."""
 
     def faults(self, task: str) -> list[str]:
-        """Adds: another task than regression, sizes that are too small."""
+        """Also checks that the task is regression, and the sizes."""
         faults = super().faults(task)
         if TASKS[task].labels != "numbers":
-            faults.append(f"data.source: 'toy' serves regression, not {task}")
+            faults.append(f"data.source: 'toy' is for regression, not for {task}")
         if self.target not in TARGETS:
             faults.append(f"data.target: no target '{self.target}'{suggest(self.target, TARGETS)}")
         if self.size < 1:
@@ -63,7 +63,7 @@ class ToyConfig(DataConfig):
     def load(
         self, tokenizer: PreTrainedTokenizerBase | None, task: str, label_names: Sequence[str] = ()
     ) -> Splits:
-        """Draws the three splits, each from a generator of its own; the tokenizer is not used."""
+        """Draws the three splits, each from its own generator; the tokenizer is not used."""
         splits = {}
         digest = hashlib.sha256(self.target.encode())
         for number, name in enumerate(("train", "validation", "test")):

@@ -1,1 +1,1 @@
-"""Files of text: read strictly, filled into dataclasses, written whole or not at all."""
+"""Text files: read strictly, filled into dataclasses, written completely or not at all."""

@@ -1,11 +1,11 @@
-"""Reading YAML and JSON strictly: what a file says is taken as it was written, or refused with its line.
+"""Reading YAML and JSON strictly: a file means what it says, or is refused with the line.
 
 PyYAML's and json's own readers keep the last of two equal keys, turn `on` into true and `0123` into 83,
-follow aliases without end, and wait for ever on a named pipe. Here:
+follow aliases without a limit, and wait forever on a named pipe. Here:
 
 - a key that occurs twice in one mapping is refused, with both lines;
-- numbers, true, false and null are those of YAML 1.2's core schema (`on`, `12:30` and `0123` are no others);
-- a plain scalar keeps its text (`Scalar`), so that a field for text gets `1e3` and not 1000.0;
+- numbers, true, false and null are those of YAML 1.2's core schema (`on`, `12:30` and `0123` are text);
+- a plain scalar keeps its text (`Scalar`), so that a text field gets `1e3` and not 1000.0;
 - size, depth and the number of values (aliases followed) are bounded, and only plain files are read.
 """
 
@@ -23,9 +23,9 @@ import yaml
 from lora_lab.errors import CheckpointError
 
 LARGEST_FILE = 4_000_000
-"""Bytes of a file that is still read."""
+"""Size in bytes of the largest file that is read."""
 DEEPEST = 40
-"""Levels of mappings and lists within each other."""
+"""Levels of nested mappings and lists."""
 MOST_VALUES = 200_000
 """Values in one document, those behind aliases counted each time they are used."""
 
@@ -36,14 +36,14 @@ class DocumentError(CheckpointError):
 
 @dataclass(frozen=True)
 class Scalar:
-    """A plain (unquoted) scalar that is not text: its value, and the text that stands in the file."""
+    """A plain (unquoted) scalar that is not text: its value, and its text in the file."""
 
     value: bool | int | float
     text: str
 
 
 Tree = dict[str, Any] | list[Any] | Scalar | str | None
-"""A document: mappings with text as keys, lists, and leaves that keep what was written."""
+"""A document: mappings with text keys, lists, and leaves that keep their text."""
 
 _RESOLVERS: list[tuple[str, re.Pattern[str], str]] = [
     ("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), "~nN\0"),
@@ -74,7 +74,7 @@ def read_text(path: Path) -> str:
     """Returns the text of a plain file.
 
     Raises:
-        DocumentError: if it is missing, no plain file, too large, or no UTF-8.
+        DocumentError: if it is missing, not a plain file, too large, or not UTF-8.
     """
     try:
         if not path.exists():
@@ -117,12 +117,12 @@ def parse_yaml(text: str, source: str) -> Tree:
             loader.dispose()
     except yaml.YAMLError as error:
         raise DocumentError(f"{source}: is not valid YAML: {' '.join(str(error).split())}") from error
-    except (ValueError, OverflowError) as error:  # a character or number that Python has none for
+    except (ValueError, OverflowError) as error:  # a character or number that Python cannot represent
         raise DocumentError(f"{source}: is not valid YAML: {error}") from error
 
 
 def read_json(path: Path) -> Any:
-    """Returns what a JSON file holds, under the same rules: no key twice, bounded size and depth.
+    """Returns what a JSON file holds, with the same rules: no duplicate keys, bounded size and depth.
 
     Raises:
         DocumentError: if the file cannot be read, or is not strict JSON.
@@ -146,7 +146,7 @@ def read_json(path: Path) -> Any:
 
 
 def plain(tree: object) -> Any:
-    """Returns a document with the values of its scalars, as a usual YAML reader gives it."""
+    """Returns a document with the values of its scalars, as other YAML readers do."""
     return _with_scalars(tree, lambda scalar: scalar.value)
 
 
@@ -164,7 +164,7 @@ def _with_scalars(tree: object, read: Callable[[Scalar], object]) -> Any:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested mappings by keys between dots; an empty mapping is a value."""
+    """Returns nested mappings as one, with dotted keys; an empty mapping is a value."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping) and value:
@@ -175,7 +175,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def references(tree: object) -> list[str]:
-    """Returns the texts in a document with `${`, which OmegaConf would replace by what they refer to."""
+    """Returns the texts in a document with `${`, which OmegaConf would interpolate."""
     if isinstance(tree, Mapping):
         return [text for item in tree.items() for part in item for text in references(part)]
     if isinstance(tree, list):
@@ -203,7 +203,7 @@ def _tree(
 ) -> Tree:
     left[0] -= 1
     if left[0] < 0:
-        raise DocumentError(f"{source}: its aliases stand for more than {MOST_VALUES:,} values.")
+        raise DocumentError(f"{source}: its aliases expand to more than {MOST_VALUES:,} values.")
     if any(node is outer for outer in within):
         raise DocumentError(f"{source}: the alias in line {_line(node)} holds itself.")
     within = (*within, node)
@@ -236,7 +236,7 @@ def _leaf(loader: _Loader, node: yaml.ScalarNode, source: str) -> Scalar | str |
     if kind == "bool":
         return Scalar(text.lower() == "true", text)
     if kind == "int":
-        if len(text) > 400:  # Python's own bound is near 4,300 digits; nothing here needs as many
+        if len(text) > 400:  # Python's own limit is about 4,300 digits; nothing here needs as many
             raise DocumentError(f"{source}: the number in line {_line(node)} has {len(text)} digits.")
         return Scalar(int(text, 0) if text[:2] in ("0o", "0x") else int(text), text)
     if kind == "float":

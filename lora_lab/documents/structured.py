@@ -1,4 +1,4 @@
-"""Filling a dataclass's OmegaConf schema from a document, with the fault of every key."""
+"""Filling a dataclass's OmegaConf schema from a document, and finding the fault of every key."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def fill(
     Args:
         schema: `OmegaConf.structured` of a dataclass; it is changed.
         settings: key → value; values may be `documents.Scalar`.
-        source: where the settings stand, for messages.
-        faults: the list that gets the faults, `source: key: what is wrong`.
+        source: where the settings are, for messages.
+        faults: the list to which faults are added, `source: key: what is wrong`.
         prefix: what is before the keys in messages, with its dot.
         names: keys of other libraries → ours, for messages.
     """
@@ -56,7 +56,7 @@ def fill(
         if get_origin(hints[name]) is list and isinstance(value, str | bool | int | float):
             faults.append(f"{source}: {key}: must be a list; write [{texts(value)}]")
             continue
-        if not _fits(value, hints[name]):  # OmegaConf lets any container stand in a list or mapping
+        if not _fits(value, hints[name]):  # OmegaConf allows any container in a list or mapping
             faults.append(f"{source}: {key}: must be {_spelt(hints[name])}; got {_shown(plain(value))}")
             continue
         try:
@@ -69,11 +69,11 @@ def fill(
 
 
 def _as_written(value: object, hint: object) -> object:
-    """Returns a value for a field of this type: the text as it was written where the field takes text."""
+    """Returns a value for a field of this type: the text as it was written, if the field is text."""
     kinds = [kind for kind in _members(hint) if kind is not NoneType]
     if isinstance(value, Scalar):
         if type(value.value) is int and float in kinds and not {int, str} & {*kinds}:
-            # omegaconf does it for a field, but not inside of containers.
+            # OmegaConf does this for a field, but not inside containers.
             return float(value.value) if abs(value.value) < LARGEST else math.inf
         return value.text if str in kinds else value.value
     for kind in kinds:
@@ -86,7 +86,7 @@ def _as_written(value: object, hint: object) -> object:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether lists, mappings and null stand where a type has them; of other values OmegaConf judges."""
+    """Whether lists, mappings and null are where the type allows them; OmegaConf checks other values."""
     kinds = _members(hint)
     if Any in kinds or (isinstance(value, str) and "${" in value):
         return True
@@ -101,7 +101,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _spelt(hint: Any) -> str:
-    """Returns a type as a config's reader knows it: `text, or a list of text`."""
+    """Returns a type in words: `text, or a list of text`."""
     words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
     found = []
     for kind in _members(hint):

@@ -1,6 +1,6 @@
-"""Writing files so that a reader, or a killed writer, never leaves half of one.
+"""Writing files so that nobody sees half a file, also if the writer was killed.
 
-Own code because the libraries for it write single files only, do not sync them, or are no longer kept.
+Own code, because the libraries for this write only single files, do not sync them, or are not maintained.
 """
 
 import os
@@ -16,7 +16,7 @@ UNFINISHED, OLD = "unfinished", "old"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all.
+    """Writes a text file completely or not at all.
 
     Raises:
         CheckpointError: if the folder cannot be written to.
@@ -30,15 +30,15 @@ def write_text(path: Path, text: str) -> None:
                 os.fsync(file.fileno())
             os.replace(unfinished, path)
         except BaseException:
-            unfinished.unlink(missing_ok=True)  # on a full disk even an empty file is one too many
+            unfinished.unlink(missing_ok=True)  # a full disk may refuse even an empty file
             raise
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Gives a temporary folder to fill, which takes the place of `path` when the block ends without an error.
+    """Yields a temporary folder to fill, which replaces `path` if the block ends without an error.
 
-    Everything else in an older folder of this name stays: only files that are written again are replaced.
+    Other files in an older folder of this name stay: only files that are written again are replaced.
 
     Raises:
         CheckpointError: if the parent folder cannot be written to.
@@ -59,10 +59,10 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def clean_unfinished(folder: Path) -> None:
-    """Puts a folder in order after a writer of it was killed; no other process may write to it meanwhile.
+    """Cleans up a folder after its writer was killed; no other process may write to it meanwhile.
 
-    Unfinished files go. A folder that was about to be replaced takes its name again, unless its successor
-    was whole.
+    Unfinished files are deleted. A folder that was about to be replaced gets its name back, unless its
+    replacement was complete.
     """
     for path in sorted(folder.glob(".*")):
         found = re.fullmatch(rf"\.(.+)\.({UNFINISHED}|{OLD})\.\d+", path.name)
@@ -79,7 +79,7 @@ def clean_unfinished(folder: Path) -> None:
 
 @contextmanager
 def writable(folder: Path) -> Iterator[None]:
-    """Makes a folder if need be, and turns the operating system's refusals inside into one clear message.
+    """Makes a folder if necessary, and turns errors of the operating system inside into one clear message.
 
     Raises:
         CheckpointError: if the operating system refuses.
@@ -89,18 +89,18 @@ def writable(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"{folder}: cannot be written to ({error.strerror or error}). Choose another folder, make room "
-            "on the disk, or change the folder's permissions."
+            f"{folder}: cannot be written to ({error.strerror or error}). Choose another folder, free some "
+            "disk space, or change the folder's permissions."
         ) from error
 
 
 def _beside(path: Path, kind: str) -> Path:
-    """Returns a name in the same folder: what is made there has usual rights, and renaming is one step."""
+    """Returns a name in the same folder, so that permissions are as usual and renaming is one step."""
     return path.with_name(f".{path.name}.{kind}.{os.getpid()}")
 
 
 def _keep_others(old: Path, new: Path) -> None:
-    """Moves what the new folder does not replace out of the old one, and deletes the rest."""
+    """Moves what the new folder does not replace from the old one into it, and deletes the rest."""
     if not old.is_dir():
         return
     for entry in old.iterdir():
@@ -110,7 +110,7 @@ def _keep_others(old: Path, new: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Waits until the folder's files are on the disk: a power cut must not leave names without them."""
+    """Waits until the folder's files are on the disk: a power failure must not leave empty files."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file, suppress(OSError):  # some network file systems refuse it

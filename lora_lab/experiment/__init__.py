@@ -1,6 +1,6 @@
 """One tracked run, from config to record: the whole data flow on one screen.
 
-Next to it in this package: who owns a run's folder, what it records, which callbacks it has.
+The other modules: the run's folder and its owner, its record, its callbacks.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def run(config: ExperimentConfig, resume: bool = True, overwrite: bool = False) 
     """Trains, evaluates and records one run.
 
     A finished run of the same config and data is returned as it is; an unfinished one continues from its
-    last checkpoint, or from the start if it has none. Asked to end (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1), a run
-    writes a checkpoint first.
+    last checkpoint, or from the start if it has none. After Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 a run writes a
+    checkpoint before it ends.
 
     Args:
         config: what to run.
@@ -83,7 +83,7 @@ def run(config: ExperimentConfig, resume: bool = True, overwrite: bool = False) 
             logger=this.start(adapters, data),
             default_root_dir=this.folder.path,
         )
-        # Heads must start alike in every process; what is drawn from here on (dropout) must not be alike.
+        # Heads must start equally in every process; what is drawn from here on (dropout) must differ.
         L.seed_everything(config.seed + process_rank(), workers=True, verbose=False)
         trainer.fit(module, data, ckpt_path=this.checkpoint, weights_only=True)
         metrics = _final_metrics(trainer, module, data, callbacks)
@@ -97,8 +97,8 @@ def run(config: ExperimentConfig, resume: bool = True, overwrite: bool = False) 
 def run_all(configs: Iterable[ExperimentConfig]) -> Iterator[tuple[ExperimentConfig, RunResult]]:
     """Yields each config with its run, under one progress bar.
 
-    Finished runs are not trained again, interrupted ones continue. The configs have bars of their own off:
-    `trainer.progress_bar=false`.
+    Finished runs are not trained again, interrupted ones continue. Set `trainer.progress_bar=false` in the
+    configs, to have no other bars.
     """
     for config in track(list(configs), "runs"):
         yield config, run(config)
@@ -109,7 +109,7 @@ def evaluate(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
 
     Args:
         path: the run's folder.
-        overrides: `key=value` settings over the run's own config, such as another data set.
+        overrides: `key=value` settings that override the run's config, such as another data set.
 
     Returns:
         The metrics, `validation/…` and `test/…`.
@@ -126,14 +126,14 @@ def evaluate(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
         if getattr(config, part) != getattr(own, part):
             raise ConfigError(
                 f"command line: {part}: an evaluation uses the stored adapter as it is and trains and logs "
-                f"nothing, so that no setting of {part} can act; remove it, or train another run with it."
+                f"nothing, so no setting of {part} can act; remove it, or train another run with it."
             )
     L.seed_everything(config.seed, workers=True, verbose=False)
     model, data = build_parts(config, label_names=read_label_names(folder.adapter))
     if config.data == own.data and data.fingerprint != record.get("data_fingerprint"):
         log.warning(
-            "%s: its data have changed since it was trained, or how they are split. Scores on rows that it "
-            "was trained on say little.",
+            "%s: its data, or their splits, have changed since it was trained. Scores on rows that it was "
+            "trained on mean little.",
             path,
         )
     adapters = load_adapter(model, folder.adapter)
@@ -174,8 +174,8 @@ def _build_model(config: ExperimentConfig, data: TaskData, keep_weights: bool) -
     limit, meant = position_limit(model), getattr(model.config, "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise ConfigError(
-            f"data.max_length: {name} has positions for {limit} tokens, and {length} were asked for; set it "
-            f"to {limit} or less."
+            f"data.max_length: {name} has positions for {limit} tokens; got {length}; set it to {limit} or "
+            "less."
         )
     if limit is None and isinstance(meant, int) and length > meant:
         log.warning("data.max_length: %s was made for %d tokens, not for %d.", name, meant, length)
@@ -190,7 +190,9 @@ def _build_data(config: ExperimentConfig, label_names: Sequence[str] = ()) -> Ta
 def _prepare_model(model: Any, config: ExperimentConfig) -> None:
     if config.trainer.gradient_checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
-            raise IncompatibleError(f"trainer.gradient_checkpointing: {config.model.name} does not offer it.")
+            raise IncompatibleError(
+                f"trainer.gradient_checkpointing: {config.model.name} does not support it."
+            )
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.trainer.compile:
         model.compile()
@@ -199,7 +201,7 @@ def _prepare_model(model: Any, config: ExperimentConfig) -> None:
 def _final_metrics(
     trainer: L.Trainer, module: FineTuner, data: TaskData, callbacks: _Callbacks
 ) -> dict[str, Tensor | float]:
-    """Returns the last metrics of training, and those of the adapters that the run ends with."""
+    """Returns the last metrics of training, and those of the run's final adapters."""
     metrics: dict[str, Tensor | float] = dict(trainer.callback_metrics)
     if callbacks.best.metrics_are_old(trainer):
         metrics |= trainer.validate(module, data, verbose=False)[0]

@@ -42,18 +42,18 @@ class RunCallbacks:
         folder: RunFolder,
         stop: StopRequest,
     ) -> RunCallbacks:
-        """Builds them; the controllers fit their schedules into the run.
+        """Builds the callbacks; the controllers fit their schedules to the run.
 
         Args:
             config: the run's config.
             adapters: the run's adapters.
-            batches: batches of an epoch in one process.
+            batches: number of batches of an epoch in one process.
             folder: the run's folder.
             stop: whether the process was asked to end.
 
         Raises:
             ConfigError: if a controller's options are invalid, or the run is too short for its schedule.
-            IncompatibleError: if the adapters do not offer what a controller needs.
+            IncompatibleError: if the adapters do not have what a controller needs.
         """
         controllers = build_controllers(config.controllers, adapters, config.seed)
         for controller in controllers:
@@ -71,8 +71,8 @@ class RunCallbacks:
     def everything(self, bars: list[L.Callback]) -> list[L.Callback]:
         """Returns all callbacks in their order.
 
-        The statistics stand behind all that changes adapters, at a step's end or at the run's, and the clock
-        comes last.
+        The statistics come after everything that changes adapters at the end of a step or of the run; the
+        clock is last.
         """
         statistics = [self.adapters, self.memory]
         return [*self.controllers, self.best, *statistics, *bars, self.examples, self.resume, self.speed]

@@ -1,4 +1,4 @@
-"""A run that trains on from the last checkpoint of a finished one, for more steps, in its own folder."""
+"""A run that continues from the last checkpoint of a finished one, for more steps, in a new folder."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ MORE = re.compile(rf"trainer\.({'|'.join(LENGTHS)})=\+(\d+)")
 
 
 def compose_run(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """Composes a run's config; see `compose`.
+    """Composes a run's config, as `compose` does.
 
-    `trainer.max_epochs=+2` (or `max_steps`) makes it the continuation, two epochs longer, of the run that the
-    other settings describe.
+    `trainer.max_epochs=+2` (or `max_steps`) makes it a continuation, two epochs longer, of the run with the
+    other settings.
 
     Raises:
         ConfigError: if a setting is invalid.
@@ -35,7 +35,7 @@ def compose_run(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
         name, count = found[1], int(found[2])
         now = getattr(trainer, name)
         if now < 1 or not count:
-            raise ConfigError(f"trainer.{name}=+{count}: adds nothing to {now}. Give the length itself.")
+            raise ConfigError(f"trainer.{name}=+{count}: adds nothing to {now}. Set the length itself.")
         trainer = replace(trainer, **{name: now + count})
         suffix += f"-{name}{now + count}"
     run = config.run and f"{config.run}{suffix}"
@@ -57,7 +57,7 @@ def source_of(config: ExperimentConfig) -> RunFolder | None:
         raise CheckpointError(f"continues: {folder.path} has no checkpoint. Name a finished run with one.")
     if config.controllers:
         raise ConfigError(
-            "continues: controllers fit their schedules to the length of a run, so a run with controllers "
+            "continues: schedules of controllers depend on the length of a run, so a run with controllers "
             f"({', '.join(config.controllers)}) cannot be made longer. Train it again with that length."
         )
     stored = compose(folder.config, stored=True)

@@ -61,7 +61,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Returns the commit of the code in the working folder, with `+` where files differ from it."""
+    """Returns the commit of the code in the working folder, with `+` if files differ from it."""
     try:
         options: dict[str, Any] = {"capture_output": True, "text": True, "check": True, "timeout": 10}
         commit = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()

@@ -1,7 +1,7 @@
 """A run's folder: its files, its one owner, and what may be deleted in it.
 
 runs/<experiment>/<run>/
-    run.json         the record; it marks the folder as a run's
+    run.json         the record; it marks the folder as that of a run
     config.yaml      the composed config
     metrics.csv      every logged row
     test_examples.parquet   a row for each test example
@@ -106,14 +106,14 @@ class RunFolder:
 
     @property
     def failure(self) -> Path:
-        """The record of a failed run, which takes its place if nothing can be written any longer."""
+        """The record of a failed run, which replaces the record if nothing can be written any longer."""
         return self.path / ".failed.json"
 
     def read(self) -> Record | None:
         """Returns the record, or None if there is no run yet.
 
         Raises:
-            CheckpointError: if the record cannot be read, or is no run's.
+            CheckpointError: if the record cannot be read, or is not of a run.
         """
         if not self.record.is_file():
             return None
@@ -141,7 +141,7 @@ class RunFolder:
         return record
 
     def write(self, record: Record) -> None:
-        """Writes the record, whole or not at all; JSON has null for numbers that are not finite.
+        """Writes the record, completely or not at all; numbers that are not finite are null in JSON.
 
         Raises:
             CheckpointError: if the folder cannot be written to.
@@ -149,7 +149,7 @@ class RunFolder:
         write_text(self.record, json.dumps(_finite(record), indent=2, allow_nan=False) + "\n")
 
     def prepare_failure(self, record: Record) -> None:
-        """Writes the record that `write_failure` puts in place.
+        """Writes the record that `write_failure` will put in its place.
 
         Raises:
             CheckpointError: if the folder cannot be written to.
@@ -159,12 +159,12 @@ class RunFolder:
         write_text(self.failure, json.dumps(_finite(record), indent=2, allow_nan=False) + "\n")
 
     def write_failure(self) -> None:
-        """Says in the record that the run has failed; a full disk, which takes no more writing, renames."""
-        with suppress(OSError):  # the folder has gone, or may be read only
+        """Marks the run as failed in its record, by a rename, which also works on a full disk."""
+        with suppress(OSError):  # the folder is gone, or read-only
             os.replace(self.failure, self.record)
 
     def check_free(self) -> None:
-        """Makes sure that a folder which holds no run has no files that a run would write over.
+        """Checks that a folder without a run has no files that a run would overwrite.
 
         Raises:
             CheckpointError: if it has.
@@ -172,7 +172,7 @@ class RunFolder:
         others = [name for name in (*FILES, "wandb") if (self.path / name).exists()]
         if not self.record.is_file() and others:
             raise CheckpointError(
-                f"{self.path}: holds no run, but files that a run would write over ({', '.join(others)}). "
+                f"{self.path}: holds no run, but files that a run would overwrite ({', '.join(others)}). "
                 "Choose another name with run=…, or move them away."
             )
 
@@ -181,7 +181,8 @@ class RunFolder:
         own = {path.name for path in self.adapter.iterdir()} if self.adapter.is_dir() else set()
         shared = bool(own - {CONFIG, TENSORS, OWN})
         for name in FILES:
-            # Beside files of others it marks the folder as an adapter's, which may be written to again.
+            # If there are other files, it marks the folder as that of an adapter, which may be written to
+            # again.
             if not (shared and name == f"adapter/{CONFIG}"):
                 (self.path / name).unlink(missing_ok=True)
         wandb = self.path / "wandb"
@@ -195,7 +196,7 @@ class RunFolder:
                 folder.rmdir()
 
     def reserve_space(self, size: int) -> None:
-        """Keeps this many bytes of the disk free for the adapter, should the disk fill up meanwhile.
+        """Reserves this many bytes on the disk for the adapter, in case the disk fills up.
 
         Raises:
             CheckpointError: if there is less space.
@@ -208,18 +209,18 @@ class RunFolder:
         except OSError as error:
             self.reserve.unlink(missing_ok=True)
             if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):
-                return  # a file system that cannot promise space
+                return  # a file system that cannot reserve space
             raise CheckpointError(
                 f"output: {self.path} has no {size / 1e6:.1f} MB left for the adapter ({error.strerror}). "
-                "Choose another output folder, or make room."
+                "Choose another output folder, or free some space."
             ) from error
 
     @contextmanager
     def owned(self, beside: str = "choose another name with run=…") -> Iterator[None]:
-        """Makes this process the folder's only writer within the block.
+        """Makes this process the only writer of the folder within the block.
 
-        The operating system frees the lock of a process that has ended, however it ended. A folder in which
-        no run was started is not left behind.
+        The operating system frees the lock of a process that has ended in any way. A new folder is removed if
+        no run was started in it.
 
         Args:
             beside: what to do in order to write at the same time as another process, for the message.
@@ -247,9 +248,9 @@ class RunFolder:
             lock.release()
 
     def wait_until_free(self, seconds: float) -> None:
-        """Waits until no other process owns the folder, at most so long.
+        """Waits until no other process owns the folder, at most this long.
 
-        A process that is asked to end writes a checkpoint first; meanwhile the folder is its own.
+        A process that was asked to end writes a checkpoint first, and owns the folder until then.
         """
         if (self.path / LOCK).is_file():
             with suppress(Timeout), FileLock(self.path / LOCK, timeout=seconds):
@@ -261,8 +262,8 @@ class RunFolder:
             lock.acquire()
         except Timeout as error:
             raise CheckpointError(
-                f"{self.path}: {self._owner()} is writing to it. Wait until that has ended, or stop it; to "
-                f"run at the same time, {beside}"
+                f"{self.path}: {self._owner()} is writing to it. Wait until it has ended, or stop it; to run "
+                f"at the same time, {beside}"
             ) from error
         return lock
 
@@ -271,7 +272,7 @@ class RunFolder:
             owner = json.loads((self.path / OWNER).read_text())
             return f"process {owner['pid']} on {owner['host']}, started {owner['started']},"
         except (OSError, ValueError, KeyError, TypeError):
-            return "another process"  # it is just starting
+            return "another process"  # it has just started
 
     def _check_writable(self) -> None:
         """Raises CheckpointError, without writing anything, if the folder could not be made."""
@@ -281,12 +282,12 @@ class RunFolder:
         if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
             what = "may not be written to" if ancestor.is_dir() else "is a file, not a folder"
             raise CheckpointError(
-                f"output: cannot make {self.path}: {ancestor} {what}. Choose another output folder."
+                f"output: cannot create {self.path}: {ancestor} {what}. Choose another output folder."
             )
 
 
 def _finite(value: object) -> object:
-    """Returns a value with None in the place of every number in it that is not finite."""
+    """Returns a value in which None replaces every number that is not finite."""
     if isinstance(value, dict):
         return {name: _finite(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Keeping other libraries' advice off the terminal."""
+"""Hiding other libraries' advice from the terminal."""
 
 import logging
 import warnings

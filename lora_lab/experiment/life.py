@@ -1,4 +1,4 @@
-"""The life of a run: what an earlier run in its folder means, its start, its end, and how it failed."""
+"""The life of a run: an earlier run in its folder, its start, its end, and its failure."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ SPARE_BYTES = 1 << 20
 """Space for the record and the last rows, besides the adapter's."""
 SUMMARY_AT_START = ("method_parameters", "trainable_parameters", "total_parameters")
 SUMMARY_AT_END = ("final_method_parameters", "best_value", "best_step", "steps", "adapter_file_bytes")
-"""Fields of the record that W&B's summary has too."""
+"""Fields of the record that are also in W&B's summary."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left behind."""
+    """The result of a run."""
 
     folder: RunFolder
     record: Record
@@ -50,14 +50,14 @@ class RunResult:
 
 @dataclass
 class OpenRun:
-    """A run under way, or one that was found finished."""
+    """A run in progress, or one that was already finished."""
 
     config: ExperimentConfig
     folder: RunFolder
     before: Record | None
-    """The record of the earlier run in the folder, where it is continued or finished."""
+    """The record of the earlier run in the folder, if it is continued or finished."""
     source: RunFolder | None
-    """The folder of the finished run that this one makes longer."""
+    """The folder of the finished run that this one continues."""
     stop: StopRequest
     """Whether the process was asked to end."""
     record: Record = field(default_factory=dict)
@@ -65,7 +65,7 @@ class OpenRun:
 
     @property
     def finished(self) -> RunResult | None:
-        """The run that was found finished, if it was."""
+        """The run, if it was already finished."""
         if self.before is None or self.before["status"] != "finished":
             return None
         return RunResult(self.folder, self.before, fresh=False)
@@ -78,10 +78,10 @@ class OpenRun:
         return self.source.checkpoint if self.source else None
 
     def check_data(self, data: TaskData) -> None:
-        """Makes sure that an earlier run in the folder had today's data.
+        """Checks that an earlier run in the folder had the same data.
 
         Raises:
-            DataError: if it had others.
+            DataError: if it had other data.
         """
         earlier = [(self.folder, self.before)] if self.before else []
         if self.source and (record := self.source.read()):
@@ -91,11 +91,11 @@ class OpenRun:
                 raise DataError(
                     f"{folder.path}: its run ({_state(record)}) was trained on other data: a file, or how it "
                     "is read, has changed since. Choose another name with run=…, --overwrite the run, or "
-                    "bring the former data back."
+                    "restore the former data."
                 )
 
     def start(self, adapters: AdapterSet, data: TaskData) -> list[Logger]:
-        """Writes config and record, and returns the loggers; nothing is written before.
+        """Writes config and record, and returns the loggers; before this nothing is written.
 
         A continued run's loggers hold the rows up to its checkpoint.
 
@@ -115,7 +115,7 @@ class OpenRun:
                 state = f"{_state(self.before)} before; it continues from step {done_steps}"
                 Console(stderr=True).print(f"{self.folder.path}: {state}.", soft_wrap=True, highlight=False)
             else:
-                # While `starting`, what an overwritten run has left counts for nothing.
+                # While `starting`, the remains of an overwritten run are ignored.
                 self.folder.write({**self.record, "status": "starting"})
                 self.folder.clear()
                 write_text(self.folder.config, yaml.safe_dump(asdict(self.config), sort_keys=False))
@@ -137,7 +137,7 @@ class OpenRun:
         return self.loggers
 
     def release_space(self) -> None:
-        """Gives back the disk space that was kept for the adapter, which is written next."""
+        """Frees the disk space that was reserved for the adapter, which is written next."""
         self.folder.reserve.unlink(missing_ok=True)
 
     def finish(
@@ -157,7 +157,7 @@ class OpenRun:
         return RunResult(self.folder, self.record, fresh=True)
 
     def fail(self, error: BaseException) -> None:
-        """Writes into the record how the run has ended, and closes the loggers."""
+        """Records how the run has ended, and closes the loggers."""
         self.stop.ending = True
         if not self.record:
             return
@@ -180,24 +180,24 @@ class OpenRun:
 
 @contextmanager
 def open_run(config: ExperimentConfig, resume: bool, overwrite: bool) -> Iterator[OpenRun]:
-    """Opens the folder of a run, as its only writer; how the block ends is written into the run's record.
+    """Opens the folder of a run, as its only writer; the record says how the block has ended.
 
     Raises:
-        LabError: if the folder cannot take this run, or another process is writing to it.
-        Interruption: if the process was asked to end by a signal other than Ctrl-C's.
-        KeyboardInterrupt: if it was by Ctrl-C.
+        LabError: if the folder cannot be used for this run, or another process is writing to it.
+        Interruption: if the process was asked to end by a signal other than Ctrl-C.
+        KeyboardInterrupt: if it was asked by Ctrl-C.
     """
     folder = RunFolder.of(config)
     stop = StopRequest()
     first = process_rank() == 0
     earlier = folder.read() if first and not overwrite else None
     if earlier and earlier["status"] == "finished":
-        # Nothing is written, so that a folder which is read-only now will do.
+        # Nothing is written, so the folder may be read-only.
         _check_config(folder, earlier, config)
         yield OpenRun(config, folder, earlier, None, stop)
         return
     with folder.owned() if first else nullcontext(), stop.watched():
-        # Other processes of the run are started when the first one has prepared the folder.
+        # Other processes of the run are started after the first one has prepared the folder.
         before = _earlier(folder, config, resume, overwrite) if first else folder.read()
         this = OpenRun(config, folder, before, source_of(config), stop)
         try:
@@ -206,7 +206,7 @@ def open_run(config: ExperimentConfig, resume: bool, overwrite: bool) -> Iterato
             this.fail(error)
             if isinstance(error, Exception) and _is_worker_death(error):
                 raise DataError(
-                    f"data.workers: a process that loads data was killed ({error}). Usually memory ran out: "
+                    f"data.workers: a process that loads data was killed ({error}). Probably memory ran out: "
                     "the same command continues from the last checkpoint (--resume); lower data.workers, or "
                     "give the job more memory."
                 ) from error
@@ -219,7 +219,7 @@ def open_run(config: ExperimentConfig, resume: bool, overwrite: bool) -> Iterato
 def _earlier(folder: RunFolder, config: ExperimentConfig, resume: bool, overwrite: bool) -> Record | None:
     """Decides what an earlier run in the folder means; returns its record if it continues or is finished."""
     folder.check_free()
-    before = folder.read()  # also before it is overwritten: it may be no run's
+    before = folder.read()  # also before it is overwritten, as it may not be of a run
     if before is None or overwrite or before["status"] == "starting":
         return None
     _check_config(folder, before, config)
@@ -237,7 +237,7 @@ def _earlier(folder: RunFolder, config: ExperimentConfig, resume: bool, overwrit
 
 
 def _state(record: Record) -> str:
-    """Says how a run that is not finished has ended: one that was killed could not write it down."""
+    """Says how an unfinished run has ended: one that was killed could not record it."""
     return "killed" if record["status"] == "running" else record["status"]
 
 
@@ -248,7 +248,7 @@ def _check_config(folder: RunFolder, before: Record, config: ExperimentConfig) -
         stored: Any = compose(folder.config, stored=True)
     except LabError:
         stored = None
-    # A version of this program may have added fields since; their defaults keep a config the same.
+    # A newer version may have added fields; with their defaults a config is the same.
     if stored is not None and stored.hash() == config.hash():
         return
     differing = differences(stored.decisive(), config.decisive()) if stored else []
@@ -265,7 +265,7 @@ def _is_worker_death(error: BaseException) -> bool:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Returns the optimizer steps done by a checkpoint.
+    """Returns the number of optimizer steps of a checkpoint.
 
     Raises:
         CheckpointError: if it cannot be read.

@@ -1,4 +1,4 @@
-"""What `run.json` says: the start of a run, and its end."""
+"""What `run.json` holds: the start of a run, and its end."""
 
 from __future__ import annotations
 

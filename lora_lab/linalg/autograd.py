@@ -1,4 +1,4 @@
-"""Functions of autograd with the types that torch leaves out."""
+"""Functions of autograd, with type annotations that torch does not have."""
 
 from typing import TYPE_CHECKING
 
@@ -8,7 +8,7 @@ from torch.autograd.function import FunctionCtx
 
 
 class Context(FunctionCtx):
-    """What a function keeps for its backward pass, for annotations; subclasses name what it adds itself."""
+    """What a function keeps for its backward pass, for annotations; subclasses add their attributes."""
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
@@ -21,4 +21,4 @@ class TensorFunction(torch.autograd.Function):
 
         @classmethod
         def apply(cls, *arguments: object) -> Tensor:
-            """Runs `forward`, and notes `backward` for the gradient."""
+            """Runs `forward`, and registers `backward` for the gradient."""

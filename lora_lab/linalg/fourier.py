@@ -1,10 +1,10 @@
-"""Matrices with few Fourier coefficients, and their products with rows that never form them. Pure functions.
+"""Matrices with few Fourier coefficients, and their products with rows, without forming them. Pure functions.
 
     ΔW[a, b] = Σ_k c_k cos(2π (a r_k / m + b s_k / n)) / (m n)
 
 is the real part of the inverse transform of an (m, n) matrix with c_k at (r_k, s_k) and zeros elsewhere. Rows
-x are transformed, each frequency s_k is passed on to r_k, and the result is transformed back. As x is real,
-the half of its spectrum says all: frequency f and n − f differ by the sign of the imaginary part.
+x are transformed, each frequency s_k is added to r_k, and the result is transformed back. As x is real, half
+of its spectrum is enough: frequencies f and n − f differ by the sign of the imaginary part.
 """
 
 from typing import NamedTuple
@@ -24,26 +24,26 @@ class Scatter(NamedTuple):
     source: Int[Tensor, " entries"]
     """The row that each entry reads."""
     target: Int[Tensor, " entries"]
-    """The row that it is added to; rising."""
+    """The row to which it is added; ascending."""
     coefficient: Int[Tensor, " entries"]
     """Which c it is multiplied by."""
     factor: Float[Tensor, " entries"]
-    """What it is multiplied by besides."""
+    """Its further factor."""
     offsets: Int[Tensor, " rows"]
     """The first entry of each target."""
 
 
 def first_of_permutation(count: int, total: int, seed: int) -> Int[Tensor, " count"]:
-    """Returns the first numbers of `torch.randperm(total)` under a seed, mostly without the others.
+    """Returns the first numbers of `torch.randperm(total)` under a seed, usually without the others.
 
-    Torch shuffles by swapping number i with one drawn from i on, so that the first are final after as many
-    draws. From 2³² / 20 numbers on it shuffles from the other end, and all have to be drawn.
+    Torch shuffles by swapping number i with a random one from i on, so the first numbers are final after as
+    many draws. From 2³² / 20 numbers on it shuffles from the other end, and all are drawn.
     """
     generator = torch.Generator().manual_seed(seed)
     if total >= (2**32 - 1) // 20:
         return torch.randperm(total, generator=generator)[:count].clone()
     words = torch.empty((count + 1) // 2, dtype=torch.int64)
-    words.random_(-(2**63), None, generator=generator)  # two of the draws of 32 bits that torch takes
+    words.random_(-(2**63), None, generator=generator)  # two of torch's 32-bit draws
     draws = torch.stack((words >> 32 & 0xFFFFFFFF, words & 0xFFFFFFFF), dim=1).flatten()
     moved: dict[int, int] = {}
     found = []
@@ -82,7 +82,7 @@ def scatter(indices: Int[Tensor, "2 k"], rows: int, columns: int, dtype: torch.d
     """
     r, s = indices
     r_half, s_half = torch.minimum(r, rows - r), torch.minimum(s, columns - s)
-    alone = (r_half == 0) | (2 * r_half == rows)  # the mirror image of itself: real, and counted once
+    alone = (r_half == 0) | (2 * r_half == rows)  # its own mirror image: real, and counted once
     real = torch.where(alone, 1.0, 0.5).to(dtype) / columns
     imaginary = torch.where((r_half == r) == (s_half == s), -real, real).where(~alone, 0)
     target = torch.cat((2 * r_half, 2 * r_half + 1))
@@ -121,7 +121,7 @@ class _Product(TensorFunction):
         forward, back = Scatter(*scatters[:5]), Scatter(*scatters[5:])
         spectrum = _spectrum(grad)
         by_x = _passed_on(spectrum, c, back, x.shape[-1]).reshape(x.shape)
-        # An entry adds c times one row to another: its derivative is their product, sign and size aside.
+        # An entry adds c times one row to another: up to a factor its derivative is their product.
         reached = spectrum.index_select(0, forward.target)
         joined = reached.mul_(_spectrum(x).index_select(0, forward.source)).sum(1)
         signed = joined * forward.factor.sign() / (x.shape[-1] * grad.shape[-1])
@@ -133,11 +133,11 @@ def _spectrum(x: Tensor) -> Float[Tensor, "rows tokens"]:
     """Returns the half spectra of all rows of x, as columns."""
     with torch.autocast(x.device.type, enabled=False):
         parts = torch.view_as_real(torch.fft.rfft(x.reshape(-1, x.shape[-1])))  # (tokens, n / 2 + 1, 2)
-        return parts.flatten(1).T.contiguous()  # sums of whole rows are quick, of columns slow
+        return parts.flatten(1).T.contiguous()  # sums of whole rows are fast, of columns slow
 
 
 def _passed_on(spectrum: Tensor, c: Tensor, scatter: Scatter, width: int) -> Float[Tensor, "tokens width"]:
-    """Returns the rows of this width whose half spectra are sums of others', each times its c."""
+    """Returns rows of this width whose half spectra are sums of those of others, each times its c."""
     weights = c[scatter.coefficient] * scatter.factor
     with torch.autocast(spectrum.device.type, enabled=False):
         # A sum of weighted rows for each target, without a copy of those rows.

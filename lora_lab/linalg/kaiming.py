@@ -1,4 +1,4 @@
-"""The uniform random start shared by several methods, drawn from torch's global CPU generator."""
+"""The uniform random initialisation of several methods, drawn from torch's global CPU generator."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def kaiming_uniform(*shape: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
-    """Draws U(−1/√n, 1/√n) with n the last dimension: PyTorch's own start of a linear map (a = √5).
+    """Draws U(−1/√n, 1/√n) with n the last dimension: PyTorch's initialisation of a linear map (a = √5).
 
     Raises:
         ValueError: if the last dimension is 0.

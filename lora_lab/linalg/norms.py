@@ -31,7 +31,7 @@ def edited_row_norms(
 
 
 def product_norm(left: Float[Tensor, "rows rank"], right: Float[Tensor, "rank columns"]) -> Float[Tensor, ""]:
-    """‖L R‖_F without forming the product, from ‖L R‖² = ⟨LᵀL, R Rᵀ⟩; its gradient is 0 where the norm is."""
+    """‖L R‖_F without forming the product, from ‖L R‖² = ⟨LᵀL, R Rᵀ⟩; its gradient is 0 if the norm is."""
     square = ((left.T @ left) * (right @ right.T)).sum()
     return square.clamp(min=torch.finfo(square.dtype).tiny).sqrt() * (square > 0)
 
@@ -41,8 +41,8 @@ def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
     found = []
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.itemsize == 1:
-            tensor = tensor.float()  # torch neither sums nor judges float8
-        # A sum is finite only where all its terms are, and is read faster than they are one by one.
+            tensor = tensor.float()  # torch has neither sum nor isfinite for float8
+        # A sum is finite only if all its terms are, and is faster to compute than a check of each.
         if not (tensor.sum().isfinite() or tensor.isfinite().all()):
             found.append(name)
     return found

@@ -1,4 +1,4 @@
-"""Orthogonal maps from free parameters. Pure functions; computed in float32 or wider, autocast or not."""
+"""Orthogonal maps from free parameters. Pure functions; computed in float32 or wider, also under autocast."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -55,10 +55,10 @@ def overlap(u: Float[Tensor, "n k"]) -> Float[Tensor, ""]:
 def row_overlaps(matrices: Iterable[Float[Tensor, "_ _"]]) -> Float[Tensor, " count"]:
     """‖R Rᵀ − I‖_F of every matrix R: how far its rows are from orthonormal; 0, with gradient 0, if they are.
 
-    Matrices of one shape are multiplied in one batch, so that the order of the norms is not theirs.
+    Matrices of one shape are multiplied in one batch, so the norms may be in another order.
 
     Args:
-        matrices: any number of them, in types of one width.
+        matrices: any number of them, with types of the same width.
     """
     shaped = defaultdict(list)
     for rows in matrices:
@@ -90,7 +90,7 @@ def positive_qr(
 ) -> tuple[Float[Tensor, "*batch n k"], Float[Tensor, "*batch k k"]]:
     """Returns Q and R with A = Q R, QᵀQ = I and R upper triangular, its diagonal not negative.
 
-    With that sign the decomposition is unique, where the columns are linearly independent.
+    With that sign the decomposition is unique if the columns are linearly independent.
 
     Args:
         A: k columns, k ≤ n.
@@ -128,9 +128,9 @@ def cayley(Q: Float[Tensor, "*batch b b"]) -> Float[Tensor, "*batch b b"]:
 def cayley_neumann(Q: Float[Tensor, "*batch b b"], terms: int) -> Float[Tensor, "*batch b b"]:
     """PEFT's polynomial for `cayley(-Q)`, the inverse of `cayley(Q)`: (I + Q)(I + Q + … + Q^{k−1}).
 
-    k = max(terms − 1, 3), so that 3 and 4 terms are the same; 2 terms are I + 2 Q, and 1 is I. Without a
-    solve, but orthogonal only for small Q: R Rᵀ − I has the norm ‖Q‖^{2k} for odd k and 2 ‖Q‖^k for even k,
-    which makes 4 and 6 terms better than 5.
+    k = max(terms − 1, 3), so that 3 and 4 terms are the same; 2 terms are I + 2 Q, and 1 is I. It needs no
+    linear solve, but is orthogonal only for small Q: R Rᵀ − I has the norm ‖Q‖^{2k} for odd k and 2 ‖Q‖^k for
+    even k, which makes 4 and 6 terms better than 5.
 
     Returns:
         R, in float32 or wider.
@@ -148,7 +148,7 @@ class _Terms(Context):
 
 
 class _CayleyNeumann(TensorFunction):
-    """Keeps Q alone for the backward pass, and sums the series again there.
+    """Keeps only Q for the backward pass, and sums the series again there.
 
     k = 4 is PEFT's default: R = S (S + 2 Q) with S = I + Q² takes half the products.
     """
@@ -198,16 +198,16 @@ def _geometric_sums(Q: Tensor, k: int) -> list[Tensor]:
 
 
 def cayley_change(Q: Float[Tensor, "*blocks n n"]) -> Float[Tensor, "*blocks n n"]:
-    """R − I for R = (I + Q)(I − Q)⁻¹, which is orthogonal where Qᵀ = −Q; R of −Q is R's inverse.
+    """R − I for R = (I + Q)(I − Q)⁻¹, which is orthogonal if Qᵀ = −Q; R of −Q is R's inverse.
 
-    Turns by 2·atan(q) in the plane of a 2 × 2 block; half a turn is out of reach. Float32 or wider.
+    Turns by 2·atan(q) in the plane of a 2 × 2 block; half a turn cannot be reached. Float32 or wider.
     """
     with torch.autocast(Q.device.type, enabled=False):
         return _CayleyChange.apply(widened(Q))
 
 
 class _CayleyChange(TensorFunction):
-    """dR = ½ (I + R) dQ (I + R), so that the backward pass needs R − I alone and solves nothing."""
+    """dR = ½ (I + R) dQ (I + R), so the backward pass needs only R − I and solves nothing."""
 
     @staticmethod
     def forward(ctx: Context, Q: Tensor) -> Tensor:
@@ -223,10 +223,10 @@ class _CayleyChange(TensorFunction):
 
 
 def neumann_change(Q: Float[Tensor, "n n"], terms: int) -> Float[Tensor, "n n"]:
-    """R − I for PEFT's polynomial in place of the Cayley map: 2 Q + 2 Q² + … + 2 Q^(k−1) + Q^k.
+    """R − I for PEFT's polynomial instead of the Cayley map: 2 Q + 2 Q² + … + 2 Q^(k−1) + Q^k.
 
     The last coefficient is 1, so that R = (I + Q)(I + Q + … + Q^(k−1)), which is far closer to orthogonal for
-    odd k. It means little where the norm of Q is 1 or more. Float32 or wider.
+    odd k. It is of no use if the norm of Q is 1 or more. Float32 or wider.
 
     Args:
         Q: the matrix.
@@ -244,7 +244,7 @@ def neumann_change(Q: Float[Tensor, "n n"], terms: int) -> Float[Tensor, "n n"]:
 
 
 def rotate_blocks(x: Float[Tensor, "*rows n"], R: Float[Tensor, "blocks b b"]) -> Float[Tensor, "*rows n"]:
-    """Returns x · blkdiag(R_1, R_2, …) for every row of x; a single block serves all of x's blocks.
+    """Returns x · blkdiag(R_1, R_2, …) for every row of x; a single block is used for all blocks of x.
 
     Args:
         x: rows of n = blocks · b numbers, or any multiple of b for a single block.
@@ -265,7 +265,7 @@ class _Rebuilt(Context):
 
 
 class _RotateBlocks(TensorFunction):
-    """Keeps R and what x can be made of again, see `rebuild`."""
+    """Keeps R and what x can be computed from, see `rebuild`."""
 
     @staticmethod
     def forward(ctx: _Rebuilt, x: Tensor, R: Tensor) -> Tensor:
@@ -296,16 +296,16 @@ class _RotateBlocks(TensorFunction):
 
 
 def _by_block(x: Tensor, R: Tensor) -> Float[Tensor, "blocks rows b"]:
-    """Returns views of the parts of x that each block turns; `bmm` takes them as they are."""
+    """Returns views of the parts of x that each block rotates; `bmm` needs no copies of them."""
     return x.reshape(-1, *R.shape[:2]).transpose(0, 1)
 
 
 SMALLEST_BLOCK = 16
-"""Blocks up to which neighbours are put into one: products of smaller ones take twice the time."""
+"""Size of blocks up to which neighbours are joined: products of smaller ones take twice the time."""
 
 
 def _beside_each_other(R: Tensor, count: int) -> Tensor:
-    """Makes each `count` neighbours of (blocks, b, b) one block, with zeros where none of them is."""
+    """Joins each `count` neighbours of (blocks, b, b) into one block-diagonal block."""
     blocks, size, _ = R.shape
     wide = R.new_zeros(blocks // count, count, size, count, size)
     each = torch.arange(count, device=R.device)
@@ -318,13 +318,13 @@ def butterfly(
 ) -> Float[Tensor, "*rows n"]:
     """Returns x B_{stages−1} … B_1 B_0 for every row of x, without an (n, n) matrix (arXiv:2311.06243).
 
-    B_0 is blkdiag(R_{0,1}, R_{0,2}, …). B_i is the same of R_i, after a permutation that brings half-blocks
-    together which are 2^i half-blocks apart: with b = 4, stage 1 has the blocks [0 1 4 5], [2 3 6 7], ….
+    B_0 is blkdiag(R_{0,1}, R_{0,2}, …). B_i is the same for R_i, after a permutation that brings together
+    half-blocks that are 2^i half-blocks apart: with b = 4, stage 1 has the blocks [0 1 4 5], [2 3 6 7], ….
 
     Args:
         x: rows of n = blocks · b numbers.
         R: the blocks of each stage; with more than one stage b is even, and 2^(stages − 1) divides `blocks`.
-        inverse: whether to return x B_0ᵀ B_1ᵀ …, which is the inverse where the blocks are orthogonal.
+        inverse: whether to return x B_0ᵀ B_1ᵀ …, which is the inverse if the blocks are orthogonal.
     """
     stages, _, size, _ = R.shape
     joined = 1 + sum(size << stage <= WIDEST_JOINED for stage in range(1, stages))
@@ -384,7 +384,7 @@ def givens_tree(
     Args:
         x: rows of n numbers.
         G: the blocks of the pairs, the first stage's first; rotations or not.
-        inverse: whether to return x P_1ᵀ P_2ᵀ … P_Lᵀ, which is the inverse where the blocks are rotations.
+        inverse: whether to return x P_1ᵀ P_2ᵀ … P_Lᵀ, which is the inverse if the blocks are rotations.
     """
     pairs = x.shape[-1] // 2
     if not pairs:

@@ -1,7 +1,7 @@
 """Linear maps of pairs of numbers. Pure functions of tensors; an (n, n) matrix is never formed.
 
-An axis of n numbers falls into groups, and number j of a group's first half is paired with number j of its
-second half. J turns every pair by 90°: (x₁, x₂) → (−x₂, x₁).
+An axis of n numbers is divided into groups, and number j of a group's first half is paired with number j of
+its second half. J rotates every pair by 90°: (x₁, x₂) → (−x₂, x₁).
 """
 
 import torch
@@ -20,7 +20,7 @@ def map_pairs(
     Args:
         x: any shape; its axis has n numbers.
         own: what each number is multiplied by.
-        other: what its turned partner is multiplied by.
+        other: what its rotated partner is multiplied by.
         group: numbers in a group, even, a divisor of n.
         axis: the axis of x.
     """
@@ -29,7 +29,7 @@ def map_pairs(
     y = x * own.reshape(-1, *trailing)
     first, second = halves(x, group, axis)
     other_1, other_2 = halves(other.reshape(-1, *trailing), group, 0)
-    # Half by half and in place: stacking the halves would copy all of y once more.
+    # Half by half and in place: stacking the halves would copy all of y again.
     mapped_1, mapped_2 = halves(y, group, axis)
     mapped_1.addcmul_(other_1, second, value=-1)
     mapped_2.addcmul_(other_2, first)
@@ -39,13 +39,13 @@ def map_pairs(
 def rotate_pairs(
     x: Float[Tensor, "*tokens n"], theta: Float[Tensor, " pairs"], alpha: Float[Tensor, " pairs"], group: int
 ) -> Float[Tensor, "*tokens n"]:
-    """Turns every pair by its angle θ and scales it by its α: y = α cos θ ⊙ x + α sin θ ⊙ J x.
+    """Rotates every pair by its angle θ and scales it by its α: y = α cos θ ⊙ x + α sin θ ⊙ J x.
 
-    The backward pass reads y, which the next operation mostly keeps anyway, and no x. A pair with α = 0 has
-    lost its x: it gets a gradient of zero.
+    The backward pass reads y, which the next operation usually keeps anyway, but not x. A pair with α = 0 has
+    lost its x, so its gradient is zero.
 
     Args:
-        x: rows of any width of numbers; computed in float32 or wider and rounded once.
+        x: rows of any type; computed in float32 or wider and rounded once.
         theta: one angle a pair, in radians.
         alpha: one factor a pair.
         group: numbers in a group, even, a divisor of n.
@@ -66,7 +66,7 @@ def halves(
 
 
 def paired(x: Float[Tensor, " pairs"], group: int) -> Float[Tensor, " n"]:
-    """Gives both numbers of every pair the pair's value."""
+    """Returns the pair's value for both numbers of every pair."""
     return x.reshape(-1, 1, group // 2).expand(-1, 2, -1).flatten()
 
 

@@ -1,4 +1,4 @@
-"""How much rank a matrix really uses. Pure functions of tensors, computed in float32 or wider."""
+"""How much of its rank a matrix uses. Pure functions of tensors, computed in float32 or wider."""
 
 import torch
 from jaxtyping import Float
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """Casts half precision to float32 and leaves wider types alone: no decomposition exists for bfloat16."""
+    """Casts half precision to float32 and keeps wider types: there is no decomposition for bfloat16."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

@@ -1,7 +1,8 @@
-"""Activations that the backward pass makes again, from tensors that the frozen model keeps there anyway.
+"""Activations that the backward pass computes again, from tensors that the frozen model keeps anyway.
 
-A frozen linear map keeps nothing of its input x, an adapter would keep all of it. But x mostly comes out of
-a normalization, an activation function or a product, whose own backward pass keeps what x was made of.
+A frozen linear map does not keep its input x, but an adapter would keep it. Usually x is the result of a
+normalization, an activation function or a product, whose backward pass keeps the tensors that x was computed
+from.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ from torch.autograd.graph import Node
 Hook = TypeVar("Hook", bound=Callable[..., Tensor])
 
 Build = Callable[..., Tensor]
-"""Makes x of the tensors of its `Source`, or some rows of x of these rows of them."""
+"""Computes x from the tensors of its `Source`, or some rows of x from the same rows of the tensors."""
 
 
 class Source(NamedTuple):
-    """What a tensor is made of."""
+    """What a tensor is computed from."""
 
     build: Build
     tensors: tuple[Tensor, ...]
-    """What has to be kept for that: rows like those of x, and vectors."""
+    """What has to be kept for this: rows like those of x, and vectors."""
 
 
 def source(x: Tensor) -> Source:
-    """Returns what x can be computed from again, up to the order of rounding.
+    """Returns what x can be computed from again, up to rounding.
 
-    That is x itself, which then has to be kept, where its origin is unknown, and where saved tensors are not
-    left alone: hooks that offload or recompute them must not be called in the forward pass.
+    This is x itself, which then has to be kept, if its origin is unknown, or if there are hooks on saved
+    tensors: those that offload or recompute must not be called in the forward pass.
     """
     if not torch.compiler.is_compiling() and x.grad_fn is not None and x.ndim > 1:
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -48,8 +49,8 @@ def in_pieces(build: Build, tensors: Sequence[Tensor], lead: torch.Size, rows: i
     """Yields x as pieces of this many rows, one after the other.
 
     Args:
-        build: of x's source.
-        tensors: of x's source.
+        build: that of x's source.
+        tensors: those of x's source.
         lead: x's shape without its last axis.
         rows: length of the pieces; the last one may be shorter.
     """
@@ -58,8 +59,8 @@ def in_pieces(build: Build, tensors: Sequence[Tensor], lead: torch.Size, rows: i
 
 
 def rows_of_pieces(x: Float[Tensor, "rows n"]) -> int:
-    """Returns how many rows of x a CPU should work on at once, so that they stay in its cache; else all."""
-    # Half precision would round the sum over the pieces once for each.
+    """Returns how many rows of x a CPU should process at once to keep them in its cache; else all."""
+    # In half precision the sum over the pieces would be rounded once for each.
     whole = x.device.type != "cpu" or x.dtype.itemsize < 4 or torch.compiler.is_compiling()
     return len(x) if whole else max(PIECE // x.shape[-1], 1)
 
@@ -72,7 +73,7 @@ _OBSERVERS = set[object]()
 
 
 def observer(unpack: Hook) -> Hook:
-    """Marks the second of two hooks on saved tensors that only look, and may be called at any time."""
+    """Marks the second of two hooks on saved tensors that only observe, and may be called at any time."""
     _OBSERVERS.add(unpack)
     return unpack
 
@@ -88,10 +89,10 @@ def _made_by(node: Node | None) -> Source | None:
 
 
 def _saved(node: Node, name: str) -> Tensor | None:
-    """Returns a tensor that a node keeps; None if it keeps none, or not as it was."""
+    """Returns a tensor that a node keeps; None if it keeps none, or has changed it."""
     try:
         raw = getattr(node, f"_raw_saved_{name}")
-        unpack = getattr(raw, "unpack_hook", raw)  # versions of torch that do not show it may have one
+        unpack = getattr(raw, "unpack_hook", raw)  # versions of torch that do not show the hook may have one
         return getattr(node, f"_saved_{name}") if unpack is None or unpack in _OBSERVERS else None
     except RuntimeError:  # freed by a backward pass, or overwritten
         return None

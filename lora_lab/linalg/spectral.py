@@ -16,7 +16,7 @@ def principal_part(
         weight: the matrix, in float32 or wider.
         rank: how many of the largest singular values, at most min(out, in).
         niter: power iterations of the range finder, whose start comes from torch's global CPU generator,
-            on whichever device the weight is; None decomposes exactly.
+            for weights on any device; None decomposes exactly.
     """
     if niter is None:
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
@@ -32,7 +32,7 @@ def principal_part(
 def singular_triplets(
     weight: Float[Tensor, "out in"], index: Int[Tensor, " k"]
 ) -> tuple[Float[Tensor, "out k"], Float[Tensor, " k"], Float[Tensor, "k in"]]:
-    """Returns U_k, S_k and V_kᵀ, exactly, in float32 or wider whether there is autocast or not.
+    """Returns U_k, S_k and V_kᵀ, exactly, in float32 or wider, also under autocast.
 
     Their signs are those of `fixed_signs`.
 
@@ -49,7 +49,7 @@ def singular_triplets(
 
 
 def rectified(change: Float[Tensor, "*shape"], start: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Returns max(start + change, 0) − start for start ≥ 0, without rounding: exactly 0 where change is."""
+    """Returns max(start + change, 0) − start for start ≥ 0, without rounding: exactly 0 if change is 0."""
     return torch.where(change > -start, change, -start)
 
 
@@ -63,10 +63,10 @@ def paired_svd(
         B: d columns, b ≥ d.
 
     Returns:
-        U, M, V, N in float64, with A = U M, B = V N, UᵀU = VᵀV = I and M Nᵀ = diag(S), S falling; in the
-        signs of `fixed_signs`, so that none is left to the library.
+        U, M, V, N in float64, with A = U M, B = V N, UᵀU = VᵀV = I and M Nᵀ = diag(S), S falling; with the
+        signs of `fixed_signs`, which do not depend on the library.
     """
-    # Triangular factors of condition 1e5 leave float32 too few digits.
+    # With triangular factors of condition 1e5, float32 has too few digits.
     (Q_A, R_A), (Q_B, R_B) = torch.linalg.qr(A.double()), torch.linalg.qr(B.double())
     u, _, vh = torch.linalg.svd(R_A @ R_B.mT)
     Vh = vh @ Q_B.mT
@@ -78,7 +78,7 @@ def paired_svd(
 def fixed_signs(
     U: Float[Tensor, "*batch out k"], Vh: Float[Tensor, "*batch k in"]
 ) -> tuple[Float[Tensor, "*batch out k"], Float[Tensor, "*batch k in"]]:
-    """Returns singular vectors in the signs in which the largest number of every v_i is positive.
+    """Returns singular vectors with signs such that the largest number of every v_i is positive.
 
     Pairs u_i, v_i are unique up to a common sign; sums of u_i v_jᵀ with i ≠ j depend on it.
     """
@@ -97,8 +97,8 @@ def contrastive_directions(
 ) -> Int[Tensor, " count"]:
     """Chooses directions that matter to either of two kinds of inputs, or to the difference between them.
 
-    A third of `count` each has the highest scores by `chosen` and by `rejected`, the rest by `difference`.
-    Where they overlap, the remaining ones of the highest score of any kind fill up.
+    One third of `count` has the highest scores in `chosen`, one third in `rejected`, the rest in
+    `difference`. If they overlap, others with the highest score of any kind are added.
 
     Args:
         chosen: score of every direction on the one kind of inputs.

@@ -1,4 +1,4 @@
-"""Updates of linear maps as products of thin factors: summed exactly, and cut to a rank at least cost.
+"""Updates of linear maps as products of thin factors: exact sums, and best approximations of a rank.
 
     ΔW = L R       L (out, k), R (k, in)       Δb (out,)
 
@@ -33,17 +33,17 @@ class Update:
 
     @classmethod
     def of_matrix(cls, delta: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None = None) -> Update:
-        """Returns the factors of a matrix, without the singular values that are rounding."""
+        """Returns the factors of a matrix, without singular values that are only rounding."""
         U, S, Vh = torch.linalg.svd(widened(delta), full_matrices=False)
         kept = S > S.max() * max(delta.shape) * torch.finfo(S.dtype).eps if S.numel() else S > 0
         return cls(U[:, kept] * S[kept], Vh[kept], bias)
 
     @classmethod
     def sum(cls, updates: Sequence[Update], weights: Sequence[float]) -> Update:
-        """Returns the exact sum of updates of one map, its rank the sum of theirs: factors side by side.
+        """Returns the exact sum of updates of one map, of the sum of their ranks: factors side by side.
 
         Args:
-            updates: one at least, all of the same (out, in).
+            updates: at least one, all of the same (out, in).
             weights: the factor of each.
         """
         left = torch.cat([update.left * weight for update, weight in zip(updates, weights, strict=True)], 1)
@@ -69,7 +69,7 @@ class Update:
         """Returns the best approximation of at most this rank, its singular values shared by both factors.
 
         Args:
-            rank: the most components; None sets no limit.
+            rank: the largest number of components; None sets no limit.
             energy: the share of ‖ΔW‖²_F that the smallest sufficient number of components must hold, in
                 (0, 1]; 1 leaves out nothing but rounding.
 

@@ -1,11 +1,11 @@
 """Which module of a transformer does what: one vocabulary of roles for every architecture.
 
-A role is the job of a module inside a block ("query", "down"), so that one list of targets fits all models.
-It is found by structure. A block is an entry of an outermost list of modules. An attention is where
-projections named as queries, keys and values stand side by side, or one map as wide as all three. A feed-
-forward part is a pair of maps, up from the hidden width and down to it again. Names decide only what shapes
-cannot: which projection is the query, and which of two equal maps is the gate. A fused projection has a role
-of its own: GPT-2 has no "query" but a "query_key_value", unless built with `split_fused`.
+A role is the job of a module inside a block ("query", "down"), so one list of targets fits all models. It is
+found by structure. A block is an entry of an outermost list of modules. An attention is where there are
+projections named as queries, keys and values side by side, or one map as wide as all three. A feed- forward
+part is a pair of maps, up from the hidden width and down to it again. Names decide only what shapes cannot:
+which projection is the query, and which of two equal maps is the gate. A fused projection has its own role:
+GPT-2 has no "query" but a "query_key_value", unless built with `split_fused`.
 """
 
 import re
@@ -53,7 +53,7 @@ FUSED = {
         "value": ("query_key_value", "key_value"),
     }.items()
 } | {"up": ("gate_up",), "gate": ("gate_up",)}
-"""For each role those of the fused maps that hold it too."""
+"""For each role, the roles of fused maps that contain it."""
 
 USUAL_HEADS = ("pre_classifier", "classifier", "score", "classification_head")
 """Names of task heads at the root of a model without a base model inside it."""
@@ -61,7 +61,7 @@ USUAL_HEADS = ("pre_classifier", "classifier", "score", "classification_head")
 _TASK_MODEL = re.compile(r"Classification|QuestionAnswering|MultipleChoice")
 
 _SENSES = re.compile(r"vision|visual|image|img|audio|speech|qformer")
-"""How transformers names what reads other things than text."""
+"""Names in transformers of parts that do not read text."""
 
 _POSITIONS = re.compile(r"(?<!rel_)(?<!relative_)position|^wpe$")
 """Names of tables of absolute positions."""
@@ -80,11 +80,11 @@ class RoleSite:
     layer: int | None
     """Number of its block within the stack, from 0; None for a head."""
     block: str
-    """Path of its block, "model.layers.3": equal for parts that work together; "" for a head."""
+    """Path of its block, "model.layers.3": equal for parts of one block; "" for a head."""
 
 
 def kind_of(model_type: str) -> Kind | None:
-    """Returns what an architecture of transformers can be asked to do: only a decoder models text onwards.
+    """Returns the kind of an architecture of transformers: only a decoder models text from left to right.
 
     None for a type that the installed transformers does not know.
     """
@@ -109,7 +109,7 @@ def find_roles(model: nn.Module) -> list[RoleSite]:
 
     Returns:
         The sites in the model's own order, each block before its parts, the heads at the end. Empty for a
-        module without a `config`: what its names mean is up to its author.
+        module without a `config`, whose names can mean anything.
     """
     if not hasattr(model, "config"):
         return []
@@ -123,9 +123,9 @@ def find_roles(model: nn.Module) -> list[RoleSite]:
 
 
 def reads_text(model: nn.Module, path: str) -> bool:
-    """Whether a module of a model that takes text as its input is reached without images and sounds.
+    """Whether a module of a model that reads text is reached without images and sound.
 
-    Other models, as those of images alone, are all of one kind: true for every module of them.
+    True for every module of other models, such as those of images only.
     """
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         return True
@@ -139,11 +139,10 @@ def roles_of(model: nn.Module) -> list[str]:
 
 
 def head_paths(model: nn.Module) -> list[str]:
-    """Returns the paths of the freshly initialised task heads, which have to be trained with any adapter.
+    """Returns the paths of the newly initialised task heads, which must be trained with any adapter.
 
-    In a task model of transformers that is what is next to the base model; the language-modelling head and
-    BERT's own pooler come with the pretrained weights and are none. Other modules are searched for the usual
-    names.
+    In a task model of transformers these are the modules next to the base model; the language-modelling head
+    and BERT's pooler are pretrained and do not count. Other modules are searched for the usual names.
     """
     children = dict(model.named_children())
     base = children.get(getattr(model, "base_model_prefix", ""))
@@ -153,13 +152,13 @@ def head_paths(model: nn.Module) -> list[str]:
 
 
 def head_width(model: nn.Module) -> int | None:
-    """Returns how many numbers of query, key and value belong to one attention head.
+    """Returns the width of an attention head.
 
     Args:
         model: Any module.
 
     Returns:
-        The width by the model's config; None if it has no config that tells.
+        The width by the model's config; None if no config has it.
     """
     if width := _size(model, "head_dim"):
         return width
@@ -168,24 +167,24 @@ def head_width(model: nn.Module) -> int | None:
 
 
 def _size(model: nn.Module, name: str) -> int | None:
-    """Returns a number of the model's config; None if it has none, or another one for each layer."""
+    """Returns a number of the model's config; None if it is missing, or differs between layers."""
     try:
         found = getattr(getattr(model, "config", None), name, None)
-    except RuntimeError:  # transformers' answer for configs that vary by layer
+    except RuntimeError:  # transformers raises it for configs that vary by layer
         return None
     return found if isinstance(found, int) else None
 
 
 def between_query_and_key(model: nn.Module, query: str) -> str | None:
-    """Names what is between the projections of queries and keys and their dot product.
+    """Returns what is between the projections of queries and keys and their dot product.
 
     Args:
         model: A model of `transformers`.
         query: Path of the projection of queries.
 
     Returns:
-        "a rotation by position", the name of a norm or of a projection of positions; None if scores are
-        plain dot products, apart from terms added to them.
+        "a rotation by position", the name of a norm or of a projection of positions; None if scores are plain
+        dot products, possibly with added terms.
     """
     rotary = ("rope_parameters", "rope_theta", "rotary_dim")
     if any(getattr(getattr(model, "config", None), name, None) for name in rotary):
@@ -198,7 +197,7 @@ def between_query_and_key(model: nn.Module, query: str) -> str | None:
 def layer_of(path: str) -> int | None:
     """Returns the first number in a module path ("encoder.layer.3.output" → 3), None if there is none.
 
-    The layer of a module whose architecture has no table.
+    For modules of an unknown architecture.
     """
     match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
     return int(match[1]) if match else None
@@ -220,7 +219,7 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
 
 
 def _entries(modules: nn.ModuleList, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yields what a list holds, with the entries of lists directly inside it in their place (Funnel)."""
+    """Yields the entries of a list; a list directly inside it is replaced by its entries (Funnel)."""
     for name, entry in modules.named_children():
         inside = f"{path}.{name}"
         if isinstance(entry, nn.ModuleList):
@@ -234,7 +233,7 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def _linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, tuple[int, int]]]:
-    """Yields path and widths of a module's linear maps; what stands inside one of them is not looked at."""
+    """Yields path and widths of a module's linear maps, without maps inside others."""
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         if found := widths(child):
@@ -244,13 +243,13 @@ def _linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, tuple[i
 
 
 def widths(module: nn.Module) -> tuple[int, int] | None:
-    """Returns the widths (in, out) of a linear map, `Conv1D` or convolution of width 1; None for all else."""
+    """Returns the widths (in, out) of a linear map, `Conv1D` or convolution of width 1; None for others."""
     if isinstance(module, Conv1D):
         return module.nx, module.nf
     if isinstance(module, nn.Conv1d) and module.kernel_size == (1,):
         return module.in_channels, module.out_channels
     found = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    # A projection whose three parts were split from it has no weight of its own: they have the roles.
+    # A projection that was split has no weight; its three parts have the roles.
     if isinstance(found[0], int) and isinstance(found[1], int):
         return found[0], found[1]
     return None
@@ -267,8 +266,8 @@ _PARTS = {
     "q": "query",
     "query": "query",
     "wq": "query",
-    "q_gate": "query",  # fused with a gate on what the attention gives
-    "q_b": "query",  # the second of two thin maps (DeepSeek's latent attention); so is kv_b
+    "q_gate": "query",  # fused with a gate on the attention's output
+    "q_b": "query",  # the second of two thin maps (DeepSeek's latent attention), as is kv_b
     "wq_b": "query",
     "k": "key",
     "key": "key",
@@ -292,18 +291,18 @@ _DOWNS = ("down", "2", "fc2", "lin2", "linear2", "w2", "wo", "out", "output", "4
 _UPS = ("up", "1", "fc1", "lin1", "linear1", "w3", "wi", "wi_1", "intermediate", "h_4h", "ffn", "")
 _GATES = ("w1", "wi_0")
 _OTHERS = re.compile(r"(^|_)(gate|g|global|q|k|v|qkv|kv|query|key|value|index|indexer)(_|$)")
-"""Words by which a map inside an attention says that it is not the output projection."""
+"""Words in the name of a map inside an attention that is not the output projection."""
 _CROSS = re.compile(r"cross|encoder_attn|enc_?dec|inter_?attention|encoder_attention")
 _NORM = re.compile(r"norm[._]|^ln_")
-"""Maps inside a norm that depends on its input are no feed-forward part."""
+"""Maps inside a norm that depends on its input are not feed-forward parts."""
 _ATTENTIVE = re.compile(r"att(entio)?n?$|att(entio)?n[._]|^att")
 
 
 def job(path: str) -> tuple[str, str]:
-    """Returns what a path says of its module, without words that say nothing, and where it says so.
+    """Returns the part of a path that names the module's job, and the path up to there.
 
-    "self_attn.q_proj" is ("q", "self_attn.q_proj"), "output.dense" is ("output", "output"); a name of nothing
-    but such words inside an attention says nothing: ("", "attn.c_proj").
+    "self_attn.q_proj" is ("q", "self_attn.q_proj"), "output.dense" is ("output", "output"); inside an
+    attention, a name without such a part gives ("", "attn.c_proj").
     """
     name, _, parents = path[::-1].partition(".")
     leaf, parent = name[::-1], parents[::-1]
@@ -325,12 +324,12 @@ def _inside(path: str, container: str) -> bool:
 
 
 class _Block:
-    """The linear maps of one block, and what each is for.
+    """The linear maps of one block, and their roles.
 
     Args:
         block: The block.
         hidden: The model's hidden width, if its config names one.
-        head: Width of an attention head, if its config tells.
+        head: Width of an attention head, if its config has it.
     """
 
     def __init__(self, block: nn.Module, hidden: int | None, head: int | None):
@@ -367,7 +366,7 @@ class _Block:
             if path in named or not _ATTENTIVE.search(container.lower()):
                 continue
             roles = set(named.values())
-            # All heads next to queries, or one head of keys and one of values for all of them.
+            # Keys and values for all heads of queries, or one head of each for all of them.
             if not roles and width_out in (3 * width_in, width_in + 2 * (self.head or width_in)):
                 parts.setdefault(container, {})[path] = "query_key_value"
             elif roles == {"query"} and width_out == 2 * width_in:
@@ -381,7 +380,7 @@ class _Block:
         return found
 
     def _attention(self, container: str) -> list[str]:
-        """Finds the output projection of an attention; returns the modules that are the attention's alone."""
+        """Finds the output projection of an attention; returns the modules that only the attention has."""
         prefix = "cross_" if _CROSS.search(container.lower()) else ""
         parts = [path for path in self.found if _inside(path, container)]
         width = next(self.linears[path][0] for path in parts)
@@ -412,12 +411,12 @@ class _Block:
     def _convolves(self, path: str) -> bool:
         """Whether a map is part of a state-space or convolution module, which is not a feed-forward part."""
         around = self.module.get_submodule(_parent(path))
-        # Of what stands in the block itself, a convolution elsewhere in the block says nothing.
+        # For maps directly in the block, a convolution elsewhere in the block means nothing.
         near = around.children() if around is self.module else around.modules()
         return any(isinstance(part, nn.Conv1d) and part.kernel_size != (1,) for part in near)
 
     def _feed_forward(self, paths: list[str]) -> None:
-        """Finds pairs of maps up and down again, in the innermost module that holds both."""
+        """Finds pairs of maps up and down, in the innermost module that has both."""
         around = {scope for path in paths for scope in _scopes(path)}
         for scope in sorted(around, key=lambda scope: (-scope.count(".") - bool(scope), scope)):
             inside = [path for path in paths if path not in self.found and _inside(path, scope)]
@@ -433,7 +432,7 @@ class _Block:
         return said in _UPS or said in _GATES or "gate" in said or "up" in said
 
     def _ups(self, down: str, paths: list[str]) -> list[str]:
-        """Returns the maps that may stand before a map down."""
+        """Returns the maps that can come before a map down."""
         narrow, out = self.linears[down]
         if self.hidden is not None and out != self.hidden:
             return []
@@ -468,7 +467,7 @@ class _Block:
 
 
 def _scopes(path: str) -> Iterator[str]:
-    """Yields the paths of the modules around a module, the innermost first and the block itself, "", last."""
+    """Yields the paths of the modules around a module, the innermost first, and last the block itself, ""."""
     while path:
         path = _parent(path)
         yield path
@@ -477,7 +476,7 @@ def _scopes(path: str) -> Iterator[str]:
 def position_limit(model: nn.Module) -> int | None:
     """Returns how many tokens of text a model has learned positions for; None if it counts in another way.
 
-    Some tables begin behind the padding token's number (RoBERTa), or at an offset of their own (OPT).
+    Some tables begin after the padding token's index (RoBERTa), or at another offset (OPT).
     """
     limits = []
     for path, module in model.named_modules():

@@ -1,6 +1,6 @@
 """`nn.MultiheadAttention` with linear layers that are called, so that adapters on them work.
 
-Torch's own holds the projections of query, key and value as one tensor, and reads the weight of its output
+Torch's module holds the projections of query, key and value as one tensor, and reads the weight of its output
 layer without calling it.
 """
 
@@ -17,15 +17,15 @@ from lora_lab.errors import IncompatibleError
 def split_attention(model: nn.Module) -> nn.Module:
     """Gives every `nn.MultiheadAttention` four linear layers `query`, `key`, `value`, `output`, in place.
 
-    Load pretrained weights first: the names of the parameters change. Torch's fast inference of
-    `nn.TransformerEncoder`, which computes past its modules, is off then; where it put zeros at padded
-    positions, they hold what they hold in training.
+    Load pretrained weights first: the names of the parameters change. This turns off torch's fast inference
+    of `nn.TransformerEncoder`, which does not call its modules; padded positions, which it sets to zero, then
+    have the same values as in training.
 
     Args:
         model: Any module, not yet adapted; one without `nn.MultiheadAttention` stays as it is.
 
     Returns:
-        The same model, or its replacement where the model itself is an `nn.MultiheadAttention`. Values,
+        The same model, or its replacement if the model itself is an `nn.MultiheadAttention`. Values,
         device, dtype, `requires_grad` and mode are kept.
 
     Raises:
@@ -35,14 +35,14 @@ def split_attention(model: nn.Module) -> nn.Module:
     for attention in found:
         if type(attention) is not nn.MultiheadAttention:
             raise IncompatibleError(
-                f"{type(attention).__name__} is a subclass of nn.MultiheadAttention; what it changes would "
-                "be lost. Call split_attention on the parts of the model without it."
+                f"{type(attention).__name__} is a subclass of nn.MultiheadAttention; its changes would be "
+                "lost. Call split_attention on the other parts of the model."
             )
     split = {id(attention): SplitMultiheadAttention(attention) for attention in found}
     for module in list(model.modules()):
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
-        # By child, not by path: a module that stands in several places is replaced in all of them.
+        # By child, not by path, so that a module at several paths is replaced at all of them.
         for name, child in list(module._modules.items()):
             if id(child) in split:
                 module._modules[name] = split[id(child)]
@@ -50,7 +50,7 @@ def split_attention(model: nn.Module) -> nn.Module:
 
 
 def linear_of(weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None) -> nn.Linear:
-    """Returns a linear layer with copies of these values, trainable where they are."""
+    """Returns a linear layer with copies of these values, trainable if they are."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
@@ -62,13 +62,13 @@ def linear_of(weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | Non
 class SplitMultiheadAttention(nn.Module):
     """`nn.MultiheadAttention` whose projections are four linear layers that are called.
 
-    Same call, same results, on any of its options: softmax(Q Kᵀ / √d) V, with d the width of a head.
+    Same call and same results, with all of its options: softmax(Q Kᵀ / √d) V, with d the width of a head.
 
     Args:
         attention: Gives options, values, device, dtype, `requires_grad` and mode; it is not changed.
     """
 
-    # nn.TransformerEncoderLayer asks for these, and computes past its modules only where they are set.
+    # nn.TransformerEncoderLayer reads these, and skips its modules only if they are set.
     in_proj_bias = None
     _qkv_same_embed_dim = False
 
@@ -112,7 +112,7 @@ class SplitMultiheadAttention(nn.Module):
 
         Args:
             query: (batch, L, embed_dim), (L, batch, embed_dim) without `batch_first`, or (L, embed_dim).
-            key: The same with S and `kdim` in place of L and `embed_dim`.
+            key: The same with S and `kdim` instead of L and `embed_dim`.
             value: The same with S and `vdim`.
             key_padding_mask: (batch, S), or (S,) without a batch; true is hidden, a float is added.
             need_weights: Whether to return the weights, which takes memory and time.
@@ -147,7 +147,7 @@ class SplitMultiheadAttention(nn.Module):
             K, V = (F.pad(x, (0, 0, 0, 1)) for x in (K, V))
         mask = None if causal else self._mask(attn_mask, key_padding_mask, Q.dtype)
         if mask is not None:
-            mask = F.pad(mask, (0, K.shape[1] - key.shape[1]))  # what was added to the keys is never hidden
+            mask = F.pad(mask, (0, K.shape[1] - key.shape[1]))  # added keys are never hidden
         # (batch, length, embed_dim) → (batch, heads, length, width)
         Q, K, V = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (Q, K, V))
         dropout = self.dropout if self.training else 0.0
@@ -159,7 +159,7 @@ class SplitMultiheadAttention(nn.Module):
         else:
             weights = None
             mixed = F.scaled_dot_product_attention(Q, K, V, mask, dropout, causal)
-        # As torch's, the output lies in memory length first: dropout after it draws in that order.
+        # As in torch, the output is in memory with the length first: dropout after it draws in that order.
         output = self.output(mixed.permute(2, 0, 1, 3).flatten(2))  # (L, batch, embed_dim)
         if not batched:
             return output.squeeze(1), None if weights is None else weights.squeeze(0)
@@ -186,7 +186,7 @@ class SplitMultiheadAttention(nn.Module):
     def _mask(
         self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, dtype: torch.dtype
     ) -> Float[Tensor, "batch heads L S"] | None:
-        """Returns what is added to the scores; a size is 1 where all rows of it are equal."""
+        """Returns what is added to the scores; an axis has size 1 if it has equal rows."""
         masks = []
         if attn_mask is not None:
             mask = _additive(attn_mask, dtype)
@@ -218,7 +218,7 @@ class SplitMultiheadAttention(nn.Module):
                 wanted = " or ".join(map(str, allowed))
                 raise ValueError(f"attention: {name} must have the shape {wanted}; got {tuple(given.shape)}")
         if is_causal and attn_mask is None:
-            raise ValueError("attention: is_causal only tells what attn_mask is; give the causal mask too")
+            raise ValueError("attention: is_causal only says what attn_mask is; also give the causal mask")
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -42,8 +42,8 @@ class ModelConfig:
     """What the head predicts: a class (`sequence_classification`), a real number (`regression`), or the next
     token (`causal_lm`)."""
     pooling: Literal["model", "mean"] = "model"
-    """How tokens become one vector: as the architecture does it, or by the mean over the unpadded tokens
-    followed by one linear classifier (for encoders without a trained pooler)."""
+    """How tokens become one vector: by the architecture's pooling, or by the mean over the unpadded tokens
+    and one linear classifier (for encoders without a trained pooler)."""
     config: dict[str, Any] = field(default_factory=dict)
     """Changes to the transformers config of the model, such as `hidden_dropout_prob: 0.0`; sizes for random
     models. `random:mlp` has `sizes`: the input width and the hidden widths (the data decide the output)."""
@@ -57,21 +57,21 @@ class ModelConfig:
     """Whether fused attention projections (GPT-2, Phi-3, GPT-NeoX, Bloom, Falcon and others), and those of
     `nn.MultiheadAttention`, become linear layers `query`, `key`, `value`."""
     quantization: Quantization = "none"
-    """Codes in which the linear maps of the blocks are held, under any adapter: `nf4` or `fp4` (4 bits a
+    """Quantisation of the linear maps of the blocks, under any adapter: `nf4` or `fp4` (4 bits a
     weight), `int8`, or none. Embeddings, norms and heads stay in `dtype`."""
     quantization_options: QuantizationOptions = field(default_factory=QuantizationOptions)
-    """How the codes are made."""
+    """Options of the quantisation."""
 
     def source(self) -> Source:
-        """Returns where the model comes from, as `name` says."""
+        """Returns the source that `name` names."""
         return parse_source(self.name, self.revision, self.trust_remote_code)
 
 
 def check_model(config: ModelConfig) -> list[str]:
-    """Finds the faults of a config without downloading anything or building a model.
+    """Returns the faults of a config, without downloading or building anything.
 
     Returns:
-        One message for each fault, each beginning with the key it is about; empty if none was found.
+        One message for each fault, each starting with its key; empty if none was found.
     """
     source = config.source()
     if faults := task_faults(config.task) + source.faults(config.config):
@@ -92,11 +92,11 @@ def build_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
     """Builds the tokenizer that belongs to a model.
 
     Returns:
-        The tokenizer, with a padding token (the end token where the model has none of its own, so labels must
-        be masked by position); None for models that do not read text. Random models read single characters.
+        The tokenizer, with a padding token (the end token if the model has none, so labels must be masked by
+        position); None for models that do not read text. Random models read single characters.
 
     Raises:
-        ConfigError: if the config is faulty or no tokenizer can be loaded.
+        ConfigError: if the config is invalid or no tokenizer can be loaded.
         AssetError: if an embedded model cannot be fetched.
     """
     source = _checked_source(config)
@@ -107,13 +107,13 @@ def build_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
 def build_model(
     config: ModelConfig, num_labels: int = 1, keep_weights: bool = False, label_names: Sequence[str] = ()
 ) -> PreTrainedModel:
-    """Builds the model, on the CPU, as its class leaves it (random weights follow torch's global seed).
+    """Builds the model on the CPU, as its class does (random weights depend on torch's global seed).
 
     Args:
         config: What to build.
         num_labels: Number of classes; regression always has one output, language modelling none.
         keep_weights: Whether quantised maps keep their full-precision weight next to the codes, for starts
-            that read it; see `quantization.forget_weights`.
+            that need it; see `quantization.forget_weights`.
         label_names: Names of the classes in the order of their ids, for `id2label` and `label2id`.
 
     Returns:
@@ -121,8 +121,8 @@ def build_model(
         for causal language modelling.
 
     Raises:
-        ConfigError: if the config is faulty or the model does not exist.
-        CheckpointError: if weights are damaged, missing or of other shapes.
+        ConfigError: if the config is invalid or the model does not exist.
+        CheckpointError: if weights are damaged, missing or have other shapes.
         IncompatibleError: if the model cannot be quantised.
         AssetError: if an embedded model cannot be fetched.
     """
@@ -135,7 +135,7 @@ def build_model(
         hub_config.num_labels = task.outputs(num_labels)
     name_classes(hub_config, label_names)
     if getattr(hub_config, "pad_token_id", None) is None:
-        # Decoders classify by the last token which is not padding, so they have to know it.
+        # Decoders classify by the last token that is not padding, so they need to know the padding token.
         hub_config.pad_token_id = _first(getattr(hub_config, "eos_token_id", None))
     pooled = config.pooling == "mean"
     auto_class = AutoModel if pooled else _auto_class(config, hub_config)
@@ -191,5 +191,5 @@ def _task_faults(config: ModelConfig, model_type: str) -> list[str]:
     if config.split_fused and (not reads_text or (model_type in TINY and model_type not in SPLITTABLE)):
         faults.append(f"split_fused: {name} has no fused query-key-value projection; set it to false")
     if config.quantization != "none" and not reads_text:
-        faults.append(f"quantization: {name} has no blocks whose maps could become codes; set it to none")
+        faults.append(f"quantization: {name} has no blocks with maps to quantise; set it to none")
     return faults

@@ -18,7 +18,7 @@ from lora_lab.models.quantization import QuantizedLinear
 
 
 def linearise(model: nn.Module) -> nn.Module:
-    """Replaces every `Conv1D` (GPT-2's transposed linear layer) by the equal `nn.Linear`, in place.
+    """Replaces every `Conv1D` (GPT-2's transposed linear layer) by an equal `nn.Linear`, in place.
 
     Returns:
         The same model; outputs agree up to the rounding of one matrix product.
@@ -26,7 +26,7 @@ def linearise(model: nn.Module) -> nn.Module:
     for path, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
             linear = linear_of(module.weight.T, module.bias)
-            linear.__dict__["from_conv1d"] = True  # files that name its parameter mean the transposed one
+            linear.__dict__["from_conv1d"] = True  # files that name its parameter hold the transposed one
             model.set_submodule(path, linear)
     return model
 
@@ -35,12 +35,12 @@ def split_fused_projections(model: nn.Module) -> nn.Module:
     """Replaces every fused query-key-value projection by linear layers `query`, `key`, `value`, in place.
 
     Returns:
-        The same model, which now has the roles query, key and value; see `split_attention` for what holds
-        `nn.MultiheadAttention`.
+        The same model, which now has the roles query, key and value; for `nn.MultiheadAttention` see
+        `split_attention`.
 
     Raises:
         ConfigError: if the model has no fused projection.
-        IncompatibleError: if it is not known which rows of it are which, and see `split_attention`.
+        IncompatibleError: if it is not known which rows of it are which, or as `split_attention`.
     """
     fused = [site.path for site in find_roles(model) if site.role == "query_key_value"]
     if not fused and not any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
@@ -64,7 +64,7 @@ SPLITTABLE = (*SIDE_BY_SIDE, *HEAD_BY_HEAD, "falcon", "gpt_bigcode", "codegen")
 
 
 def _layout(model: nn.Module, path: str) -> tuple[int, dict[str, int]]:
-    """Returns in how many groups the rows of a fused projection lie, and the rows of each part in a group."""
+    """Returns the number of groups of rows in a fused projection, and the rows of each part in a group."""
     config: Any = model.config
     kind = config.model_type
     width, heads = head_width(model), config.num_attention_heads
@@ -74,8 +74,8 @@ def _layout(model: nn.Module, path: str) -> tuple[int, dict[str, int]]:
             f"model.split_fused: it is not known which rows of {path} are queries, keys and values ({kind});"
             " set it to false and target query_key_value"
         )
-    pairs = (found[1] // width - heads) // 2  # heads of keys, which are as many as those of values
-    if kind == "codegen":  # four parts for four devices; values stand before keys
+    pairs = (found[1] // width - heads) // 2  # heads of keys, as many as of values
+    if kind == "codegen":  # four parts for four devices; values come before keys
         return 4, {"query": heads * width // 4, "value": heads * width // 4, "key": heads * width // 4}
     grouped = kind == "falcon" and config.new_decoder_architecture
     single = kind in ("falcon", "gpt_bigcode") and config.multi_query
@@ -87,13 +87,13 @@ def _layout(model: nn.Module, path: str) -> tuple[int, dict[str, int]]:
 def save_model(model: PreTrainedModel, folder: str | Path, shard_size: str = "50GB") -> None:
     """Writes config and weights as a folder that `from_pretrained` and `ModelConfig.name` open.
 
-    Split projections are joined again, and quantised maps are written dequantised. GPT-2's layers get back
-    the layout of its own checkpoints; saved as linear layers, its square matrices would be read transposed
-    without a complaint.
+    Split projections are joined again, and quantised maps are written dequantised. GPT-2's layers get the
+    layout of its checkpoints; saved as linear layers, its square matrices would be read transposed without an
+    error.
 
     Args:
-        model: A model of `build_model` without adapters (merged or never injected).
-        folder: Created where it does not exist.
+        model: A model from `build_model` without adapters (merged or never injected).
+        folder: Created if it does not exist.
         shard_size: Size of the largest file, "500MB".
 
     Raises:
@@ -128,7 +128,7 @@ def save_model(model: PreTrainedModel, folder: str | Path, shard_size: str = "50
 
 
 def _transposed_layers(model: PreTrainedModel) -> list[str]:
-    """Returns the paths of linear layers that the architecture's own class holds as `Conv1D`."""
+    """Returns the paths of linear layers that the architecture's class has as `Conv1D`."""
     pooled = isinstance(model, PooledEncoder)
     own = model.body if isinstance(model, PooledEncoder) else model
     if not hasattr(sys.modules[type(own).__module__], Conv1D.__name__):
@@ -142,11 +142,11 @@ def _transposed_layers(model: PreTrainedModel) -> list[str]:
 class FusedProjection(nn.Module):
     """A query-key-value projection as three linear layers whose outputs are joined again.
 
-    It has no `weight` of its own, so that the role of the fused layer passes to its parts.
+    It has no `weight`, so its parts have the roles and not the fused layer.
 
     Args:
         fused: Linear layer whose output is query, key and value.
-        groups: In how many groups its rows lie, each with all three parts.
+        groups: Number of groups of its rows, each with all three parts.
         rows: The rows of each part in a group, in their order.
     """
 
@@ -163,7 +163,7 @@ class FusedProjection(nn.Module):
         return [part.flatten(0, 1) for part in grouped]
 
     def joined(self, parts: Sequence[Tensor], axis: int) -> Tensor:
-        """Puts the parts together along an axis in the order of the fused layer's rows."""
+        """Joins the parts along an axis in the order of the fused layer's rows."""
         axis = axis % parts[0].dim()
         grouped = [part.unflatten(axis, (self.groups, -1)) for part in parts]
         return torch.cat(grouped, axis + 1).flatten(axis, axis + 1)

@@ -27,7 +27,7 @@ class MultiLayerPerceptronConfig(PretrainedConfig):
 
 
 class MultiLayerPerceptron(PreTrainedModel):
-    """Linear layers `layer1`, `layer2`, ... with ReLU between: the smallest model to try an adapter on.
+    """Linear layers `layer1`, `layer2`, ... with ReLU between: the smallest model for testing an adapter.
 
     Args:
         config: The widths.

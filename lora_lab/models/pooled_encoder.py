@@ -16,12 +16,12 @@ from lora_lab.errors import CheckpointError
 
 
 def was_mean_pooled(stored: Mapping[str, Any]) -> bool:
-    """Says by the table of a `config.json` whether its folder was written from a `PooledEncoder`."""
+    """Whether the folder of this `config.json` was written from a `PooledEncoder`."""
     return stored.get("lora_lab_pooling") == "mean"
 
 
 def restore_classifier(model: "PooledEncoder", folder: Path) -> None:
-    """Loads into a model, in place, the classifier of a folder that was written from a `PooledEncoder`.
+    """Loads the classifier of a folder that was written from a `PooledEncoder` into a model, in place.
 
     Raises:
         CheckpointError: if it was saved for another number of classes.
@@ -35,7 +35,7 @@ def restore_classifier(model: "PooledEncoder", folder: Path) -> None:
 
 
 def _head_dropout(config: PretrainedConfig) -> float:
-    """Returns the dropout which the architecture puts before its own classifier, 0 if it has none."""
+    """Returns the dropout before the architecture's classifier, 0 if it has none."""
     names = ("classifier_dropout", "seq_classif_dropout", "hidden_dropout_prob")
     rates = (getattr(config, name, None) for name in names)
     return next((rate for rate in rates if rate is not None), 0.0)
@@ -53,7 +53,7 @@ def _same_shape(saved: Tensor, parameter: Tensor, key: str) -> Tensor:
 class PooledEncoder(PreTrainedModel):
     """An encoder, the mean over its unpadded tokens, dropout and one linear classifier.
 
-    The encoder is held under its own prefix ("bert"), so parameter names equal those of the architecture's
+    The encoder is held under its own prefix ("bert"), so parameters have the names of the architecture's
     model for sequence classification.
 
     Args:
@@ -69,7 +69,7 @@ class PooledEncoder(PreTrainedModel):
         super().__init__(config)
         config.lora_lab_pooling = "mean"
         if hasattr(encoder, "pooler"):
-            # Never used here: it would count as trainable and get no gradient.
+            # Not used here: it would count as trainable and get no gradient.
             encoder.register_module("pooler", None)
         self.encoder_name = encoder.base_model_prefix
         self.all_tied_weights_keys = {}
@@ -100,14 +100,14 @@ class PooledEncoder(PreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> SequenceClassifierOutput | tuple[Tensor, ...]:
-        """Classifies a batch; the arguments are those by which PEFT calls a classifier of transformers.
+        """Classifies a batch; the arguments are those with which PEFT calls a classifier of transformers.
 
         Args:
             input_ids: (batch, time)
             attention_mask: (batch, time), 1 for tokens, 0 for padding; None means no padding.
-            token_type_ids: (batch, time), for encoders that tell the first text from the second.
-            inputs_embeds: (batch, time, width), in the place of `input_ids`.
-            labels: (batch,), classes, or real numbers where the model has one label; adds `loss`.
+            token_type_ids: (batch, time), for encoders that distinguish the first text from the second.
+            inputs_embeds: (batch, time, width), instead of `input_ids`.
+            labels: (batch,), classes, or real numbers if the model has one label; adds `loss`.
             output_attentions: add the encoder's attention weights.
             output_hidden_states: add the encoder's hidden states.
             return_dict: False gives the output as a tuple.

@@ -10,7 +10,7 @@
     nested_absmax   float32 (blocks / 256,)
     offset          float32 (), the mean of m
 
-All of it is frozen, and computed by bitsandbytes. Activations stay as they are, with int8 too.
+Everything is frozen, and computed by bitsandbytes. Activations are not quantised, also with int8.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class QuantizationOptions:
 
 
 def quantization_faults(kind: Quantization, options: QuantizationOptions) -> list[str]:
-    """Returns the faults of a config, each beginning with the key that it is about."""
+    """Returns the faults of a config, each starting with its key."""
     found = []
     plain = QuantizationOptions()
     if kind != "none" and importlib.util.find_spec("bitsandbytes") is None:
@@ -64,29 +64,29 @@ def quantization_faults(kind: Quantization, options: QuantizationOptions) -> lis
 def quantize(
     model: nn.Module, kind: Quantization, options: QuantizationOptions, keep_weights: bool = False
 ) -> nn.Module:
-    """Puts `QuantizedLinear` in the places of the linear maps of a model's blocks, in place.
+    """Replaces the linear maps of a model's blocks by `QuantizedLinear`, in place.
 
-    Embeddings, norms, task heads and output embeddings stay. In a model whose architecture has no table of
-    roles, every linear map but the heads is quantised.
+    Embeddings, norms, task heads and output embeddings stay. In a model without known roles, every linear map
+    except the heads is quantised.
 
     Args:
-        model: of full precision.
-        kind: which codes.
-        options: how they are made.
-        keep_weights: keep each W for starts that read it, until `forget_weights`.
+        model: in full precision.
+        kind: type of quantisation.
+        options: options of the quantisation.
+        keep_weights: keep each W for starts that need it, until `forget_weights`.
 
     Returns:
         The same model.
 
     Raises:
         ConfigError: if the options are invalid, or bitsandbytes is missing.
-        IncompatibleError: if the model is quantised already, or has nothing that could be.
+        IncompatibleError: if the model is already quantised, or has nothing to quantise.
     """
     if faults := quantization_faults(kind, options):
         raise ConfigError("; ".join(f"model.{fault}" for fault in faults))
     if getattr(model, "is_quantized", False) or holds_codes(model):
         raise IncompatibleError(
-            "model.quantization: the model is quantised already; set it to none, or load the model of full "
+            "model.quantization: the model is already quantised; set it to none, or load the model in full "
             "precision."
         )
     linears = _linear_maps(model)
@@ -94,7 +94,7 @@ def quantize(
         raise IncompatibleError(f"model.quantization: {type(model).__name__} has no linear map to quantise.")
     for path, linear in linears.items():
         if linear.weight.dtype == torch.float64:
-            raise IncompatibleError("model.quantization: reads float32 or narrower weights, not float64.")
+            raise IncompatibleError("model.quantization: needs weights of float32 or narrower, not float64.")
         if not linear.weight.isfinite().all():
             raise IncompatibleError(
                 f"model.quantization: {path} has numbers that are not finite; load the model again."
@@ -128,7 +128,7 @@ def _linear_maps(model: nn.Module) -> dict[str, nn.Linear]:
     return {
         path: module
         for path, module in model.named_modules(remove_duplicate=False)
-        # Subclasses may be read without being called, as a part of nn.MultiheadAttention is.
+        # Weights of subclasses may be read without a call, as in nn.MultiheadAttention.
         if type(module) is nn.Linear
         and module is not output
         and not _inside(path, spared)
@@ -141,12 +141,12 @@ def _inside(path: str, parents: list[str]) -> bool:
 
 
 class QuantizedLinear(nn.Module):
-    """A linear map held as codes. It has buffers alone, so that nothing of it can be trained.
+    """A quantised linear map. It has only buffers, so that nothing of it can be trained.
 
     Args:
-        linear: The map of full precision.
-        kind: Which codes.
-        options: How they are made.
+        linear: The map in full precision.
+        kind: Type of quantisation.
+        options: Options of the quantisation.
         keep_weight: Whether `full_weight` keeps W.
     """
 
@@ -156,7 +156,7 @@ class QuantizedLinear(nn.Module):
     offset: Tensor | None
     bias: Tensor | None
     full_weight: Tensor | None
-    """W, (out, in), for starts that read it; no part of the state dict, of copies and pickles."""
+    """W, (out, in), for starts that need it; not in the state dict, in copies and in pickles."""
 
     def __init__(
         self, linear: nn.Linear, kind: Quantization, options: QuantizationOptions, keep_weight: bool = False
@@ -208,7 +208,7 @@ class QuantizedLinear(nn.Module):
         if self.nested_absmax is not None and self.offset is not None:
             absmax = functional.dequantize_blockwise(absmax, absmax=self.nested_absmax, blocksize=256)
             absmax = absmax + self.offset
-        # As one row: the library's kernel for AVX-512 is wrong where rows are not whole blocks.
+        # As one row: the library's kernel for AVX-512 is wrong if rows are not a multiple of the block size.
         narrow = torch.float32 if dtype == torch.float64 else dtype
         shape = (1, 2 * self.codes.numel())
         state = functional.QuantState(absmax, shape, None, self.blocksize, self.kind, narrow)
@@ -225,8 +225,7 @@ class QuantizedLinear(nn.Module):
         return f"{self.kind}, in_features={self.in_features}, out_features={self.out_features}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        # Another floating type is for the bias and the dequantised weight: scales that are rounded change
-        # every W.
+        # A cast changes only the bias and the dequantised weight: rounded scales would change every W.
         scales = {name: getattr(self, name) for name in ("absmax", "nested_absmax", "offset")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
@@ -244,7 +243,7 @@ class _Map(Context):
 
 
 class _Product(TensorFunction):
-    """x Wᵀ + b. W is dequantised for each pass: kept until backward it would undo what quantising saves."""
+    """x Wᵀ + b. W is dequantised in each pass, as keeping it until backward would take the memory saved."""
 
     @staticmethod
     def forward(ctx: _Map, x: Tensor, module: QuantizedLinear) -> Tensor:

@@ -5,7 +5,7 @@
     ./folder, /a/b, ~/x     `FolderSource`: a model folder
     owner/name              `HubSource`: a repository of the Hugging Face hub
 
-`parse_source` reads the name once; what is needed later is asked of the source.
+`parse_source` reads the name once; everything else comes from the source.
 """
 
 import json
@@ -44,11 +44,11 @@ AutoClass = type[_BaseAutoModelClass]
 
 
 def parse_source(name: str, revision: str | None = None, trust_remote_code: bool = False) -> "Source":
-    """Returns the source that a model's name stands for.
+    """Returns the source that a model's name means.
 
     Args:
-        name: As `ModelConfig.name`. A hub repository is written "name" or "owner/name"; what begins with ".",
-            "/" or "~", has more parts, or exists as a folder is a folder.
+        name: As `ModelConfig.name`. A hub repository is written "name" or "owner/name"; a name that starts
+            with ".", "/" or "~", has more parts, or exists as a folder is a folder.
         revision: Branch, tag or commit of a hub repository.
         trust_remote_code: Whether Python code next to the weights may run.
     """
@@ -65,7 +65,7 @@ def parse_source(name: str, revision: str | None = None, trust_remote_code: bool
 
 @dataclass(frozen=True)
 class Source(ABC):
-    """One place that gives a model's config, tokenizer and weights."""
+    """A place from which a model's config, tokenizer and weights come."""
 
     name: str
     """As the user wrote it."""
@@ -76,7 +76,7 @@ class Source(ABC):
     def faults(self, changes: Mapping[str, object]) -> list[str]:
         """Returns what is wrong with the name or the changes to the config, without a download.
 
-        Each message begins with the key of `ModelConfig` that it is about.
+        Each message starts with its key of `ModelConfig`.
         """
 
     @abstractmethod
@@ -86,11 +86,11 @@ class Source(ABC):
     @property
     @abstractmethod
     def public_name(self) -> str | None:
-        """The name under which others find the same weights; None if nobody else has them."""
+        """The name under which others find the same weights; None if they are not public."""
 
     @abstractmethod
     def config(self, changes: Mapping[str, object]) -> PretrainedConfig:
-        """Returns the config of transformers with the user's changes, each key checked.
+        """Returns the config of transformers with the user's changes, whose keys are checked.
 
         Raises:
             ConfigError: if there is no such model, or a change has no meaning for it.
@@ -102,7 +102,7 @@ class Source(ABC):
         """Returns the tokenizer of a model that reads text.
 
         Raises:
-            ConfigError: if there is none, or none that knows a word.
+            ConfigError: if there is none, or it has no vocabulary.
             AssetError: if an embedded model cannot be fetched.
         """
 
@@ -111,13 +111,13 @@ class Source(ABC):
         """Returns the model.
 
         Raises:
-            CheckpointError: if weights are damaged, missing or of other shapes.
+            CheckpointError: if weights are damaged, missing or have other shapes.
             ConfigError: if the class cannot be built from this source.
         """
 
     @property
     def model_type(self) -> str | None:
-        """The model type of transformers where it is known without a download."""
+        """The model type of transformers, if it is known without a download."""
         return self.stored_config().get("model_type")
 
     @property
@@ -128,11 +128,11 @@ class Source(ABC):
     def _revision_faults(self) -> list[str]:
         if self.revision is None:
             return []
-        return [f"revision: only hub repositories have revisions, '{self.name}' is none; remove it"]
+        return [f"revision: only hub repositories have revisions, and '{self.name}' is not one; remove it"]
 
     @contextmanager
     def _translated(self, what: str) -> Iterator[None]:
-        """Turns the many faults of loading into one message each."""
+        """Turns the errors of loading into one clear message each."""
         try:
             yield
         except LabError:
@@ -157,13 +157,13 @@ class Source(ABC):
             ) from error
 
     def _absence(self) -> str:
-        """Returns why the source may have nothing to give, for messages."""
+        """Returns why the source may be missing, for messages."""
         return ""
 
 
 @dataclass(frozen=True)
 class RandomSource(Source):
-    """A tiny model with drawn weights, which reads single characters."""
+    """A tiny model with random weights, which reads single characters."""
 
     architecture: str
 
@@ -189,7 +189,7 @@ class RandomSource(Source):
 
     @property
     def public_name(self) -> None:
-        """Nobody else has drawn these weights."""
+        """Random weights are not public."""
         return None
 
     def config(self, changes: Mapping[str, object]) -> PretrainedConfig:
@@ -203,13 +203,13 @@ class RandomSource(Source):
         return character_tokenizer(self.config(changes))
 
     def weights(self, auto_class: AutoClass, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-        """Draws them; the draw follows torch's global seed."""
+        """Draws the weights; they depend on torch's global seed."""
         with self._translated("model"):
             return auto_class.from_config(config, dtype=dtype)
 
 
 class PretrainedSource(Source):
-    """What transformers loads by `from_pretrained`."""
+    """A model that transformers loads by `from_pretrained`."""
 
     @abstractmethod
     def _location(self) -> str:
@@ -230,11 +230,11 @@ class PretrainedSource(Source):
         with self._translated("tokenizer"):
             location = self._location()
             tokenizer = AutoTokenizer.from_pretrained(location, **self._options())
-        # Without its files transformers builds a tokenizer of special tokens: any word would be unknown.
+        # Without its files transformers builds a tokenizer of special tokens: every word would be unknown.
         if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
             files = sorted(set(tokenizer.vocab_files_names.values()))
             raise ConfigError(
-                f"model.name: '{self.name}' has no tokenizer that knows a word: none of {', '.join(files)} is"
+                f"model.name: '{self.name}' has no tokenizer with a vocabulary: none of {', '.join(files)} is"
                 " there, or it is empty. Save the tokenizer into it: tokenizer.save_pretrained(folder)"
             )
         if tokenizer.pad_token is None:
@@ -267,7 +267,7 @@ class PretrainedSource(Source):
 
 @dataclass(frozen=True)
 class EmbeddedSource(PretrainedSource):
-    """A model of the table of assets, fetched when it is needed."""
+    """A model from the table of assets, fetched when needed."""
 
     asset: str
 
@@ -300,7 +300,7 @@ class FolderSource(PretrainedSource):
             fault = "does not exist; a hub repository is written 'owner/name'"
             return [f"name: the folder '{self.path}' {fault}"]
         if (self.path / "adapter_config.json").exists():
-            fault = "holds an adapter, not a model; give the model which it was trained on"
+            fault = "holds an adapter, not a model; give the model that it was trained on"
             return [f"name: '{self.path}' {fault}"]
         try:
             self._read_config()
@@ -324,7 +324,7 @@ class FolderSource(PretrainedSource):
 
     @property
     def public_name(self) -> str:
-        """The folder as it was written."""
+        """The folder, as it was written."""
         return self.name
 
     @property
@@ -335,7 +335,7 @@ class FolderSource(PretrainedSource):
     def _read_config(self) -> dict[str, Any]:
         stored = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
         if not isinstance(stored, dict):
-            raise ValueError("it holds no table of settings")
+            raise ValueError("it does not hold settings")
         return stored
 
     def _location(self) -> str:
@@ -365,7 +365,8 @@ class HubSource(PretrainedSource):
         return self.name
 
     def _options(self) -> dict[str, Any]:
-        # Without the hub its cache may still hold the model; the client would retry for half a minute first.
+        # If the hub cannot be reached, its cache may hold the model; the client would first retry for half a
+        # minute.
         offline = not hub_reachable()
         return super()._options() | {"revision": self.revision or "main", "local_files_only": offline}
 

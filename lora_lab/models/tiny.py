@@ -23,7 +23,7 @@ _LLAMA = _ENCODER | {"num_key_value_heads": 2}
 
 TINY: dict[str, dict[str, Any]] = {
     "bert": _ENCODER,
-    # RoBERTa begins to count positions behind the number of its padding token.
+    # RoBERTa counts positions from its padding token's index on.
     "roberta": _ENCODER | {"max_position_embeddings": 129},
     "xlm-roberta": _ENCODER | {"max_position_embeddings": 129},
     "electra": _ENCODER | {"embedding_size": 16},
@@ -72,7 +72,7 @@ TINY: dict[str, dict[str, Any]] = {
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "</s>", "<mask>")
 CHARACTERS = " " + string.ascii_lowercase + string.digits + string.punctuation + string.ascii_uppercase + "\n"
-"""Vocabulary of random models, most useful first: a small `vocab_size` keeps the beginning."""
+"""Vocabulary of random models, most useful first, since a small `vocab_size` keeps only the beginning."""
 
 
 def character_tokenizer(config: PretrainedConfig) -> PreTrainedTokenizerFast:

@@ -91,7 +91,7 @@ def test_a_config_with_nothing_to_make_up_for_is_refused(tmp_path):
     text = "{model: {name: 'random:bert'}, adapter: {method: lora, init: loftq}}"
     (tmp_path / "experiment.yaml").write_text(text)
     data = ["data.source=embedded", "data.name=movie_reviews"]
-    with pytest.raises(ConfigError, match="model.quantization: is none, and this adapter's start makes up"):
+    with pytest.raises(ConfigError, match="model.quantization: is none, and this adapter's start corrects"):
         compose(tmp_path / "experiment.yaml", data)
     compose(tmp_path / "experiment.yaml", [*data, "model.quantization=nf4"])
 

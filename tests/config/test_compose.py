@@ -100,7 +100,7 @@ def test_values_behind_aliases_are_counted_where_they_are_used(tmp_path):
     bomb = "a0: &a0 [x, x]\n" + "".join(
         f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
     )
-    with pytest.raises(ConfigError, match="aliases stand for more than"):
+    with pytest.raises(ConfigError, match="aliases expand to more than"):
         composed(tmp_path, bomb)
 
 

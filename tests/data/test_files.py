@@ -193,7 +193,7 @@ BROKEN_FILES = {
     "hidden label": ("a.csv", "text,label\na,0\nb,-1\nc,1\n", "row 2.*holds -1; negative"),
     "fraction": ("a.csv", "text,label\na,0\nb,0.5\nc,1\n", "row 2.*holds 0.5, which is not a class"),
     "one class": ("a.csv", "text,label\na,0\nb,0\n", "holds '0' in all 2 rows"),
-    "no classes": ("a.csv", "text,label\na,x1\nb,x2\nc,x3\n", "another value in each of its 3 rows"),
+    "no classes": ("a.csv", "text,label\na,x1\nb,x2\nc,x3\n", "a different value in each of its 3 rows"),
     "one row": ("a.csv", "text,label\na,0\n", "holds '0' in all 1 rows"),
 }  # fmt: skip
 

@@ -230,7 +230,7 @@ def test_a_test_share_beside_test_rows_or_without_rows_left_is_refused(tmp_path)
     path = json_lines(tmp_path / "a.jsonl", labelled([0, 1]))
     test = json_lines(tmp_path / "t.jsonl", labelled([0, 1]))
     for options, message in (
-        ({"test": str(test), "test_fraction": 0.1}, "has a test split of its own"),
+        ({"test": str(test), "test_fraction": 0.1}, "already has a test split"),
         ({"test_fraction": 0.9}, "leave rows for training"),
         ({"test_fraction": -0.1}, "must be at least 0"),
         ({"split_seed": 2**32}, "data.split_seed: must be below 4294967296"),

@@ -194,7 +194,7 @@ def test_half_precision_takes_masks_of_any_float():
         ({"value": (S, EMBED)}, "must all have 2 or all 3 dimensions"),
         ({"key_padding_mask": (BATCH, L)}, r"key_padding_mask must have the shape \(3, 5\); got \(3, 4\)"),
         ({"attn_mask": (BATCH, L, S)}, r"attn_mask must have the shape \(4, 5\) or \(9, 4, 5\)"),
-        ({"is_causal": True}, "give the causal mask too"),
+        ({"is_causal": True}, "give the causal mask"),
     ],
 )
 def test_inputs_of_other_shapes_are_told(change, message):

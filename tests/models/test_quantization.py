@@ -529,7 +529,7 @@ def test_a_checkpoint_of_codes_is_not_quantised_again(tmp_path, monkeypatch):
 
 def test_quantising_twice_is_refused():
     model = build_tiny("bert", quantization="nf4")
-    with pytest.raises(IncompatibleError, match="the model is quantised already; set it to none"):
+    with pytest.raises(IncompatibleError, match="the model is already quantised; set it to none"):
         quantize(model, "int8", QuantizationOptions())
 
 
