@@ -2,7 +2,7 @@
 
 A role is the job of a module inside a block ("query", "down"), so one list of targets fits all models. It is
 found by structure. A block is an entry of an outermost list of modules. An attention is where there are
-projections named as queries, keys and values side by side, or one map as wide as all three. A feed- forward
+projections named as queries, keys and values side by side, or one map as wide as all three. A feed-forward
 part is a pair of maps, up from the hidden width and down to it again. Names decide only what shapes cannot:
 which projection is the query, and which of two equal maps is the gate. A fused projection has its own role:
 GPT-2 has no "query" but a "query_key_value", unless built with `split_fused`.
