@@ -1,11 +1,11 @@
-"""Tables of kinds by id, METHODS and CONTROLLERS: our own, those of installed packages, those registered.
+"""The tables METHODS and CONTROLLERS by id: our classes, those of installed packages, and registered ones.
 
-A package adds kinds by entry points in its pyproject.toml, under the ids that they have:
+A package adds classes by entry points in its pyproject.toml, under their ids:
 
     [project.entry-points."lora_lab.methods"]
     volume = "my_package.volume:Volume"
 
-In Python `register` adds one, for a process.
+In Python `register` adds one for the process.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ Class = TypeVar("Class", bound=type)
 class Registry(Mapping[str, type[Kind]]):
     """Classes of one kind by id: ours first, in their order, then the others.
 
-    Entry points are read once, when the table is first looked into, so that a package may import ours.
+    Entry points are read once, when the table is first used, so that packages can import lora_lab.
 
     Args:
         what: "method", for messages.
         base: what every class inherits.
-        needs: class attributes that every class has to have.
+        needs: class attributes that every class must have.
         id_of: class → its id.
         own: our classes.
     """
 
     tables: ClassVar[list[Registry[Any]]] = []
-    """All of them; a table stands where what its kinds inherit can be imported from."""
+    """All tables; each is in the package that has the base class."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Registry(Mapping[str, type[Kind]]):
         self.what, self.base, self.needs, self.id_of = what, base, needs, id_of
         self.group = f"lora_lab.{what}s"
         self.own: dict[str, type[Kind]] = {id_of(kind): kind for kind in own}
-        """Our classes alone, without a look at entry points."""
+        """Only our classes, without reading entry points."""
         self._kinds = dict(self.own)
         self._complete = False
         self.tables.append(self)
@@ -62,7 +62,7 @@ class Registry(Mapping[str, type[Kind]]):
         return len(self._all())
 
     def add(self, kind: type[Kind]) -> type[Kind]:
-        """Adds a class under its id. The same class, run again for example in a notebook, replaces itself.
+        """Adds a class under its id. The same class, defined again (in a notebook), replaces itself.
 
         Returns:
             The class, so that this serves as a decorator.
@@ -98,7 +98,7 @@ class Registry(Mapping[str, type[Kind]]):
 
     def _all(self) -> dict[str, type[Kind]]:
         if not self._complete:
-            self._complete = True  # what is loaded here may look into the table itself
+            self._complete = True  # what is loaded here may use the table itself
             try:
                 for point in entry_points(group=self.group):
                     self._load(point)
@@ -118,14 +118,14 @@ class Registry(Mapping[str, type[Kind]]):
             ) from error
         self.add(kind)
         if self.id_of(kind) != point.name:
-            raise ConfigError(f"{where}: its id is '{self.id_of(kind)}'; name the entry point so.")
+            raise ConfigError(f"{where}: its id is '{self.id_of(kind)}'; give the entry point this name.")
 
 
 def register(kind: Class) -> Class:
     """Adds a method or a controller, for configs, the command line, storage and the contract tests.
 
-    It holds for this process. A run in several processes, or `lora-lab train`, needs the entry point of an
-    installed package instead.
+    It is for this process only. A run in several processes, or `lora-lab train`, needs the entry point of an
+    installed package.
 
     Args:
         kind: a class that inherits `Adapter` or `Controller`.

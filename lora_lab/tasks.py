@@ -1,6 +1,6 @@
 """The one table of tasks: what a model is trained for.
 
-An entry says what the labels are, which decides what is read from the data and what head the model has; the
+An entry has the kind of labels, which decides what is read from the data and which head the model has; the
 loss; the metrics, and the one by which runs are compared. To add a task, add an entry to `TASKS`.
 """
 
@@ -22,8 +22,8 @@ from torchmetrics.text import Perplexity
 from lora_lab.errors import suggest
 
 IGNORED = -100
-"""Label of a token or class that takes no part in the loss; PyTorch's default for cross entropy. Where labels
-are real numbers, NaN says the same."""
+"""Label of a token or class that does not count in the loss; PyTorch's default for cross entropy. If labels
+are real numbers, NaN has this meaning."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Task:
     """A kind of supervised learning."""
 
     name: str
-    """What `model.task` gives."""
+    """The value of `model.task`."""
     labels: Literal["classes", "numbers", "tokens"]
     """What is predicted: a class, a real number, or each token of the text from those before it."""
     peft_type: str
@@ -41,7 +41,7 @@ class Task:
     total: Callable[[Tensor, Tensor], Tensor]
     """Aligned pair → sum of the losses of all labels that count, a scalar."""
     examples: Callable[[Tensor, Tensor], dict[str, Tensor]]
-    """Aligned pair → what is stored of each example, tensors `(batch,)` by name; `loss` is among them."""
+    """Aligned pair → what is stored for each example: tensors `(batch,)` by name, including `loss`."""
     metrics: Callable[[int], MetricCollection]
     """Number of classes → metrics of the aligned pair."""
     monitor: str
@@ -51,7 +51,7 @@ class Task:
 
     @property
     def causal(self) -> bool:
-        """Whether the text itself is learned, from left to right, and needs no labels."""
+        """Whether the text itself is learned, from left to right, without labels."""
         return self.labels == "tokens"
 
     def outputs(self, classes: int) -> int:
@@ -73,7 +73,7 @@ class Task:
 
         Args:
             predictions: aligned, as `labels`.
-            labels: of classes, where they are weighted.
+            labels: classes, if they are weighted.
             class_weights: weight of each class, shape (classes). Each loss is then multiplied by the weight
                 of its label, and the weights are summed instead of counted: the mean is that of torch's
                 `cross_entropy(weight=…)`.
@@ -84,9 +84,9 @@ class Task:
         return total, class_weights[labels[labels != IGNORED]].sum()
 
     def better(self, metric: str) -> Literal["min", "max"]:
-        """Returns whether less or more of a validation metric is better, as torchmetrics has it.
+        """Returns whether less or more of a validation metric is better, as torchmetrics says.
 
-        It leaves that open for correlations: between predictions and labels, more is better.
+        For correlations it does not say it: between predictions and labels, more is better.
         """
         if metric == self.monitor:
             return self.mode
@@ -94,7 +94,7 @@ class Task:
         return "max" if higher else "min"
 
     def monitor_faults(self, metric: str | None) -> list[str]:
-        """Returns that there is no such metric to choose the best by, if so; None stands for `monitor`."""
+        """Returns the fault if there is no such validation metric; None means `monitor`."""
         known = ["loss", *map(str, self.metrics(2))]
         if metric is None or metric in known:
             return []
@@ -102,17 +102,17 @@ class Task:
 
 
 def divisor(count: Tensor) -> Tensor:
-    """Returns a count, or sum of weights, to divide by: 1 where nothing was counted."""
+    """Returns a count, or sum of weights, to divide by: 1 if nothing was counted."""
     return torch.where(count > 0, count, torch.ones_like(count))
 
 
 class MeanLoss(Metric):
-    """The mean loss over the labels of all batches; not finite as soon as one batch's is not.
+    """The mean loss over the labels of all batches; not finite if one batch's is not.
 
-    (`torchmetrics.MeanMetric` leaves out what is not a number.)
+    (`torchmetrics.MeanMetric` ignores NaN.)
 
     Args:
-        weighted: whether labels have weights, so that their count is not a whole number.
+        weighted: whether labels have weights, so that their sum is not an integer.
     """
 
     total: Tensor
@@ -229,10 +229,10 @@ TASKS: dict[str, Task] = {
 
 
 def name_classes(config: Any, names: Sequence[str]) -> None:
-    """Writes the names of a classifier's classes into its model's config, where it has room for as many.
+    """Writes the names of a classifier's classes into its model's config, if their number fits.
 
     Args:
-        config: of transformers, or None.
+        config: a config of transformers, or None.
         names: in the order of the outputs; none change nothing.
     """
     if names and getattr(config, "num_labels", None) == len(names):
@@ -241,5 +241,5 @@ def name_classes(config: Any, names: Sequence[str]) -> None:
 
 
 def task_faults(name: str) -> list[str]:
-    """Returns that there is no task of this name, as `task: what is wrong and what is allowed`, if so."""
+    """Returns the fault if there is no such task, as `task: what is wrong and what is allowed`."""
     return [] if name in TASKS else [f"task: no task '{name}'{suggest(name, TASKS)}"]

@@ -98,7 +98,10 @@ def test_what_cannot_be_registered_is_refused(register, kind, message):
     [
         ("lora = plug:Twice", r"plug\.Twice: the id 'lora' is taken by"),
         ("twice = plug:Missing", "twice = plug:Missing of plug-lab: cannot be loaded .*Update or uninstall"),
-        ("other = plug:Twice", "other = plug:Twice of plug-lab: its id is 'twice'; name the entry point so"),
+        (
+            "other = plug:Twice",
+            "other = plug:Twice of plug-lab: its id is 'twice'; give the entry point this name",
+        ),
         ("twice = plug:number", "a method must be a class that inherits Adapter"),
     ],
 )

@@ -1,1 +1,1 @@
-"""What people look at: tables."""
+"""Tables, figures and pages for people."""

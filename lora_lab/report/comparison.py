@@ -1,4 +1,4 @@
-"""What experiments of several runs share: a spread over seeds, a table, a picture."""
+"""What experiments with several runs share: a spread over seeds, a table, a picture."""
 
 from __future__ import annotations
 

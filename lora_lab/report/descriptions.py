@@ -1,6 +1,6 @@
-"""What `lora-lab describe` knows, as data: the terminal, the documentation and the README show the same.
+"""What `lora-lab describe` shows, as data; the documentation and the README show the same.
 
-Everything is read from the sources: the head of a method's or controller's file, the docstring of a config
+Everything comes from the sources: the module docstring of a method or controller, the docstring of a config
 class and those under its fields.
 """
 
@@ -23,7 +23,7 @@ from lora_lab.data import DATA_SOURCES, DataConfig
 from lora_lab.tasks import TASKS
 
 REQUIRED = "required"
-"""Stands in place of a default where there is none."""
+"""Shown if a field has no default."""
 PARTS: dict[str, type] = {"experiment": ExperimentConfig}
 """Parts of a config that are the same for every method and data source."""
 
@@ -44,9 +44,9 @@ class FieldDescription:
 
     name: str
     type: str
-    """What may be given, as Python writes types."""
+    """The type, as Python writes it."""
     default: str
-    """As YAML writes it, or REQUIRED."""
+    """The default as YAML writes it, or REQUIRED."""
     meaning: str
     peft: str | None = None
     """The field of PEFT's `adapter_config.json` that holds the same value."""
@@ -64,12 +64,12 @@ class Description:
     text: str
     """The rest in Markdown; formulas and tables of tensors are indented."""
     node: str
-    """Where its settings stand in a config; empty for a task, which has none."""
+    """Its place in a config; empty for a task, which has no settings."""
     fields: tuple[FieldDescription, ...]
     example: str
     """YAML."""
     facts: Mapping[str, str]
-    """What else is known, by label."""
+    """Other facts, by label."""
     papers: tuple[str, ...] = ()
     """arXiv ids."""
 
@@ -145,7 +145,7 @@ def _part(name: str) -> Description:
     title, text = _head(PARTS[name].__doc__)
     more = {"data": {"Sources": ", ".join(DATA_SOURCES)}, "model": {"Tasks": ", ".join(TASKS)}}
     settings = tuple(_fields(PARTS[name]))
-    if name == "experiment":  # its parts have descriptions of their own
+    if name == "experiment":  # its parts have their own descriptions
         settings = tuple(field for field in settings if field.name not in PARTS)
     node = "" if name == "experiment" else name
     return Description(name, "config", title, text, node, settings, "", more.get(name, {}))
@@ -176,7 +176,7 @@ def _task(name: str) -> Description:
 
 
 def _head(documentation: str | None) -> tuple[str, str]:
-    """Splits a docstring into its first paragraph without citation and final point, and the rest."""
+    """Splits a docstring into its first paragraph, without citation and full stop, and the rest."""
     title, _, text = inspect.cleandoc(documentation or "").partition("\n\n")
     title = re.sub(r"\s*\([^()]*(\b20\d\d\b|arXiv|no paper)[^()]*\)", "", " ".join(title.split()))
     return title.removesuffix("."), text

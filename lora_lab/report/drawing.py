@@ -1,7 +1,7 @@
-"""SVG that stands inside a page: it takes the page's colours, in light and dark, and its points have tips.
+"""SVG inside a page: it has the page's colours, in light and dark, and its points have tooltips.
 
-Matplotlib draws with stand-ins for colours, which become CSS variables. Own code because libraries that make
-figures one can hover bring a script of megabytes into every page and know one theme at a time.
+Matplotlib draws with placeholder colours, which become CSS variables. Own code, because libraries for
+interactive figures add megabytes of script to every page and have only one theme at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COLOURS = {
         ("ink", "muted", "line", "paper", "good", "bad", "even", *(f"c{i}" for i in range(6))), start=1
     )
 }
-"""Name of a CSS variable → its stand-in."""
+"""Name of a CSS variable → its placeholder."""
 THEMES = {
     "light": "--ink:#1c2330;--muted:#5d6779;--line:#d8dde6;--paper:#ffffff;--good:#15803d;--bad:#b42318;"
     "--even:#1d4ed8;--c0:#1d4ed8;--c1:#c2570c;--c2:#0f7b5f;--c3:#be185d;--c4:#6d28d9;--c5:#0e7490",
@@ -69,14 +69,14 @@ class Drawing:
         self._tips: dict[str, str] = {}
 
     def lay_out(self) -> None:
-        """Gives the axes the room that their texts leave, once."""
+        """Lays out the axes around their texts, once."""
         engine = self.figure.get_layout_engine()
         if engine is not None:
             engine.execute(self.figure)
         self.figure.set_layout_engine("none")
 
     def tip(self, artist: Artist, text: str) -> None:
-        """Gives an artist a text that shows when one points at it."""
+        """Gives an artist a tooltip."""
         name = f"tip{len(self._tips)}"
         artist.set_gid(name)
         self._tips[name] = text
@@ -118,7 +118,7 @@ def drawing(title: str, size: tuple[float, float] = (4.4, 3.1)) -> Iterator[Draw
     """Yields an empty drawing under the style of the pages.
 
     Args:
-        title: text for readers who cannot see it.
+        title: text for readers who cannot see the figure.
         size: width and height in inches; 4.4 is the width of a phone.
     """
     with matplotlib.rc_context(STYLE):

@@ -16,16 +16,16 @@ from lora_lab.report.wording import Numbers, outcome
 from lora_lab.statistics import Analysis, CellSummary, higher_is_better
 
 MARKS = {"better": ("good", "^"), "worse": ("bad", "v"), "equivalent": ("even", "s")}
-"""Outcome → colour and marker; what is not here is open and grey."""
+"""Outcome → colour and marker; other marks are open and grey."""
 COSTS = {
     "trained_parameters": "trained parameters",
     "peak_megabytes": "peak memory (MB)",
     "step_seconds": "seconds per step",
 }
 SHOWN = 6
-"""Cells that have a colour of their own; further ones are grey."""
+"""Number of cells with a colour; further ones are grey."""
 MODULES = 48
-"""Rows of the picture of ranks."""
+"""Most rows of the picture of ranks."""
 
 
 def by_merit(analysis: Analysis) -> list[CellSummary]:
@@ -37,7 +37,7 @@ def by_merit(analysis: Analysis) -> list[CellSummary]:
 
 
 def forest(analysis: Analysis, width: float = 4.4) -> Drawing | None:
-    """Draws differences from the baseline, or means where there is none, with intervals and every seed."""
+    """Draws differences from the baseline, or means without one, with intervals and every seed."""
     write = Numbers.of(analysis)
     cells = [cell for cell in by_merit(analysis) if cell.mean is not None]
     if analysis.baseline is not None:
@@ -99,10 +99,10 @@ def _forest_row(one: Drawing, analysis: Analysis, cell: CellSummary, row: int, w
 
 
 def cost(gathered: Gathered, analysis: Analysis, column: str) -> tuple[Drawing, list[str]] | None:
-    """Draws the metric over a cost, with the front of cells that no cheaper one equals.
+    """Draws the metric over a cost, with the Pareto front of cells.
 
     Returns:
-        The drawing and the cells of the front, from the cheapest on.
+        The drawing, and the cells of the front, the cheapest first.
     """
     if column not in gathered.costs:
         return None
@@ -136,7 +136,7 @@ def cost(gathered: Gathered, analysis: Analysis, column: str) -> tuple[Drawing, 
             face = colour if best else COLOURS["paper"]
             (point,) = axes.plot([price], [mean], "o", color=colour, markerfacecolor=face)
             one.tip(point, f"{cell.name}: {write.value(mean)} at {price:,.4g} {COSTS[column]}")
-        # Intervals of one cell may be far wider than the field of points.
+        # Intervals of one cell may be far wider than the range of the points.
         means = [mean for _, mean, _ in points]
         room = 0.25 * (max(means) - min(means)) or 0.01 * abs(means[0]) or 0.01
         axes.set_ylim(min(means) - room, max(means) + room)
@@ -148,7 +148,7 @@ def cost(gathered: Gathered, analysis: Analysis, column: str) -> tuple[Drawing, 
 
 
 def pareto(points: Sequence[tuple[float, float]], descending: bool) -> list[int]:
-    """Returns the places of the points that no other one beats in cost and metric, from the cheapest on.
+    """Returns the indices of the Pareto front of cost and metric, the cheapest first.
 
     Args:
         points: (cost, metric) of each.
@@ -164,7 +164,7 @@ def pareto(points: Sequence[tuple[float, float]], descending: bool) -> list[int]
 
 
 def _label(one: Drawing, points: Sequence[tuple[float, float, str]]) -> None:
-    """Names points where there is room for it."""
+    """Labels points if there is space."""
     renderer = FigureCanvasAgg(one.figure).get_renderer()
     one.lay_out()
     whole, taken = one.axes.get_window_extent(), list[Any]()
@@ -232,7 +232,7 @@ def curves(rows: pd.DataFrame, metric: str, analysis: Analysis) -> Drawing | Non
     Args:
         rows: columns cell, seed, step, metric, value.
         metric: which.
-        analysis: names the cells that have a colour.
+        analysis: says which cells have a colour.
     """
     rows = rows[(rows["metric"] == metric) & np.isfinite(rows["value"].astype(float))]
     if rows.groupby("cell")["step"].nunique().max() in (np.nan, 0, 1) or rows.empty:
@@ -245,7 +245,7 @@ def curves(rows: pd.DataFrame, metric: str, analysis: Analysis) -> Drawing | Non
             if own.empty:
                 continue
             found = own.groupby("step")["value"].agg(["mean", "min", "max", "count"]).sort_index()
-            # A step that only some seeds reached would make the mean jump.
+            # Steps that only some seeds reached would make the mean jump.
             found = found[found["count"] == found["count"].max()]
             if len(found) > 200:
                 found = found.iloc[np.unique(np.linspace(0, len(found) - 1, 200).astype(int))]
@@ -268,7 +268,7 @@ def curves(rows: pd.DataFrame, metric: str, analysis: Analysis) -> Drawing | Non
 
 
 def moving(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Returns the rows of a metric, of those cells in which it moved over steps."""
+    """Returns the rows of a metric of the cells in which it changed over steps."""
     rows = rows[rows["metric"] == metric]
     spread = rows.groupby(["cell", "seed"])["value"].agg(lambda values: values.max() - values.min())
     cells = {cell for cell, _ in spread[spread > 1e-9].index}
@@ -276,7 +276,7 @@ def moving(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def module_ranks(ranks: pd.DataFrame, cells: Sequence[str]) -> Drawing | None:
-    """Draws the rank that each module ended with, for the cells that moved ranks.
+    """Draws the final rank of each module, for the cells that changed ranks.
 
     Args:
         ranks: columns cell, seed, module, rank.
@@ -311,7 +311,7 @@ def module_ranks(ranks: pd.DataFrame, cells: Sequence[str]) -> Drawing | None:
 
 
 def _module_names(modules: Sequence[str]) -> list[str]:
-    """Shortens paths to what tells them apart: numbers and the last name."""
+    """Shortens paths to what differs: numbers and the last name."""
     short = []
     for module in modules:
         parts = module.split(".")
@@ -320,7 +320,7 @@ def _module_names(modules: Sequence[str]) -> list[str]:
 
 
 def _lines(analysis: Analysis) -> Iterator[tuple[str, str, bool]]:
-    """Yields cell, colour and whether it stands out: the baseline and the best ones do."""
+    """Yields cell, colour and whether it is emphasised: the baseline and the best ones are."""
     order = [cell.name for cell in by_merit(analysis)]
     strong = [name for name in order if name == analysis.baseline]
     strong += [name for name in order if name != analysis.baseline][: SHOWN - len(strong)]
@@ -331,7 +331,7 @@ def _lines(analysis: Analysis) -> Iterator[tuple[str, str, bool]]:
 
 
 def _robust(one: Drawing, values: pd.Series, higher: bool) -> None:
-    """Keeps values that are far off in the bad direction from pressing all others flat."""
+    """Limits the axis so that very bad values do not compress all others."""
     finite = values[np.isfinite(values)].astype(float)
     low, middle, high = finite.quantile([0.05, 0.5, 0.95])
     room = max(high - low, 1e-12)

@@ -25,9 +25,9 @@ from lora_lab.tasks import TASKS
 STUDY, RESULTS, VALIDATIONS = "study.yaml", "results.csv", "validations.csv"
 RECORD, CONFIG, METRICS, EXAMPLES = "run.json", "config.yaml", "metrics.csv", "test_examples.parquet"
 CURVES = ("train/loss", "rank/mean", "rank/effective_mean", "sparsity/mean")
-"""What is drawn over steps, besides the validations."""
+"""Metrics that are drawn over steps, besides validations."""
 COSTS = ("trained_parameters", "peak_megabytes", "step_seconds")
-"""What is drawn against the metric."""
+"""Costs against which the metric is drawn."""
 RANK = "rank/"
 CURVE_COLUMNS = ["cell", "seed", "step", "metric", "value"]
 APART = ("seed", "name", "run", "output", "continues", "tracking")
@@ -43,7 +43,7 @@ class Gathered:
     runs: pd.DataFrame
     """One row for each run: cell, phase (tune or compare), seed, status, error, metrics, costs."""
     folders: Sequence[Path | None]
-    """Where each of these runs lies; None if its folder is not here."""
+    """Folder of each run; None if it does not exist."""
     commands: Sequence[str]
     question: str | None = None
     baseline: str | None = None
@@ -53,7 +53,7 @@ class Gathered:
     validations: pd.DataFrame | None = None
     """Columns cell, phase, seed, step, metric, value; None if the runs' own files have them."""
     differences: Sequence[Mapping[str, Any]] = ()
-    """For each cell: in which keys it differs from the baseline beyond the grid."""
+    """For each cell: the keys beyond the grid in which it differs from the baseline."""
     tuning: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """For each cell: the value that its search chose, and all that it tried."""
     matches: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class Gathered:
 
     @cached_property
     def records(self) -> list[Mapping[str, Any]]:
-        """What each run that lies here says of its machine and versions."""
+        """What the record of each existing run says about its machine and versions."""
         return [record for folder in self.folders if folder and (record := _record(folder))]
 
     @cached_property
@@ -91,7 +91,8 @@ class Gathered:
 
         The latter have columns cell, seed, module and rank.
         """
-        # Lists of arrays, since a pandas operation for each run and metric takes minutes for 1,000 runs.
+        # Lists of arrays, since one pandas operation for each run and metric would take minutes for 1,000
+        # runs.
         keys, steps, values, ranks = [], [], [], []
         for cell, seed, phase, folder in zip(
             self.runs["cell"], self.runs["seed"], self.runs["phase"], self.folders, strict=True
@@ -116,7 +117,7 @@ class Gathered:
 
 
 def gather(paths: Sequence[Path]) -> Gathered:
-    """Reads one study, or any number of run folders and folders of such.
+    """Reads one study, or any number of run folders and folders of runs.
 
     Raises:
         CheckpointError: if a path holds neither, if a study is given with something else, or if a file
@@ -125,20 +126,20 @@ def gather(paths: Sequence[Path]) -> Gathered:
     studies = [path for path in paths if (path / STUDY).is_file()]
     if studies and len(paths) > 1:
         raise CheckpointError(
-            f"{studies[0]}: is a study, and a report shows one study or any number of runs; name it alone."
+            f"{studies[0]}: is a study, and a report shows one study or any number of runs; give it alone."
         )
     return read_study(studies[0]) if studies else read_runs(paths)
 
 
 def read_study(folder: Path) -> Gathered:
-    """Reads a study's folder, as far as its runs have come.
+    """Reads the folder of a study, finished or not.
 
     Raises:
         CheckpointError: if it has no results yet, or a file cannot be read.
     """
     if not (folder / RESULTS).is_file():
         raise CheckpointError(f"{folder}: has no results yet; lora-lab ablate makes its runs.")
-    # Results may be kept next to the file that the study was made from, which need not say its own name.
+    # Results may be kept next to the study's file, which does not have to contain its name.
     study = {"name": folder.resolve().name, **_yaml(folder / STUDY)}
     missing = [name for name in ("metric", "baseline", "name") if not study.get(name)]
     try:
@@ -180,7 +181,7 @@ def read_study(folder: Path) -> Gathered:
 
 
 def read_runs(paths: Sequence[Path]) -> Gathered:
-    """Reads run folders; runs whose configs differ in nothing but the seed are one cell.
+    """Reads run folders; runs whose configs differ only in the seed are one cell.
 
     Raises:
         CheckpointError: if a path holds no run, no run has a metric, or a file cannot be read.
@@ -237,7 +238,7 @@ def _run_folders(path: Path) -> list[Path]:
 
 
 def _common_metric(records: Iterable[Mapping[str, Any]]) -> str:
-    """Returns the metric by which most runs can be compared: their task's own, of test before validation."""
+    """Returns the metric by which most runs can be compared: their task's, of test before validation."""
     logged = [set(record.get("metrics") or {}) for record in records]
     names = [f"{split}/{task.monitor}" for split in ("test", "validation") for task in TASKS.values()]
     counts = {name: sum(name in metrics for metrics in logged) for name in [*names, "validation/loss"]}
@@ -256,7 +257,7 @@ def _settings(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cell_names(settings: Mapping[Path, Mapping[str, Any]]) -> dict[Path, str]:
-    """Names each run by its method and what else it does not share with the other runs of this method."""
+    """Names each run by its method, and by the settings that differ between runs of this method."""
     method = "adapter.method"
     groups: dict[Any, list[Path]] = {}
     for folder, found in settings.items():
@@ -279,7 +280,7 @@ def _differing(found: Sequence[Mapping[str, Any]]) -> list[str]:
 def _differences(
     names: Mapping[Path, str], settings: Mapping[Path, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Returns, as a study does, in which keys each cell differs from the first one."""
+    """Returns, as for a study, the keys in which each cell differs from the first one."""
     cells = {name: settings[folder] for folder, name in reversed(list(names.items()))}
     first, *others = dict.fromkeys(names.values())
     found = []
@@ -296,13 +297,13 @@ def _is_rank_of_module(name: str) -> bool:
 
 
 def _short(path: Path) -> str:
-    """Returns a path from where one stands, if it lies below."""
+    """Returns a path relative to the working folder, if it is inside."""
     path, here = path.resolve(), Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def _logged(path: Path) -> dict[str, NDArray[np.float64]]:
-    """Reads the columns of `metrics.csv`; a last line that a killed process left half is dropped."""
+    """Reads the columns of `metrics.csv`, without an incomplete last line."""
     if not path.is_file():
         return {}
     try:

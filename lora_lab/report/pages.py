@@ -27,7 +27,7 @@ from lora_lab.statistics import Analysis, CellSummary, analyse, higher_is_better
 TEMPLATE = Path(__file__).with_name("page.html")
 NONE = "–"
 WIDE = 8.0
-"""Width in inches of the first figure on a screen that is no phone's."""
+"""Width in inches of the first figure on screens larger than a phone's."""
 MACHINE = ("processor", "cores", "threads", "gpus")
 
 
@@ -41,7 +41,7 @@ class Table:
 
 @dataclass
 class Section:
-    """What is under one heading."""
+    """The contents under one heading."""
 
     title: str
     texts: list[str] = field(default_factory=list)
@@ -51,11 +51,11 @@ class Section:
     code: list[str] = field(default_factory=list)
     """Commands."""
     notes: list[str] = field(default_factory=list)
-    """What comes last."""
+    """Text at the end."""
     open: bool = True
-    """Whether the page shows it unfolded."""
+    """Whether the page shows it open."""
     pictures_only: bool = False
-    """Whether it says nothing without its figures."""
+    """Whether it has no content without figures."""
 
 
 @dataclass
@@ -68,13 +68,13 @@ class Report:
     answer: tuple[str, str] | None
     """The first figure, wide and narrow."""
     legend: str
-    """What the first figure's marks mean."""
+    """What the marks of the first figure mean."""
     sections: list[Section]
     cells: pd.DataFrame
     """One row for each cell, with plain numbers."""
 
     def html(self) -> str:
-        """Returns one page that needs nothing from elsewhere."""
+        """Returns one page that needs no other files."""
         if importlib.util.find_spec("jinja2") is None:
             raise IncompatibleError("--html: needs jinja2: pip install 'lora_lab[study]'")
         import jinja2
@@ -107,7 +107,7 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def write(self, html: Path | None = None, markdown: Path | None = None, csv: Path | None = None) -> None:
-        """Writes the files that are named; next to the Markdown also its picture, `<name>.svg`.
+        """Writes the files that are named; with the Markdown also its picture, `<name>.svg`.
 
         Raises:
             CheckpointError: if a file cannot be written.
@@ -263,7 +263,7 @@ def _table(gathered: Gathered, analysis: Analysis) -> Section:
 
 
 def _method_notes(gathered: Gathered, analysis: Analysis) -> Iterator[str]:
-    """Says how the table's numbers were made, and what they cannot say."""
+    """Explains how the numbers of the table were computed, and what they cannot show."""
     seeds = max((len(cell.values) for cell in analysis.cells), default=0)
     better = "More" if analysis.higher_is_better else "Less"
     yield (
@@ -292,7 +292,7 @@ def _method_notes(gathered: Gathered, analysis: Analysis) -> Iterator[str]:
     unsure = [name for name, one in analysis.comparisons.items() if one.depends_on_examples]
     if unsure:
         yield (
-            f"All seeds agree on {', '.join(unsure)}, but other test examples might not: more of them would "
+            f"All seeds agree on {', '.join(unsure)}, but other test examples might not: more examples would "
             "decide."
         )
     missing = sorted({int(seed) for seed in gathered.seeds} - set(gathered.compared["seed"].astype(int)))
@@ -316,7 +316,8 @@ def _costs(gathered: Gathered, analysis: Analysis) -> Section | None:
         notes.append("Runs were made on several machines: their step times and memory are not comparable.")
     else:
         notes.append(
-            "Step times and memory were measured while training; other work on the machine is in them."
+            "Step times and memory were measured during training and include the effect of other work on "
+            "the machine."
         )
     return Section("What it costs", notes, drawn)
 
@@ -346,10 +347,10 @@ def _rates(gathered: Gathered, analysis: Analysis) -> Section | None:
     near_text = f"{gathered.margin:g}" if gathered.margin is not None else "1 %"
     texts = [
         f"Every cell's {key} was chosen by {by} ({'more' if higher else 'less'} is better), with other seeds "
-        f"than the comparison's; test data took no part. Good are values within {near_text} of the best."
+        f"than the comparison's and without test data. Good values are within {near_text} of the best."
     ]
     if widen:
-        texts.append("Where the best value is at the edge of what was tried, a better one may lie beyond:")
+        texts.append("If the best value is at the edge of the range, a better one may be outside:")
     table = Table(["cell", "chosen", f"best {by}", "good values", "search"], rows)
     drawn = [figure.svg("rates-")] if figure else []
     return Section(f"The search for {key}", texts, drawn, table, list(dict.fromkeys(widen)))
@@ -391,7 +392,7 @@ def _ranks(gathered: Gathered, analysis: Analysis) -> Section | None:
         drawn.append(found.svg("modules-"))
     if not drawn:
         return None
-    return Section("Ranks", ["Cells whose controllers moved ranks."], drawn, pictures_only=True)
+    return Section("Ranks", ["Cells whose controllers changed ranks."], drawn, pictures_only=True)
 
 
 def _differences(gathered: Gathered) -> Section | None:
@@ -407,7 +408,7 @@ def _differences(gathered: Gathered) -> Section | None:
         facts = ", ".join(f"{name} {_plain(value)}" for name, value in match.items())
         rows.append([cell, "matched size", facts, NONE])
     if not rows:
-        return Section("What differs", [f"Cells differ from {baseline} in the keys of the grid alone."])
+        return Section("What differs", [f"Cells differ from {baseline} only in the keys of the grid."])
     text = f"Keys in which a cell differs from {baseline} beyond the grid; each may cause a difference."
     if gathered.baseline is None:
         text = f"Keys in which a cell differs from {baseline}, the first one; there is no baseline."
@@ -437,7 +438,7 @@ def _failures(gathered: Gathered) -> Section:
         [str(run["cell"]), str(run["phase"]), str(run["seed"]), str(run["status"]), _text(run.get("error"))]
         for _, run in lost.iterrows()
     ]
-    text = f"{len(lost)} of {len(gathered.runs)} runs; they are in no mean, which may flatter their cells."
+    text = f"{len(lost)} of {len(gathered.runs)} runs; they are in no mean, which can flatter their cells."
     return Section(
         "Runs that did not finish", [text], table=Table(["cell", "phase", "seed", "status", "error"], rows)
     )

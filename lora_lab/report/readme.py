@@ -1,4 +1,4 @@
-"""The parts of the README that are made from the sources, and its sections.
+"""The parts of the README that are generated from the sources, and its sections.
 
     python -m lora_lab.report.readme README.md
 
@@ -50,7 +50,7 @@ def controllers_rows() -> str:
 
 
 def with_tables(text: str) -> str:
-    """Returns the README with both tables as the sources have them."""
+    """Returns the README with both tables from the sources."""
     for first, rows in (("| method |", methods_rows()), ("| controller |", controllers_rows())):
         start = text.index(first)
         text = text[:start] + rows + text[text.index("\n\n", start) :]

@@ -19,7 +19,7 @@ from lora_lab.report.descriptions import REQUIRED, describe, known
 
 
 def record_table(record: Mapping[str, Any]) -> Table:
-    """Shows what came of a run."""
+    """Shows the results of a run."""
     table = _facts(f"{record['experiment']} / {record['run']}")
     trained, total = record["trainable_parameters"], record["total_parameters"]
     table.add_row("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})")
@@ -50,7 +50,7 @@ def metrics_table(metrics: Mapping[str, float], title: str) -> Table:
 
 
 def conversion_table(title: str, ranks: Mapping[str, int], errors: Mapping[str, float]) -> Table:
-    """Shows the rank of each module in a new adapter, and what was lost."""
+    """Shows the rank of each module in a new adapter, and its error."""
     table = Table(title=title, title_justify="left", box=SIMPLE)
     table.add_column("module", overflow="fold")
     table.add_column("rank", justify="right")
@@ -61,7 +61,7 @@ def conversion_table(title: str, ranks: Mapping[str, int], errors: Mapping[str, 
 
 
 def assets_table(rows: Sequence[Mapping[str, str]]) -> RenderableType:
-    """Shows what can be fetched, one block of lines for each asset."""
+    """Shows the assets that can be fetched, one block of lines for each."""
     parts: list[RenderableType] = [Text("Embedded models and data", style="italic")]
     for row in rows:
         head = Text.assemble(
@@ -82,7 +82,7 @@ def methods_table() -> Table:
 
 
 def controllers_table() -> Table:
-    """Shows every controller: what it does, what it needs adapters to be, its paper."""
+    """Shows every controller: what it does, the protocol it needs, its paper."""
     table = _overview("Controllers", "controller", "needs adapters")
     for name, controller in CONTROLLERS.items():
         found = describe(name)

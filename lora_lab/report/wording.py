@@ -1,4 +1,4 @@
-"""The verdict of a study, worded by rule from its statistics and never stronger than they are."""
+"""The verdict of a study, worded by rules from its statistics and not stronger than they are."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from lora_lab.statistics import Analysis, Comparison, Interval
 
 OUTCOMES = ("better", "worse", "equivalent", "cannot be told apart", "not tested")
 NAMED = 4
-"""This many cells are named in a sentence; more are counted."""
+"""Most cells that a sentence names; more are counted."""
 
 
 class Numbers:
-    """Writes a metric's values with the digits that its size asks for.
+    """Writes a metric's values, with digits that depend on its size.
 
     Args:
         scale: a typical value; 0.85 is written with four decimals, 23.4 with two.
@@ -64,7 +64,7 @@ def verdict(analysis: Analysis) -> str:
         if cells:
             parts.append(_clause(analysis, name, cells))
     if not parts:
-        return f"Only the baseline {analysis.baseline} has runs, so that nothing can be compared."
+        return f"Only the baseline {analysis.baseline} has runs, so nothing can be compared."
     found = "; ".join(parts)
     unfinished = sum(cell.unfinished for cell in analysis.cells)
     if unfinished:
@@ -84,7 +84,9 @@ def _clause(analysis: Analysis, name: str, cells: Sequence[str]) -> str:
         margin = write.value(analysis.margin)
         return f"{who} {'are' if plural else 'is'} as good as {baseline} within {margin}"
     if name == "not tested":
-        return f"{who} {'have' if plural else 'has'} too few finished seeds next to {baseline} for a test"
+        return (
+            f"{who} {'have' if plural else 'has'} too few finished seeds in common with {baseline} for a test"
+        )
     detectable = [one.detectable for one in found if one.detectable is not None]
     power = ""
     if detectable:
@@ -113,7 +115,7 @@ def _most(write: Numbers, found: Sequence[Comparison]) -> str:
 def _without_baseline(analysis: Analysis) -> str:
     done = [cell for cell in analysis.cells if cell.mean is not None]
     if not done:
-        return f"No run has finished with a {analysis.metric}, so that nothing can be said."
+        return f"No run has finished with a {analysis.metric}, so nothing can be said."
     sign = -1 if analysis.higher_is_better else 1
     best = min(done, key=lambda cell: sign * (cell.mean or 0.0))
     write = Numbers.of(analysis)

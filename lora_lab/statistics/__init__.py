@@ -1,4 +1,4 @@
-"""What the numbers of a study allow to say: intervals, paired comparisons, equivalence, ranks.
+"""What the numbers of a study show: intervals, paired comparisons, equivalence, ranks.
 
 Needs scipy, `pip install 'lora_lab[study]'`.
 """

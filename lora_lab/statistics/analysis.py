@@ -1,4 +1,4 @@
-"""From a table of runs to what may be said of them."""
+"""From a table of runs to statistics of cells and their comparisons."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class CellSummary:
     interval: Interval | None
     """None for fewer than two seeds."""
     statuses: Mapping[str, int]
-    """How many runs finished, failed, diverged, …"""
+    """Number of runs that finished, failed, diverged, …"""
     rank: int | None = None
     """1 for the best; equal means share the better rank; None for fewer than two seeds."""
     rank_interval: Interval | None = None
 
     @property
     def unfinished(self) -> int:
-        """How many runs have no result."""
+        """Number of runs without a result."""
         return sum(count for status, count in self.statuses.items() if status != FINISHED)
 
 
@@ -53,9 +53,9 @@ class Analysis:
     comparisons: Mapping[str, Comparison]
     """Cell → its comparison with the baseline."""
     examples: int | None
-    """Test examples that the bootstrap draws from; None if it has none."""
+    """Number of test examples for the bootstrap; None without any."""
     notes: tuple[str, ...]
-    """What of the design could not be used, and why."""
+    """What could not be used in the analysis, and why."""
 
     def cell(self, name: str) -> CellSummary:
         """Returns a cell by its name."""
@@ -75,15 +75,15 @@ def analyse(
     examples: Mapping[tuple[str, int], pd.DataFrame] | None = None,
     level: float = 0.95,
 ) -> Analysis:
-    """Judges the runs of a study.
+    """Analyses the runs of a study.
 
     Args:
         results: one row for each run: columns cell, seed, status and the metric.
         metric: the column that is compared; its name says whether more of it is better.
         baseline: the cell that the others are compared with; None compares nothing.
-        margin: differences below it count as none; None tests no equivalence.
+        margin: smaller differences count as none; None tests no equivalence.
         examples: (cell, seed) → rows of the run's test examples (columns id, label, prediction, loss).
-        level: of the intervals; effects are claimed at 1 - level.
+        level: level of the intervals; effects are claimed at 1 - level.
 
     Raises:
         ConfigError: if the metric or baseline is not in the table, a cell has two runs of one seed, or the
@@ -144,7 +144,7 @@ def _check(results: pd.DataFrame, metric: str, baseline: str | None, margin: flo
     if margin is not None and not margin > 0:
         faults.append(f"margin: must be above 0; got {margin}")
     for _, row in results[results.duplicated(["cell", "seed"])].iterrows():
-        faults.append(f"cell '{row['cell']}': has two runs of seed {row['seed']}; leave one of them out")
+        faults.append(f"cell '{row['cell']}': has two runs of seed {row['seed']}; leave out one of them")
     if faults:
         raise ConfigError("\n".join(faults))
 
@@ -154,7 +154,7 @@ def _example_table(
     metric: str,
     examples: Mapping[tuple[str, int], pd.DataFrame],
 ) -> dict[tuple[str, int], pd.Series] | str:
-    """Returns the metric of every example of every finished run, or why there is none."""
+    """Returns the metric of every example of every finished run, or why there are none."""
     if not metric.startswith("test/"):
         return f"{metric} is not of the test split"
     table = {}
@@ -162,7 +162,7 @@ def _example_table(
         for seed, value in seeds.items():
             rows = examples.get((cell, seed))
             if rows is None:
-                return f"{cell}, seed {seed}, stores none"
+                return f"{cell}, seed {seed}, has none"
             found = example_values(rows, metric)
             if found is None:
                 return f"{metric} is not a mean over examples"

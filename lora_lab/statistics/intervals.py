@@ -11,18 +11,18 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Interval:
-    """Two ends and the share of cases in which such intervals hold the true value."""
+    """Two ends, and the share of cases in which such intervals contain the true value."""
 
     low: float
     high: float
     level: float
 
     def excludes(self, value: float) -> bool:
-        """Whether a value lies outside."""
+        """Whether a value is outside."""
         return not self.low <= value <= self.high
 
     def within(self, margin: float) -> bool:
-        """Whether all of it lies between -margin and margin."""
+        """Whether it is completely between -margin and margin."""
         return -margin < self.low and self.high < margin
 
 

@@ -1,4 +1,4 @@
-"""What a metric's name says: whether more of it is better, and what it is for one example."""
+"""What a metric's name implies: whether more of it is better, and its value for one example."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def higher_is_better(metric: str) -> bool:
     """
     known = {"loss": False}
     for task in TASKS.values():
-        # torchmetrics leaves it open for correlations; between predictions and labels, more is better.
+        # torchmetrics does not say it for correlations; between predictions and labels, more is better.
         known |= {str(name): kind.higher_is_better is not False for name, kind in task.metrics(2).items()}
     name = metric.rpartition("/")[2]
     if name not in known:
@@ -30,7 +30,7 @@ def higher_is_better(metric: str) -> bool:
 
 
 def example_values(rows: pd.DataFrame, metric: str) -> NDArray[np.float64] | None:
-    """Returns a metric for each example, where the metric of a data set is the mean of these.
+    """Returns a metric for each example, if the metric of a data set is their mean.
 
     Args:
         rows: one row for each example: label, loss, and prediction (classes) or score (numbers).

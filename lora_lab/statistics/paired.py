@@ -1,14 +1,14 @@
 """Comparing cells with a baseline, seed by seed.
 
-The same seed gives two cells the same data in the same order, so that their difference has less chance in it
-than either value. Student's t judges the differences over seeds; where rows of single test examples are
-stored, a bootstrap over seeds and examples judges them a second time.
+The same seed gives two cells the same data in the same order, so their difference varies less by chance than
+either value. Student's t tests the differences over seeds; if there are rows of single test examples, a
+bootstrap over seeds and examples tests them a second time.
 
-Several comparisons of one study are corrected by Holm's procedure (1979): p-values from the smallest on are
-held against α/m, α/(m-1), …, until one is above. **A corrected interval is the interval at the level at which
-the procedure tested that comparison**: 1 - α/(m-j) for the j-th rejected one, and for all that are not
-rejected the level at which the procedure stopped. So a corrected interval excludes 0 exactly when the
-corrected p-value is below α.
+Several comparisons of one study are corrected by Holm's procedure (1979): p-values, from the smallest on, are
+compared with α/m, α/(m-1), …, until one is larger. **A corrected interval is the interval at the level at
+which the procedure tested that comparison**: 1 - α/(m-j) for the j-th rejected one, and for all others the
+level at which the procedure stopped. So a corrected interval excludes 0 exactly when the corrected p-value is
+below α.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from scipy import optimize, special, stats
 from lora_lab.statistics.intervals import Interval
 
 POWER = 0.8
-"""Share of studies that find a difference of the size which is called detectable."""
+"""Share of studies that find a difference of the size that is called detectable."""
 
 Outcome = Literal["greater", "less", "equivalent", "undecided", "untested"]
-"""What may be said of a cell: its metric is larger or less than the baseline's, as good as equal, cannot be
-told apart from it, or was not tested for lack of seeds."""
+"""The result for a cell: its metric is greater or less than the baseline's, equivalent, cannot be told apart
+from it, or was not tested for lack of seeds."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Comparison:
     mean: float | None
     """None without a common seed."""
     interval: Interval | None
-    """Student's t; None if the seeds show no spread."""
+    """Student's t; None if the seeds have no spread."""
     p: float | None
     corrected_interval: Interval | None
     """At the level at which Holm's procedure tested this comparison."""
@@ -49,7 +49,7 @@ class Comparison:
     resampled: Interval | None
     """Bootstrap over seeds and test examples; None without rows of examples."""
     corrected_resampled: Interval | None
-    """The same at the level of the corrected interval."""
+    """The same, at the level of the corrected interval."""
     detectable: float | None
     """Smallest true difference that `POWER` of such studies would find."""
     equivalence_p: float | None
@@ -59,7 +59,7 @@ class Comparison:
 
     @property
     def outcome(self) -> Outcome:
-        """What may be said; an effect only where each corrected interval excludes 0 on the same side."""
+        """The result; an effect only if each corrected interval excludes 0 on the same side."""
         if self.corrected_interval is None or self.mean is None:
             return "untested"
         found = [self.corrected_interval, self.corrected_resampled or self.corrected_interval]
@@ -69,7 +69,7 @@ class Comparison:
 
     @property
     def depends_on_examples(self) -> bool:
-        """Whether the seeds agree on an effect that other test examples might not show."""
+        """Whether the seeds agree on an effect that other test examples might not have."""
         seeds = self.corrected_interval is not None and self.corrected_interval.excludes(0)
         return seeds and self.outcome not in ("greater", "less")
 
@@ -80,14 +80,14 @@ def compare_paired(
     margin: float | None = None,
     level: float = 0.95,
 ) -> list[Comparison]:
-    """Judges all comparisons of a study together.
+    """Tests all comparisons of a study together.
 
     Args:
         differences: for each comparison, the differences by seed, shape (seeds).
         replicates: for each comparison, the mean differences of a bootstrap over seeds and test examples,
             shape (draws); None if there are no rows of examples.
-        margin: differences below it count as none; None tests no equivalence.
-        level: of the intervals; effects are claimed at 1 - level.
+        margin: smaller differences count as none; None tests no equivalence.
+        level: level of the intervals; effects are claimed at 1 - level.
     """
     seeds = [np.asarray(values, dtype=float) for values in differences]
     drawn = list(replicates) if replicates is not None else [None] * len(seeds)
@@ -129,12 +129,12 @@ def compare_paired(
 def holm(p: NDArray[np.float64], alpha: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Corrects p-values by Holm's procedure.
 
-    (Own code: statsmodels' `multipletests` does not return the levels, and frees all garbage of the process
-    in every call. The tests compare with it.)
+    (Own code: statsmodels' `multipletests` does not return the levels, and collects the garbage of the whole
+    process in every call. The tests compare with it.)
 
     Args:
         p: shape (comparisons).
-        alpha: chance that a study without any effect claims one.
+        alpha: probability that a study without any effect claims one.
 
     Returns:
         Corrected p-values, and the α at which each comparison was tested; both of shape (comparisons).
@@ -149,10 +149,10 @@ def holm(p: NDArray[np.float64], alpha: float) -> tuple[NDArray[np.float64], NDA
 
 
 def detectable_difference(differences: ArrayLike, alpha: float = 0.05) -> float:
-    """Returns the true difference which `POWER` of such studies would find, in the metric's unit.
+    """Returns the true difference that `POWER` of such studies would find, in the metric's unit.
 
-    The standard deviation is estimated without bias from the differences (their sample deviation is 11 % too
-    small for three seeds).
+    The standard deviation is estimated without bias from the differences (the sample deviation of three seeds
+    is 11 % too small).
 
     Args:
         differences: one for each seed, at least two.
@@ -172,7 +172,7 @@ def _detectable_effect(seeds: int, alpha: float) -> float:
     """
     freedom = seeds - 1
     critical = stats.t.isf(alpha / 2, freedom)
-    top = critical * np.sqrt(stats.chi2.ppf(POWER, freedom) / freedom) + 3  # more than enough power there
+    top = critical * np.sqrt(stats.chi2.ppf(POWER, freedom) / freedom) + 3  # more than enough power
     root = optimize.brentq(lambda shift: stats.nct.sf(critical, freedom, shift) - POWER, 0, top)
     return float(root / np.sqrt(seeds))
 
@@ -183,7 +183,7 @@ class _Tests:
 
     mean: NDArray[np.float64]
     error: NDArray[np.float64]
-    """Standard error; 0 if the seeds differ by no more than rounding, so that their spread is unknown."""
+    """Standard error; 0 if the seeds differ only by rounding, so their spread is unknown."""
     freedom: NDArray[np.float64]
 
     @classmethod
@@ -197,7 +197,7 @@ class _Tests:
         )
 
     def p_values(self) -> NDArray[np.float64]:
-        """Returns two-sided p-values; 1 without spread, which shows nothing."""
+        """Returns two-sided p-values; 1 without spread."""
         return np.where(self.error > 0, 2 * special.stdtr(self.freedom, -abs(self._over_error(self.mean))), 1)
 
     def equivalence_p_values(self, margin: float) -> NDArray[np.float64]:

@@ -1,9 +1,9 @@
-"""The bootstrap of a study (Efron 1979): its means and ranks under other seeds and test examples.
+"""The bootstrap of a study (Efron 1979): its means and ranks with other seeds and test examples.
 
-Test examples are one more layer of chance than seeds. Where all seeds are tested on the same examples, one
-draw of examples serves all seeds of a replicate: an example that is hard is hard for every seed, and drawing
-again for each seed would average that chance away. Where the seed also chooses the split, each seed has draws
-of its own.
+Test examples are a second source of chance besides seeds. If all seeds are tested on the same examples, all
+seeds of a replicate use the same draw of examples: an example that is hard is hard for every seed, and
+separate draws for each seed would average out this chance. If the seed also chooses the split, each seed has
+its own draws.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from scipy import stats
 from lora_lab.statistics.intervals import Interval
 
 DRAWS = 9999
-"""Replicates; a corrected interval of 30 comparisons has 8 of them beyond each end."""
+"""Number of replicates; with 30 comparisons, 8 of them are outside each end of a corrected interval."""
 CHUNK = 4_000_000
-"""Numbers drawn at a time."""
+"""Number of random numbers drawn at a time."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def rank_interval(
     Returns:
         Ranks of the means, shape (cells), and for each cell the interval of its ranks in the replicates.
     """
-    # Rounding keeps sums in another order from breaking a tie.
+    # Rounding, since sums in another order would break ties.
     ranks = stats.rankdata(np.round(-means if descending else means, 12), method="min", axis=1)
     ends = np.quantile(ranks[1:], [(1 - level) / 2, (1 + level) / 2], axis=0, method="nearest")
     return ranks[0].astype(int), [Interval(float(low), float(high), level) for low, high in ends.T]

@@ -1,13 +1,13 @@
-"""Tests for authors of methods, run on their own class.
+"""Tests for authors of methods, to run on their class.
 
     from lora_lab.testing import Variant, contract
     from my_package import Volume
 
     test_contract = contract(Volume, Variant("", {"rank": 4}, trained=160), Variant("loud", {"gain": 2.0}))
 
-pytest then runs one case for each check: starts as the identity, merges, is removed, trains alone, copies,
-half precision, compiles, comes back from its folder, and more, on tiny models of several architectures.
-`checks` gives the same checks to those who do without pytest.
+pytest then runs one case for each check: identity at the start, merging, removal, training, copies, half
+precision, compilation, saving and loading, and more, on tiny models of several architectures. `checks`
+returns the same checks for use without pytest.
 """
 
 from lora_lab.testing.methods import Case, Check, Variant, checks, contract

@@ -1,4 +1,4 @@
-"""What every method has to keep, as checks of one class: `contract` gathers them for pytest."""
+"""What every method must fulfil, as checks of one class: `contract` collects them for pytest."""
 
 from __future__ import annotations
 
@@ -23,48 +23,48 @@ from lora_lab.errors import IncompatibleError
 from lora_lab.testing.models import One, tiny_batch, tiny_model
 
 TOLERANCE = 1e-5
-"""Of every comparison in float32, relative to the largest number compared."""
+"""Tolerance of comparisons in float32, relative to the largest number compared."""
 
 MODELS = ("bert", "llama", "gpt2", "t5", "plain", "nf4")
-"""The models, of `models.tiny_model`, on which a method's first variant is tried; the others on bert."""
+"""The models of `models.tiny_model` on which a method's first variant is tested; others only on bert."""
 
 QUERY_AND_VALUE = {"gpt2": ["query_key_value", "attention_output"], "plain": ["first", "second"]}
-"""What stands for the targets query and value on models without such maps."""
+"""What replaces the targets query and value on models without such maps."""
 
 INERT = ("key.delta", "key.trained.bias")
-"""Softmax does not see what all keys share, so that a key's bias has no gradient but rounding."""
+"""Softmax ignores what all keys share, so the gradient of a key's bias is only rounding."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Options under which a method is tried; a method's first variant should be as small as the models."""
+    """Options with which a method is tested; the first variant should be as small as the models."""
 
     name: str = ""
-    """Of the variant, in the names of its checks."""
+    """Name of the variant, in the names of its checks."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the spec."""
 
     start: Literal["exact", "rounded", "other"] | None = None
-    """Whether W' = W at the start to the bit, up to rounding, or not at all; by default exact, or other where
-    the class says `identity_at_start = False`."""
+    """Whether W' = W at the start exactly, up to rounding, or not; by default exact, or other if the class
+    has `identity_at_start = False`."""
 
     trained: int | None = None
     """How many parameters are trained on one linear map from 24 to 16 with a bias, worked out by hand."""
 
     on: Mapping[str, Mapping[str, Any] | str] = field(default_factory=dict)
-    """Model → the further options that the method needs there, or the reason why it cannot stand there. The
-    first variant is also tried on what is named here besides MODELS: `opt`, `llama biased`, `int8`."""
+    """Model → further options that the method needs there, or the reason why it cannot be used there. The
+    first variant is also tested on the models named here besides MODELS: `opt`, `llama biased`, `int8`."""
 
     linear: Mapping[str, Any] | str = field(default_factory=dict)
-    """Likewise, of the checks on one linear map from 24 to 16."""
+    """Likewise, for the checks on one linear map from 24 to 16."""
 
     dropout: bool = True
-    """Whether a field `dropout` may be set besides these options."""
+    """Whether a field `dropout` may be set with these options."""
 
     rounded: tuple[Literal["folder", "checkpointing"], ...] = ()
-    """What gives the same numbers up to rounding alone: coming back from a folder, or the gradients under
-    gradient checkpointing."""
+    """What is equal only up to rounding: loading from a folder, or the gradients under gradient
+    checkpointing."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ class Check:
     run: Callable[[], None]
 
     def __call__(self) -> None:
-        """Runs it, seeded.
+        """Runs the check, seeded.
 
         Raises:
-            AssertionError: if the method does not keep what is checked.
+            AssertionError: if the method fails.
         """
         torch.manual_seed(0)
         self.run()
@@ -89,7 +89,7 @@ def contract(method: type[Adapter], *variants: Variant) -> Callable[..., None]:
 
         test_contract = contract(Volume, Variant("", {"rank": 4}), Variant("loud", {"rank": 4, "gain": 2.0}))
 
-    The method is registered for it, see `lora_lab.register`.
+    The method is registered for this, see `lora_lab.register`.
 
     Args:
         method: the class.
@@ -131,7 +131,7 @@ def checks(method: type[Adapter], *variants: Variant) -> list[Check]:
         one = Case(method, variant, "linear")
         if issubclass(method, LinearAdapter) and not isinstance(variant.linear, str):
             pairs += [(check, one) for check in ON_ONE_MAP]
-            # Autograd through the compiled graph is the same for all variants, and takes longest.
+            # Autograd through the compiled graph is the same for all variants, and takes the longest.
             pairs.append((compiled_map_agrees if first else compiles_without_a_break, one))
         elif variant.trained is not None:
             pairs.append((number_trained, one))
@@ -140,7 +140,7 @@ def checks(method: type[Adapter], *variants: Variant) -> list[Check]:
 
 
 def _others(case: Case, first: bool) -> list[Callable[[Case], None]]:
-    """Returns the checks that need no more than one model or two."""
+    """Returns the checks that need only one or two models."""
     found: list[Callable[[Case], None]] = []
     if first and case.model_name in ("bert", "llama"):
         found += [gradients_under_checkpointing, comes_back_from_its_folder]
@@ -159,7 +159,7 @@ def _others(case: Case, first: bool) -> list[Callable[[Case], None]]:
 
 @dataclass(frozen=True)
 class Case:
-    """A variant of a method on a model, as every check gets it."""
+    """A variant of a method on a model, the argument of every check."""
 
     method: type[Adapter]
     variant: Variant
@@ -182,7 +182,7 @@ class Case:
 
     @property
     def start(self) -> str:
-        """What the variant promises of its start."""
+        """What the variant promises for its start."""
         return self.variant.start or ("exact" if self.method.identity_at_start else "other")
 
     def model(self) -> nn.Module:
@@ -190,7 +190,7 @@ class Case:
         return tiny_model(self.model_name)
 
     def adapted(self, seed: int = 0, perturbed: bool = True, **changes: Any) -> tuple[nn.Module, AdapterSet]:
-        """Returns model and adapters, with all that is trained moved away from its start."""
+        """Returns model and adapters, with all trained tensors moved away from their start."""
         model = self.model()
         adapters = inject(model, replace(self.spec, **changes), seed)
         if perturbed:
@@ -200,7 +200,7 @@ class Case:
     def one_map(
         self, bias: bool = True, dtype: torch.dtype = torch.float32
     ) -> tuple[nn.Module, AdapterSet, Any]:
-        """Returns a model of one linear map, its adapters, and the one that stands there; perturbed."""
+        """Returns a model of one linear map, its adapters, and the one on the map; perturbed."""
         torch.manual_seed(0)
         model = One(bias, dtype).eval()
         adapters = inject(model, self.spec)
@@ -233,7 +233,7 @@ def logits_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def perturb(adapters: AdapterSet) -> None:
-    """Moves all that is trained away from its start, as training would."""
+    """Moves all trained tensors away from their start, as training would."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in adapters.trainable_parameters():
@@ -249,13 +249,13 @@ def backward(case: Case, model: nn.Module, adapters: AdapterSet) -> None:
 
 
 def assert_close(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
-    """Compares relative to the largest number; 0 asks for the same bits."""
+    """Compares relative to the largest number; 0 requires the same bits."""
     scale = max(1e-30, float(expected.detach().abs().max())) if expected.numel() else 1.0
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * scale)
 
 
 def assert_same_tensors(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Same names, bitwise the same numbers."""
+    """Same names, bitwise equal numbers."""
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
@@ -265,7 +265,7 @@ def assert_same_tensors(found: Mapping[str, Any], expected: Mapping[str, Any]) -
 
 
 def facts(method: type[Adapter]) -> None:
-    """The class says what tables and configs show of it."""
+    """The class has what tables and configs show."""
     spec = method.Spec()
     assert METHODS[spec.method] is method
     assert not spec.faults(), "the spec's defaults are invalid"
@@ -276,7 +276,7 @@ def facts(method: type[Adapter]) -> None:
 
 @torch.no_grad()
 def starts_as_the_identity(case: Case) -> None:
-    """The adapted model computes what the base does, where the variant promises it."""
+    """The adapted model computes what the base does, if the variant promises it."""
     model, _ = case.adapted(perturbed=False)
     assert_close(case.logits(model), case.base_logits(), 0 if case.start == "exact" else TOLERANCE)
 
@@ -290,19 +290,19 @@ def the_formula_counts_what_is_trained(case: Case) -> None:
 
 @torch.no_grad()
 def changes_the_output(case: Case) -> None:
-    """Without this the other checks could hold for an adapter that is never called."""
+    """Otherwise the other checks could pass for an adapter that is never called."""
     model, adapters = case.adapted()
     expected = case.base_logits()
     assert (case.logits(model) - expected).abs().max() > 1e-4
     if case.spec.targets:
         assert len(adapters) > 0
-        model, _ = case.adapted(modules_to_save=[])  # a head alone changes the output too
+        model, _ = case.adapted(modules_to_save=[])  # a head alone also changes the output
         assert (case.logits(model) - expected).abs().max() > 1e-6 * expected.abs().max()
 
 
 @torch.no_grad()
 def merged_model_gives_the_same_logits(case: Case) -> None:
-    """Merging temporarily and permanently; what cannot be merged is refused and left alone."""
+    """Merging temporarily and permanently; what cannot be merged is refused and unchanged."""
     model, adapters = case.adapted()
     expected = case.logits(model)
     if not case.method.mergeable:
@@ -347,7 +347,7 @@ def removing_restores_the_model(case: Case) -> None:
 
 
 def training_reaches_the_adapters_alone(case: Case) -> None:
-    """Three steps: all that is trained has a finite gradient, from the second one on none is zero."""
+    """Three steps: all trained tensors have finite gradients, which are not zero from the second step on."""
     model, adapters = case.adapted()
     own = adapters.named_parameters()
     base = {name: p for name, p in model.named_parameters() if not any(p is q for q in own.values())}
@@ -407,7 +407,7 @@ def half_precision_base(case: Case) -> None:
 
 
 def gradients_at_the_start(case: Case) -> None:
-    """The first step reaches all tensors but those of which the method says that it does not."""
+    """The first step reaches all tensors except those that the method lists."""
     model, adapters = case.adapted(perturbed=False, modules_to_save=[])
     backward(case, model, adapters)
     own = {
@@ -418,12 +418,12 @@ def gradients_at_the_start(case: Case) -> None:
 
 
 def gradients_under_checkpointing(case: Case) -> None:
-    """Recomputation happens after the forward pass has ended."""
+    """Recomputation happens after the end of the forward pass."""
     gradients = []
     for checkpointing in (False, True):
         model, adapters = case.adapted()
         model.train()
-        torch.manual_seed(5)  # of what is drawn in training
+        torch.manual_seed(5)  # for random numbers in training
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         backward(case, model, adapters)
@@ -436,7 +436,7 @@ def gradients_under_checkpointing(case: Case) -> None:
 
 @torch.no_grad()
 def dropout_in_training_alone(case: Case) -> None:
-    """Evaluation does not draw."""
+    """Evaluation has no randomness."""
     plain, _ = case.adapted()
     model, _ = case.adapted(dropout=0.5)
     expected = case.logits(plain)
@@ -460,7 +460,7 @@ def merged_model_is_saved_as_a_plain_one(case: Case) -> None:
 @torch.no_grad()
 def comes_back_from_its_folder(case: Case) -> None:
     """Saving and loading give the same logits and the same spec."""
-    model, adapters = case.adapted(seed=7)  # loading knows nothing of this seed
+    model, adapters = case.adapted(seed=7)  # loading does not know this seed
     expected = case.logits(model)
     with tempfile.TemporaryDirectory() as place:
         save_adapter(adapters, Path(place) / "adapter")
@@ -475,7 +475,7 @@ def comes_back_from_its_folder(case: Case) -> None:
 
 
 def forward_equals_the_adapted_weight(case: Case) -> None:
-    """The definition is the oracle of every faster form; batches may be empty, and have gradients of zero."""
+    """Every faster form equals the definition; batches may be empty, with gradients of zero."""
     for bias in (True, False):
         with torch.no_grad():
             _compare_forward(*case.one_map(bias))
@@ -508,7 +508,7 @@ def double_precision_stays_double(case: Case) -> None:
 
 
 def number_trained(case: Case) -> None:
-    """The formula and the adapters have as many numbers as were worked out by hand."""
+    """The formula and the adapters have as many parameters as computed by hand."""
     model = One()
     counted = parameter_count(model, case.spec)
     adapters = inject(model, case.spec)
@@ -523,7 +523,7 @@ def compiled_map_agrees(case: Case, backend: str = "aot_eager") -> None:
     x = torch.randn(5, 24)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    # Not the distance from 0: a turn of y does not change it, and its gradient would be rounding alone.
+    # Not the distance from 0: a rotation of y does not change it, and its gradient would be only rounding.
     expected = torch.autograd.grad((model(x) - 1).square().sum(), adapters.trainable_parameters())
     y = compiled(x)
     assert_close(y, model(x))
@@ -533,7 +533,7 @@ def compiled_map_agrees(case: Case, backend: str = "aot_eager") -> None:
 
 
 def compiles_without_a_break(case: Case) -> None:
-    """Likewise of a further variant, whose captured graph autograd runs as it is."""
+    """Likewise for a further variant, whose captured graph autograd runs without compilation."""
     compiled_map_agrees(case, "eager")
 
 
@@ -547,7 +547,7 @@ ON_MODELS: Mapping[Callable[[Case], None], tuple[str, ...]] = {
     copies_give_the_same_logits: ("nf4",),
     half_precision_base: ("llama", "t5", "plain"),
 }
-"""Check → the models, besides bert, on which it may find something else."""
+"""Check → the models besides bert on which it may give another result."""
 
 ON_ONE_MAP: Iterable[Callable[[Case], None]] = (
     forward_equals_the_adapted_weight,

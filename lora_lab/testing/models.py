@@ -49,7 +49,7 @@ class Plain(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """Stands for any quantised linear map of others: `weight` is a property that dequantises."""
+    """Like quantised linear maps of other libraries: `weight` is a property that dequantises."""
 
     scale: Tensor
     codes: Tensor
@@ -90,7 +90,7 @@ def tiny_model(name: str) -> nn.Module:
     Args:
         name: `bert` and `t5` classify; `llama` (fewer key heads than query heads), `llama biased`, `gpt2`
             (Conv1D made linear) and `opt` model language; `plain` is not from transformers; `nf4` is bert,
-            quantised, and `int8` a stand-in for it.
+            quantised, and `int8` an imitation of it.
     """
     return copy.deepcopy(_built(name))
 
@@ -101,7 +101,7 @@ def tiny_batch(name: str) -> dict[str, Tensor]:
     if name == "plain":
         return {"x": torch.randn(2, 5, 12, generator=generator)}
     ids = torch.randint(5, 100, (2, 6), generator=generator)
-    ids[0, 5], ids[1, 4], ids[1, 5] = 3, 3, 0  # the end token, which t5 classifies by, and padding
+    ids[0, 5], ids[1, 4], ids[1, 5] = 3, 3, 0  # the end token, by which t5 classifies, and padding
     return {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
 

@@ -80,8 +80,8 @@ BASE = [0.80, 0.81, 0.79]
         (
             {"lora": BASE, "dora": [0.80, None, None]},
             None,
-            "In test/accuracy, dora has too few finished seeds next to lora for a test; 2 of 6 runs did not "
-            "finish and are in no mean.",
+            "In test/accuracy, dora has too few finished seeds in common with lora for a test; 2 of 6 runs "
+            "did not finish and are in no mean.",
         ),
     ],
 )
@@ -211,7 +211,7 @@ def test_a_study_reports_without_its_runs_folders_searches_and_examples(folder, 
     found = report([bare])
     assert "pissa is better than lora" in found.verdict
     assert "folders of the runs are not here" in found.markdown()
-    assert "stores none" not in found.verdict
+    assert "has none" not in found.verdict
     assert found.html()
 
 
@@ -238,7 +238,7 @@ def test_runs_of_no_study_are_cells_without_a_baseline(tmp_path):
 def test_what_cannot_be_reported_is_refused(folder, tmp_path):
     with pytest.raises(CheckpointError, match="neither a study nor runs"):
         report([tmp_path])
-    with pytest.raises(CheckpointError, match="name it alone"):
+    with pytest.raises(CheckpointError, match="give it alone"):
         report([folder, tmp_path])
     empty = tmp_path / "started"
     empty.mkdir()
