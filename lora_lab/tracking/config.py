@@ -1,4 +1,4 @@
-"""What an experiment file may say about tracking, and what `auto` means on this machine."""
+"""The settings of tracking, and what `auto` means on this machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODES: dict[str, Mode] = {
     "dryrun": "offline",
     "disabled": "disabled",
 }
-"""What WANDB_MODE may say, old names included, and what it means."""
+"""Values of WANDB_MODE, including old names, and what they mean."""
 
 
 @dataclass
@@ -30,8 +30,8 @@ class TrackingConfig:
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """`online` sends rows to the server, `offline` keeps them in `<run>/wandb/` for `wandb sync`, `disabled`
-    does without W&B. `auto` does what the environment variable WANDB_MODE says; without it, `online` where an
-    API key is configured (WANDB_API_KEY or `wandb login`) and `offline` elsewhere."""
+    does not use W&B. `auto` follows the environment variable WANDB_MODE; without it, it means `online` if an
+    API key is configured (WANDB_API_KEY or `wandb login`), else `offline`."""
 
     project: str = "lora_lab"
     """W&B project."""
@@ -43,7 +43,7 @@ class TrackingConfig:
     """W&B group; null means the experiment's name."""
 
     job_type: str | None = None
-    """W&B job type; a study says `tune` or `compare`."""
+    """W&B job type; a study sets `tune` or `compare`."""
 
     cell: str | None = None
     """Name of the cell of a study that the run belongs to."""
@@ -52,15 +52,15 @@ class TrackingConfig:
     """W&B tags."""
 
     test_examples: bool = True
-    """Whether `test_examples.parquet` is written: a row of label, prediction and loss for each test example,
-    which paired statistics need."""
+    """Whether `test_examples.parquet` is written: label, prediction and loss of each test example, for paired
+    statistics."""
 
 
 def wandb_mode(config: TrackingConfig) -> Mode:
-    """Returns what the config means here and now.
+    """Returns the mode that the config means on this machine.
 
     Raises:
-        ConfigError: if WANDB_MODE is not a mode, or W&B is to be online and has no API key.
+        ConfigError: if WANDB_MODE is not a mode, or the mode is online and there is no API key.
     """
     source, mode = "tracking.wandb", config.wandb
     if mode == "auto" and (variable := os.environ.get("WANDB_MODE")):
@@ -80,7 +80,7 @@ def wandb_mode(config: TrackingConfig) -> Mode:
 def has_api_key() -> bool:
     """Whether W&B would find an API key; asks neither the user nor the server.
 
-    `wandb.login(prompt=False)` does the same but prints, and waits for the server.
+    `wandb.login(prompt=False)` does the same, but prints and waits for the server.
     """
     try:
         settings = wandb.setup().settings

@@ -1,4 +1,4 @@
-"""Giving a resumed run the rows which its killed process logged before the checkpoint."""
+"""Giving a resumed run the rows that its killed process logged before the checkpoint."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lora_lab.tracking.metrics_file import MetricsFile
 
 @rank_zero_only
 def replay(rows: Sequence[dict[str, Any]], loggers: Iterable[Logger], until_step: int) -> None:
-    """Makes new loggers hold the rows before a checkpoint, so that resuming leaves each row exactly once.
+    """Writes the rows before a checkpoint to new loggers, so that a resumed run has each row exactly once.
 
     Offline, the new W&B run gets the rows, and the folders of earlier processes are deleted. Pictures and
-    tables are no rows and are not repeated: they are logged when training ends, which no killed process has
-    seen. Online, W&B goes on with the rows that the server has: those between the checkpoint and the kill
-    then stand there twice, with the same `trainer/global_step`. `metrics.csv` is exact in either mode.
+    tables are not repeated: they are logged when training ends, which a killed process did not reach. Online,
+    W&B continues with the rows on the server: those between the checkpoint and the kill are then there twice,
+    with the same `trainer/global_step`. `metrics.csv` is exact in both modes.
 
     Args:
         rows: what `read_metrics` returned before the run was resumed.
         loggers: what `build_loggers` made, before their first row.
-        until_step: optimizer steps done by the checkpoint; 0 to start from the beginning.
+        until_step: number of optimizer steps of the checkpoint; 0 to start from the beginning.
     """
     kept = [row for row in rows if row["step"] < until_step]
     for logger in loggers:

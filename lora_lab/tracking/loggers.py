@@ -1,7 +1,7 @@
 """A run's loggers, from first row to last.
 
-What goes wrong with tracking once training has begun costs rows at W&B and nothing else: it is said once, and
-training goes on.
+After training has begun, an error of tracking costs only rows at W&B: there is one warning, and training
+continues.
 """
 
 from __future__ import annotations
@@ -28,24 +28,25 @@ from lora_lab.tracking.config import Mode, TrackingConfig, wandb_mode
 from lora_lab.tracking.metrics_file import NAME, MetricsFile
 
 STEP = "trainer/global_step"
-"""W&B's horizontal axis, by the name that Lightning gives it."""
+"""W&B's horizontal axis, with Lightning's name."""
 FINISH_SECONDS = 60
-"""How long the end of a run waits for W&B's server, and for its file to be whole."""
+"""How long the end of a run waits for W&B's server and for its complete file."""
 ANSWER_SECONDS = 90
-"""How long a call waits for W&B's service. More than the end of a run, which has its own limit, may take."""
+"""How long a call waits for W&B's service; longer than the end of a run, which has its own limit."""
 
 
 class TolerantWandbLogger(WandbLogger):
-    """Lightning's logger, of which no call can end a run."""
+    """Lightning's logger, but no call of it can end a run."""
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
         self._failed = False
 
     def attempt(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
-        """Calls; the first fault is warned of, and the others are not.
+        """Calls the function; warns of the first error, not of others.
 
-        W&B waits without limit for a service that hangs; ended, it is a fault like others.
+        W&B waits without a limit for a service that hangs; if the service is ended, it is an error like
+        others.
         """
         watch = threading.Timer(ANSWER_SECONDS, _end_service)
         watch.daemon = True
@@ -55,7 +56,7 @@ class TolerantWandbLogger(WandbLogger):
         except Exception as error:  # W&B's service has exceptions of many kinds
             if not self._failed:
                 warnings.warn(
-                    f"tracking: W&B failed ({_words(error)}). Training goes on; {NAME} has every row.",
+                    f"tracking: W&B failed ({_words(error)}). Training continues; {NAME} has every row.",
                     stacklevel=2,
                 )
             self._failed = True
@@ -89,7 +90,7 @@ class TolerantWandbLogger(WandbLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Notes the end of training."""
+        """Records the end of training."""
         self.attempt(super().finalize, status)
 
 
@@ -98,18 +99,18 @@ def build_loggers(
 ) -> list[Logger]:
     """Makes a run's loggers: `<folder>/metrics.csv` always, and W&B in `<folder>/wandb/` unless disabled.
 
-    W&B starts at once, prints nothing and never asks for a login. Processes other than the first one get the
+    W&B starts at once, prints nothing and never asks for a login. Other processes than the first one get the
     same loggers, which write nothing.
 
     Args:
         config: whether and how W&B tracks.
         folder: the run's folder.
         experiment: name of the experiment.
-        run: name of the run; together they decide W&B's id, so that a resumed run keeps it.
-        settings: the composed config, of plain values; W&B shows it as the run's config.
+        run: name of the run; together they decide W&B's id, which a resumed run keeps.
+        settings: the composed config as plain values, which W&B shows as the run's config.
 
-    Where W&B does not start for another reason than the settings, a warning is given; an online run is then
-    tracked offline, and an offline one by the CSV file alone.
+    If W&B does not start for another reason than the settings, there is a warning; an online run is then
+    tracked offline, and an offline one only by the CSV file.
 
     Raises:
         ConfigError: if W&B refuses the names or the API key.
@@ -134,8 +135,8 @@ def build_loggers(
                 f"tracking: W&B refuses to start ({_words(error)}). Change the names under tracking, log in "
                 "again, or use tracking.wandb=offline and `wandb sync` later."
             ) from error
-        except Exception as error:  # W&B's service has exceptions that are no WandbError
-            then = "tracked offline" if tried == "online" else f"tracked by {NAME} alone"
+        except Exception as error:  # some exceptions of W&B's service are not WandbErrors
+            then = "tracked offline" if tried == "online" else f"tracked only by {NAME}"
             warnings.warn(f"tracking: W&B does not start ({_words(error)}); the run is {then}.", stacklevel=2)
         else:
             own = TolerantWandbLogger(run, save_dir=folder, project=config.project, experiment=started)
@@ -159,11 +160,11 @@ def summarise(loggers: Iterable[Logger], values: Mapping[str, Any]) -> None:
 
 @rank_zero_only
 def close_loggers(loggers: Iterable[Logger], failed: bool = False) -> None:
-    """Ends the W&B run, if there is one, and waits until W&B's file is whole.
+    """Ends the W&B run, if there is one, and waits until W&B's file is complete.
 
     Args:
         loggers: what `build_loggers` made.
-        failed: whether the run shall count as failed.
+        failed: whether the run counts as failed.
     """
     for logger in loggers:
         if isinstance(logger, TolerantWandbLogger):
@@ -173,7 +174,7 @@ def close_loggers(loggers: Iterable[Logger], failed: bool = False) -> None:
 
 
 def run_id(config: TrackingConfig, experiment: str, run: str) -> str:
-    """Returns W&B's id of a run: a function of names alone, of characters that W&B allows."""
+    """Returns W&B's id of a run: a function of the names, with characters that W&B allows."""
     names = "/".join([config.entity or "", config.project, experiment, run])
     return hashlib.sha256(names.encode()).hexdigest()[:16]
 
@@ -188,7 +189,7 @@ def _start(
     name: str,
     settings: dict[str, Any],
 ) -> wandb.Run:
-    # Lightning would start W&B with an obsolete argument, about which W&B complains on the terminal.
+    # Lightning would start W&B with an obsolete argument, for which W&B prints a warning.
     started = wandb.init(
         dir=folder,
         mode=mode,
@@ -202,7 +203,7 @@ def _start(
         config=settings,
         # Offline there is no server to resume on; `replay` does it.
         resume="allow" if mode == "online" else None,
-        # create_new: a run that the user's own script has open is neither joined nor ended.
+        # create_new: a run that the user's script has open is neither joined nor ended.
         settings=wandb.Settings(
             silent=True, console="off", reinit="create_new", finish_timeout=FINISH_SECONDS
         ),
@@ -213,14 +214,14 @@ def _start(
 
 
 def _finish(run: wandb.Run, failed: bool) -> None:
-    """Ends W&B's run, and waits for its service: that writes the last rows after `finish` has returned."""
+    """Ends W&B's run, and waits for its service, which writes the last rows after `finish` has returned."""
     path = Path(run.settings.sync_file).resolve()
     deadline = time.monotonic() + FINISH_SECONDS
     run.finish(exit_code=int(failed))
     while _is_open(path) and time.monotonic() < deadline:
         time.sleep(0.01)
     if run.offline:
-        # Once more: the service of a process that was killed writes on for a moment.
+        # Again, since the service of a killed process still writes for a moment.
         delete_earlier(path.parent, run.id)
 
 
@@ -239,13 +240,13 @@ def delete_earlier(current: Path, own_id: str) -> None:
 
 
 def _end_service() -> None:
-    """Ends W&B's service: nothing waits for it any longer, and the process's next run starts another."""
+    """Ends W&B's service, which is no longer needed; the process's next run starts another."""
     for child in psutil.Process().children():
-        with suppress(psutil.Error):  # it has ended by itself
+        with suppress(psutil.Error):  # it has already ended
             if child.name() == "wandb-core":
                 child.kill()
                 child.wait(5)
-    with suppress(Exception):  # that the connection is lost
+    with suppress(Exception):  # the connection is lost
         wandb.teardown()
 
 

@@ -1,6 +1,6 @@
-"""`metrics.csv`: every logged row of a run, readable at any moment of it.
+"""`metrics.csv`: every logged row of a run, readable at any time.
 
-Own code because Lightning's CSVLogger loses rows when a column is added or the process is killed.
+Own code, because Lightning's CSVLogger loses rows when a column is added or the process is killed.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ NAME = "metrics.csv"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Reads a run's rows, each with its `step` and the columns that have a number in it.
+    """Reads a run's rows, each with its `step` and the columns that have a number.
 
-    Numbers are bit for bit those that were logged. A last line without an end, left by a process that was
-    killed while writing it, is dropped.
+    Numbers are exactly those that were logged. An incomplete last line, from a process that was killed while
+    writing, is dropped.
 
     Args:
         folder: the run's folder.
 
     Raises:
-        CheckpointError: if the file cannot be read, or holds something else than numbers.
+        CheckpointError: if the file cannot be read, or does not hold numbers.
     """
     path = folder / NAME
     if not path.is_file():
@@ -45,18 +45,19 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         return [{name: _number(value) for name, value in row.items() if value} for row in rows]
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error}). Correct it, or delete it to go on without the rows so far."
+            f"{path}: cannot be read ({error}). Correct it, or delete it to continue without the earlier "
+            "rows."
         ) from error
 
 
 class MetricsFile(Logger):
     """Writes `<folder>/metrics.csv`, one line for each call of `log_metrics`.
 
-    Lightning's CSVLogger empties the file whenever a new column appears, and a process killed then has lost
-    all of its rows. Here a new column makes a new file that takes the old one's place when it is whole; any
+    Lightning's CSVLogger empties the file when a new column appears, and if the process is killed then, all
+    rows are lost. Here a new column makes a new file, which replaces the old one when it is complete; every
     other row is one write at the end. An earlier file in the folder stays until the first row.
 
-    Rows that the disk has no room for are kept in memory and written when it has.
+    Rows for which the disk has no space are kept in memory and written later.
     """
 
     name = ""
@@ -77,7 +78,7 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Writes one row; it is in the file when this returns, unless the disk refuses it."""
+        """Writes one row; it is in the file when this returns, unless the disk refuses."""
         self._waiting.append({"step": step, **metrics})
         self.close()
 
@@ -102,14 +103,14 @@ class MetricsFile(Logger):
                     os.truncate(path, self._size)
             if not self._failed:
                 warnings.warn(
-                    f"{path}: no row can be written ({error}). Training goes on, and each row tries again.",
+                    f"{path}: no row can be written ({error}). Training continues, and each row tries again.",
                     stacklevel=2,
                 )
             self._failed = True
 
     @rank_zero_only
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """Puts these rows in the place of all that the file holds.
+        """Replaces the contents of the file by these rows.
 
         Raises:
             CheckpointError: if the disk refuses them.

@@ -23,17 +23,17 @@ from lora_lab.training.optimization import (
 from lora_lab.training.trainer import logging_due
 
 SHOWN_ROWS = 32
-"""Rows of a step that diverged which its message names at most."""
+"""Most rows that the message for a diverged step names."""
 
 
 class _SkippedStep(Exception):
-    """Leaves an optimizer's step before it changes anything."""
+    """Ends an optimizer's step before it changes anything."""
 
 
 class FineTuner(L.LightningModule):
     """Trains adapters on a task.
 
-    Checkpoints hold what training changes and nothing of the frozen base: `state_dict` is the adapters'.
+    Checkpoints hold what training changes, and not the frozen base: `state_dict` is that of the adapters.
 
     Args:
         model: the adapted model; called with a batch's tensors by name, it returns an output with `logits`.
@@ -41,15 +41,17 @@ class FineTuner(L.LightningModule):
         task: a key of TASKS.
         num_labels: classes of a classification task.
         optimization: optimizer and schedule.
-        on_nonfinite: whether a step whose loss or gradient norm is not finite ends training or is left out.
-        monitor: the validation metric by which runs and checkpoints are compared; None is the task's.
-        class_weights: weight in every loss, of training and evaluation, of each class.
-        max_skipped_steps: training ends after this many steps in a row that were left out.
+        on_nonfinite: whether a step with a loss or gradient norm that is not finite ends training or is
+            skipped.
+        monitor: the validation metric by which runs and checkpoints are compared; None means that of the
+            task.
+        class_weights: weight of each class in every loss, of training and evaluation.
+        max_skipped_steps: training ends after this many skipped steps in a row.
 
     The loss of an optimizer step is one number: the sum of the losses of all labels in its batches, on all
     processes, divided by the number of these labels (with class weights, by the sum of their weights), plus
-    the adapters' penalty. It does not depend on how the examples are spread over batches, accumulated batches
-    and processes, nor on padding.
+    the adapters' penalty. It does not depend on how the examples are divided into batches, accumulated
+    batches and processes, nor on padding.
 
     Attributes:
         mode: whether less ("min") or more ("max") of the monitored metric is better.
@@ -79,7 +81,7 @@ class FineTuner(L.LightningModule):
         self.on_nonfinite = on_nonfinite
         self.max_skipped_steps = max_skipped_steps
         self.skipped_steps = 0
-        """Optimizer steps so far that were left out because they were not finite."""
+        """Number of optimizer steps so far that were skipped because they were not finite."""
         self._skipped_in_a_row = 0
         self.num_labels = num_labels
         self._monitor = monitor or self.task.monitor
@@ -89,9 +91,9 @@ class FineTuner(L.LightningModule):
         self.evaluation = nn.ModuleDict({stage: self.new_metrics() for stage in ("validation", "test")})
         prompts = any(adapter.reads_prompt_lengths for adapter in adapters)
         self._hidden = {"labels"} if prompts else {"labels", "prompt_lengths"}
-        # Grouped here too, so that what does not fit is refused before anything is trained or written.
+        # Grouped here too, so that errors are found before anything is trained or written.
         parameter_groups(adapters, self.optimization)
-        # Of each of this process's batches in the step under way: sum of losses, and number of labels.
+        # For each of this process's batches in the current step: sum of losses, and number of labels.
         self._losses: list[Tensor] = []
         self._counts: list[Tensor] = []
         self._step_loss = self._step_penalty = torch.tensor(math.nan)
@@ -102,28 +104,28 @@ class FineTuner(L.LightningModule):
         return f"validation/{self._monitor}"
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Returns the batch with every text's padding behind it, whichever side it came on.
+        """Returns the batch with the padding moved behind every text.
 
-        Most models count positions from the left, so that padding there would move a text by the length of
-        its neighbours, and padding would have to predict the first token. Models that read the class at the
-        end of a text, as XLNet does, count from neither side.
+        Most models count positions from the left, so padding there would shift a text by the length of its
+        neighbours, and padding would have to predict the first token. Models that read the class at the end
+        of a text, such as XLNet, count from neither side.
         """
         config = getattr(self.model, "config", None)
         reads_end = not self.task.causal and getattr(config, "summary_type", None) == "last"
         return batch if reads_end or "attention_mask" not in batch else padded_behind(batch)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Returns the logits for a batch; its labels are not shown to the model."""
+        """Returns the logits for a batch; the model does not get the labels."""
         return self.model(
             **{name: tensor for name, tensor in batch.items() if name not in self._hidden}
         ).logits
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Returns this batch's part of the step's loss; the gradients of the parts add up to the whole one.
+        """Returns this batch's part of the step's loss; the parts' gradients add up to those of the loss.
 
-        The number of labels in a step is known when its last batch comes. Until then losses are divided by
-        that of the first batch, which keeps them in half precision's range; then the gradients so far are
-        corrected.
+        The number of labels in a step is only known at its last batch. Until then losses are divided by the
+        number in the first batch, which keeps them in the range of half precision; then the gradients so far
+        are corrected.
         """
         predictions, labels = self.task.align(self(batch), batch["labels"])
         total, count = self.task.sums(predictions, labels, self.class_weights)
@@ -145,14 +147,14 @@ class FineTuner(L.LightningModule):
                     if parameter.grad is not None:
                         parameter.grad.mul_(first_count * share)
             part = total * share + penalty
-        # Lightning divides each part by this, in a shorter last window too.
+        # Lightning divides each part by this, also in a shorter last window.
         return part * trainer.accumulate_grad_batches
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Judges the step, and logs its loss.
+        """Checks the step, and logs its loss.
 
         Raises:
-            DivergenceError: if the step is not finite and shall not be left out.
+            DivergenceError: if the step is not finite and cannot be skipped.
         """
         fault = self._fault(optimizer)
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if fault else 0
@@ -162,7 +164,7 @@ class FineTuner(L.LightningModule):
             raise error
         self.skipped_steps += bool(fault)
         if logging_due(self.trainer):
-            # Equal on all processes already.
+            # Already equal on all processes.
             self.log("train/loss", self._step_loss, prog_bar=True)
             self.log("train/penalty", self._step_penalty)
             self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
@@ -174,7 +176,7 @@ class FineTuner(L.LightningModule):
             raise _SkippedStep
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
-        """Makes the step, unless it is left out: then weights and moments stay as they are."""
+        """Makes the step, unless it is skipped: then weights and moments do not change."""
         try:
             super().optimizer_step(*arguments, **options)
         except _SkippedStep:
@@ -185,7 +187,7 @@ class FineTuner(L.LightningModule):
         return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def _fault(self, optimizer: torch.optim.Optimizer) -> str | None:
-        """Returns what of the step is not finite, alike in all processes: they share loss and gradients."""
+        """Returns what is not finite in the step; equal in all processes, as loss and gradients are."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         loss = self._step_loss + self._step_penalty
@@ -195,18 +197,18 @@ class FineTuner(L.LightningModule):
             return f"the loss is {loss.item()}"
         if not norm.isfinite():
             scaler = self._scaler()
-            # Magnified gradients may leave half precision's range; the scaler then skips the step itself and
-            # magnifies less. At a scale of 1 the gradients are at fault.
+            # Scaled gradients may leave the range of half precision; then the scaler itself skips the step
+            # and reduces the scale. At a scale of 1 the gradients themselves are not finite.
             if scaler is None or scaler.get_scale() <= 1:
                 return f"the norm of the gradients is {norm.item()}"
         return None
 
     def _cannot_skip(self) -> str | None:
-        """Returns why a step that is not finite is not left out, None if it is; alike in all processes."""
+        """Returns why a step that is not finite cannot be skipped, None if it can; equal in all processes."""
         if self.on_nonfinite == "stop":
             return ""
         if self.adapters.nonfinite():
-            return " Weights are not finite, so that no later step can be."
+            return " Weights are not finite, so no later step can be finite."
         if self._skipped_in_a_row >= self.max_skipped_steps:
             return (
                 f" So were all of the last {self._skipped_in_a_row} steps (trainer.max_skipped_steps: "
@@ -224,12 +226,12 @@ class FineTuner(L.LightningModule):
         return (
             f"training diverged in optimizer step {trainer.global_step + 1} (batch {batch + 1} of epoch "
             f"{trainer.current_epoch + 1}): {fault}, at a learning rate of "
-            f"{optimizer.param_groups[0]['lr']:g}.{reason}{where} Lower optimization.learning_rate, or look "
-            "at these data."
+            f"{optimizer.param_groups[0]['lr']:g}.{reason}{where} Lower optimization.learning_rate, or check "
+            "these data."
         )
 
     def step_loss(self) -> Tensor:
-        """Returns the task's mean loss over all labels of the step whose gradients are complete, a scalar."""
+        """Returns the task's mean loss over all labels of the completed step, a scalar."""
         return self._step_loss
 
     def new_metrics(self) -> nn.ModuleDict:
@@ -249,12 +251,12 @@ class FineTuner(L.LightningModule):
         return predictions, labels
 
     def results(self, metrics: Any) -> dict[str, Tensor]:
-        """Returns what filled metrics have come to by name, over the batches of all processes."""
+        """Returns the values of filled metrics by name, over the batches of all processes."""
         return {"loss": metrics["loss"].compute(), **metrics["metrics"].compute()}
 
     def _log_evaluation(self, stage: str) -> None:
         parts: Any = self.evaluation[stage]
-        # torchmetrics has joined the processes' counts already; sync_dist only spares Lightning's warning.
+        # torchmetrics has already joined the processes' counts; sync_dist only avoids Lightning's warning.
         logged = {f"{stage}/{name}": value for name, value in self.results(parts).items()}
         self.log_dict(logged, prog_bar=stage == "validation", sync_dist=True)
         parts["loss"].reset()
@@ -265,7 +267,7 @@ class FineTuner(L.LightningModule):
         self.evaluate(batch, self.evaluation["validation"])
 
     def on_train_end(self) -> None:
-        """Stops a run in which an adapter never learned, however short it was, or whose last step diverged.
+        """Fails a run in which an adapter never learned, also a short one, or whose last step diverged.
 
         Raises:
             TargetError: if an adapter never learned.
@@ -292,10 +294,10 @@ class FineTuner(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Returns AdamW and its schedule, stepped once per optimizer step."""
-        # Built again: a checkpoint may have shown in the meantime that adapters share tensors.
+        # Built again, since a loaded checkpoint may have made adapters share tensors.
         groups = parameter_groups(self.adapters, self.optimization)
-        # Lightning clips no gradients before a fused step under mixed precision, and under 16-mixed such a
-        # step leaves gradients scaled, which controllers read.
+        # Lightning does not clip gradients before a fused step under mixed precision, and under 16-mixed such
+        # a step leaves gradients scaled, which controllers read.
         precision = self.trainer.precision
         clips = self.optimization.gradient_clip is not None
         fused = precision == "32-true" or (precision == "bf16-mixed" and not clips)
@@ -306,23 +308,23 @@ class FineTuner(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the counts of steps left out."""
+        """Stores the numbers of skipped steps."""
         checkpoint["skipped_steps"] = self.skipped_steps
         checkpoint["skipped_in_a_row"] = self._skipped_in_a_row
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Goes on counting steps left out."""
+        """Restores the numbers of skipped steps."""
         self.skipped_steps = checkpoint.get("skipped_steps", 0)
         self._skipped_in_a_row = checkpoint.get("skipped_in_a_row", 0)
 
     def state_dict(self, *arguments: object, **options: object) -> dict[str, Tensor]:  # type: ignore[override]
-        """Returns the adapters' tensors alone."""
+        """Returns only the adapters' tensors."""
         return self.adapters.state_dict()
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> None:
-        """Takes over adapters' tensors; always strict about our own names and shapes."""
+        """Loads the adapters' tensors; names and shapes must always match."""
         self.adapters.load_state_dict(state_dict)
 
 
@@ -331,7 +333,7 @@ def padded_behind(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Args:
         batch: has `attention_mask` (batch, time), 1 for tokens, 0 for padding; all tensors of this shape are
-            changed alike.
+            changed in the same way.
     """
     mask = batch["attention_mask"]
     first = mask.argmax(1, keepdim=True)  # (batch, 1)

@@ -26,11 +26,11 @@ class OptimizationConfig:
     """Peak learning rate of fully trained modules (task heads); null means `learning_rate`."""
 
     loraplus_ratio: float = 1.0
-    """Learning rate of B over that of A (LoRA+, Hayou et al. 2024, arXiv:2402.12354; the paper suggests 16);
-    at least 1."""
+    """Learning rate of B divided by that of A (LoRA+, Hayou et al. 2024, arXiv:2402.12354; the paper suggests
+    16); at least 1."""
 
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay; 0 or more. Tensors for which 0 is not "no change" are always spared."""
+    """AdamW's decoupled weight decay; 0 or more. Tensors for which 0 is not "no change" have none."""
 
     beta1: float = 0.9
     """AdamW's decay rate of the gradient's mean, in [0, 1)."""
@@ -42,7 +42,7 @@ class OptimizationConfig:
     """Course of the learning rate after warm-up: to 0 at the last step, except for `constant`."""
 
     warmup: float = 0.06
-    """Share of all optimizer steps in which the learning rate climbs from 0, in [0, 1)."""
+    """Share of all optimizer steps in which the learning rate rises from 0, in [0, 1)."""
 
     gradient_clip: float | None = 1.0
     """Largest norm of all gradients together; null means no clipping."""
@@ -71,11 +71,11 @@ def parameter_groups(adapters: AdapterSet, config: OptimizationConfig) -> list[d
     """Groups the trainable tensors by learning rate and weight decay.
 
     Args:
-        adapters: gives the tensors, and says which of them are spared from decay.
+        adapters: the adapters, which say which tensors have no decay.
         config: rates and decay.
 
     Raises:
-        IncompatibleError: if a LoRA+ ratio is asked for and the method has no B.
+        IncompatibleError: if there is a LoRA+ ratio and the method has no B.
     """
     spared = {id(p) for adapter in adapters.everything() for p in adapter.decay_exempt()}
     faster = {id(p) for adapter in adapters for p in adapter.loraplus_parameters()}
@@ -111,9 +111,9 @@ def build_optimizer(
 
 
 def keep_frozen_parts(optimizer: Optimizer, adapters: AdapterSet) -> None:
-    """Makes every step leave alone what adapters hold frozen (`Adapter.frozen_parts`), its moments included.
+    """Makes every step skip what adapters hold frozen (`Adapter.frozen_parts`), including its moments.
 
-    Works with any optimizer whose state has tensors of the parameter's shape, AdamW's moments for one.
+    Works with any optimizer whose state has tensors of the parameter's shape, such as AdamW's moments.
     """
     before: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
 
@@ -123,7 +123,7 @@ def keep_frozen_parts(optimizer: Optimizer, adapters: AdapterSet) -> None:
         return {"": parameter.detach(), **moments}
 
     def remember(*_: object) -> None:
-        before.clear()  # a step that was skipped has restored nothing
+        before.clear()  # a skipped step has restored nothing
         for adapter in adapters:
             for parameter, frozen in adapter.frozen_parts():
                 old = {name: x.clone() for name, x in numbers_of(parameter).items()}
@@ -132,7 +132,7 @@ def keep_frozen_parts(optimizer: Optimizer, adapters: AdapterSet) -> None:
     def restore(*_: object) -> None:
         for parameter, frozen, old in before:
             for name, x in numbers_of(parameter).items():
-                # Moments that this step has made began at zero.
+                # Moments that this step has created started at zero.
                 x.copy_(torch.where(frozen, old.get(name, torch.zeros_like(x)), x))
         before.clear()
 
@@ -141,7 +141,7 @@ def keep_frozen_parts(optimizer: Optimizer, adapters: AdapterSet) -> None:
 
 
 def build_schedule(optimizer: Optimizer, config: OptimizationConfig, steps: int) -> LambdaLR:
-    """Makes the schedule over `steps` optimizer steps; it scales every group alike."""
+    """Makes the schedule over `steps` optimizer steps; it scales all groups equally."""
     warmup = math.ceil(config.warmup * steps)
 
     def factor(step: int) -> float:

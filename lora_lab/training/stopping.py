@@ -16,17 +16,18 @@ STOPPING = [
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
     if hasattr(signal, name)
 ]
-"""Ctrl-C, the end of a terminal, and what schedulers such as SLURM send before they take the machine away."""
+"""Ctrl-C, the end of a terminal, and what schedulers such as SLURM send before they end a job."""
 
 PREEMPTED = 128 + signal.SIGTERM
 DOUBLE_PRESS = 0.5
-"""Seconds within which a second Ctrl-C counts as the first: launchers forward what the terminal sent too."""
+"""Seconds in which a second Ctrl-C counts as the first, since launchers also forward what the terminal
+sends."""
 
 
 class Interruption(SystemExit):
     """The process was asked to end; `code` is the exit code that a shell expects.
 
-    130 after Ctrl-C, 129 when the terminal has gone, 143 after SIGTERM and what schedulers send.
+    130 after Ctrl-C, 129 if the terminal was closed, 143 after SIGTERM and what schedulers send.
     """
 
     code: int
@@ -40,14 +41,14 @@ class Interruption(SystemExit):
 class StopRequest:
     """Whether this process was asked to end, and when it may.
 
-    Outside training an `Interruption` is raised at once. Within training (`patient`) the request waits until
-    a checkpoint is written; only a second Ctrl-C is obeyed at once. While the end of a run is written
-    (`ending`) every request waits.
+    Outside training an `Interruption` is raised at once. During training (`patient`) the request waits until
+    a checkpoint is written; only a second Ctrl-C acts at once. While the end of a run is written (`ending`)
+    every request waits.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        """The first signal that asked for the end."""
+        """The first signal that asked to end."""
         self.patient = False
         self.ending = False
         self._process = os.getpid()
@@ -55,9 +56,9 @@ class StopRequest:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Listens to the signals within the block; those that the process ignores stay ignored."""
+        """Handles the signals within the block; those that the process ignores stay ignored."""
         if threading.current_thread() is not threading.main_thread():
-            yield  # only a process's main thread may listen
+            yield  # only the main thread can handle signals
             return
         before = {number: signal.getsignal(number) for number in STOPPING}
         self.listen()
@@ -68,14 +69,14 @@ class StopRequest:
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def listen(self) -> None:
-        """Takes the signals over, also from a library that took them over before."""
+        """Installs the handlers, also over those of a library."""
         if threading.current_thread() is threading.main_thread():
             for number in STOPPING:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     signal.signal(number, self._handle)
 
     def check(self) -> None:
-        """Raises the Interruption that was asked for, if one was."""
+        """Raises an Interruption if there was a request."""
         if self.received is not None:
             raise Interruption(self.received)
 
@@ -88,14 +89,14 @@ class StopRequest:
             self.received, self._received_at = signal.Signals(number), time.monotonic()
         if number == getattr(signal, "SIGHUP", None):
             _leave_terminal()
-        # A launcher may pass on what this process was sent too: only Ctrl-C is worth repeating.
+        # A launcher may forward a signal that this process also got, so only Ctrl-C can be repeated.
         if self.ending or (again and not insists) or (self.patient and not insists):
             return
         self.check()
 
 
 def _leave_terminal() -> None:
-    """Sends what is printed from here on nowhere: writing to a terminal that has gone is an error."""
+    """Discards all further output: writing to a closed terminal is an error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.__stdout__, sys.__stderr__):
         try:

@@ -1,4 +1,4 @@
-"""How long, how often and on what a run trains: the Lightning Trainer's part of the config."""
+"""The length of a run, its intervals and devices: the Lightning Trainer's part of the config."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class TrainerConfig:
     """Optimizer steps after which training ends, if before `max_epochs`; -1 means no such limit."""
 
     accumulate: int = 1
-    """Batches that make one optimizer step, as one batch of all their examples would; at least 1."""
+    """Batches per optimizer step, with the same result as one batch of all their examples; at least 1."""
 
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    """Types of activations; trainable tensors stay in float32."""
+    """Types of activations; trained tensors stay in float32."""
 
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to train."""
 
     devices: int = 1
-    """Number of processes, one device each; more than 1 trains with DDP."""
+    """Number of processes, with one device each; more than 1 trains with DDP."""
 
     validate_every: float = 1.0
     """Share of an epoch between validations, in (0, 1]."""
@@ -38,23 +38,23 @@ class TrainerConfig:
     """Optimizer steps between logged rows; at least 1."""
 
     checkpoint_every: int = 50
-    """Least number of optimizer steps between checkpoints to resume from; at least 1."""
+    """Smallest number of optimizer steps between checkpoints to resume from; at least 1."""
 
     keep: Literal["last", "best"] = "last"
     """Which adapters the run ends with: those of the last step, or of the best validation."""
 
     monitor: str | None = None
     """Validation metric that decides which validation is the best: `loss` or one of the task's metrics, such
-    as `f1`, less or more of it as it is meant. Null means the one by which the task's runs are compared."""
+    as `f1`. Null means the one by which the task's runs are compared."""
 
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What happens to an optimizer step whose loss or gradient norm is not finite: it ends the run as
-    diverged, or it changes neither weights nor moments and is counted in `train/skipped_steps`. Once trained
-    weights are not finite, either ends the run. A diverged run may be continued with `skip`."""
+    """What happens at an optimizer step with a loss or gradient norm that is not finite: it ends the run as
+    diverged, or it changes neither weights nor moments and is counted in `train/skipped_steps`. If trained
+    weights are not finite, both end the run. A diverged run can be continued with `skip`."""
 
     max_skipped_steps: int = 10
-    """With `on_nonfinite: skip`, steps left out one after another with which the run ends as diverged: no
-    finite one is likely to follow. At least 1."""
+    """With `on_nonfinite: skip`, the run ends as diverged after this many skipped steps in a row; at least
+    1."""
 
     gradient_checkpointing: bool = False
     """Recompute activations of each block in the backward pass (non-reentrant): less memory, more time."""
@@ -95,7 +95,7 @@ def planned_steps(config: TrainerConfig, batches: int) -> int:
 
 
 def logging_due(trainer: Any) -> bool:
-    """Whether the optimizer step now under way is one whose numbers are logged, by `log_every_n_steps`."""
+    """Whether the current optimizer step is logged, by `log_every_n_steps`."""
     return (trainer.global_step + 1) % trainer.log_every_n_steps == 0
 
 
@@ -108,14 +108,14 @@ def trainer_arguments(config: TrainerConfig, gradient_clip: float | None) -> dic
         "precision": config.precision,
         "accelerator": config.accelerator,
         "devices": config.devices,
-        # All processes have the same buffers. To send them with every batch would need as many validation
-        # batches in each process.
+        # All processes have the same buffers. Sending them with every batch would need equally many
+        # validation batches in each process.
         "strategy": DDPStrategy(broadcast_buffers=False) if config.devices > 1 else "auto",
         "val_check_interval": config.validate_every,
         "log_every_n_steps": config.log_every,
         "gradient_clip_val": gradient_clip,
         "enable_progress_bar": config.progress_bar,
-        # Our own callbacks and samplers do these: exact resumption needs to know when and in which order.
+        # Our callbacks and samplers do these, since exact resumption needs to know when and in which order.
         "enable_checkpointing": False,
         "use_distributed_sampler": False,
         "num_sanity_val_steps": 0,
