@@ -114,7 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("source", metavar="RUN|ADAPTER", type=Path, help=source)
     merge.add_argument("--out", type=Path, required=True, help="the new model's folder")
     merge.add_argument("--base", metavar="MODEL", help="the base model, as model.name")
-    merge.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="type of the weights")
+    merge.add_argument("--dtype", help="type of the weights: float32, bfloat16, float16 (the run's)")
+    merge.add_argument("--rank", type=int, help="the most components of a module's update (all)")
     merge.add_argument("--shard-size", default="5GB", help="size of the largest file (%(default)s)")
     merge.set_defaults(command=_merge)
 
@@ -232,9 +233,13 @@ def _report(options: argparse.Namespace) -> None:
 
 def _merge(options: argparse.Namespace) -> None:
     from lora_lab.artifacts import merge
+    from lora_lab.report.tables import conversion_table
 
-    out = merge(options.source, options.out, options.base, options.dtype, options.shard_size)
-    Console().print(f"Model folder: {out}", soft_wrap=True)
+    size = options.dtype, options.shard_size, options.rank
+    made = merge(options.source, options.out, options.base, *size)
+    if made.ranks:
+        Console().print(conversion_table(str(made.folder), made.ranks, made.errors))
+    Console().print(f"Model folder: {made.folder}", soft_wrap=True)
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,9 @@ from lora_lab.adapters.sites import Site, find_sites, saved_modules, site_seed
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.adapters.trained import TrainedCopy
 from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError, LabError, suggest
+from lora_lab.linalg.lazy import LazyTensor
 from lora_lab.linalg.norms import nonfinite
+from lora_lab.linalg.rank import narrows
 from lora_lab.models.quantization import QuantizedLinear
 
 P = TypeVar("P")
@@ -431,6 +435,32 @@ class AdapterSet:
         self._leave()
         return self.model
 
+    def merge_lazily(self, dtype: torch.dtype | None = None) -> tuple[nn.Module, dict[str, Tensor]]:
+        """Takes the adapters out of the model and returns what merging changes, computed when it is used.
+
+        Args:
+            dtype: the type of the merged tensors, to which they are rounded once; None keeps the base's.
+
+        Returns:
+            The base, and name in its state dict → merged tensor. A lazy one raises IncompatibleError if a
+            number of it is not finite; modules trained whole are in memory.
+
+        Raises:
+            IncompatibleError: if the method cannot be merged, or a number of it is not finite; the model is
+                unchanged then.
+        """
+        self._check_mergeable()
+        paths: dict[int, list[str]] = {}
+        base = self.remove()
+        for path, module in base.named_modules(remove_duplicate=False):
+            paths.setdefault(id(module), []).append(path)
+        changed: dict[str, Tensor] = {}
+        merged = _MergedTensors(dtype)
+        for adapter in self.everything():
+            for path in paths[id(adapter.base)]:
+                changed |= {f"{path}.{name}": tensor for name, tensor in merged.of(path, adapter).items()}
+        return base, changed
+
     @contextmanager
     def merged(self) -> Iterator[nn.Module]:
         """Merges inside the context. Leaving it puts the adapters back, without any rounding."""
@@ -464,21 +494,19 @@ class AdapterSet:
             hook.remove()
         unwatch(self)
 
-    def _merged_modules(self) -> dict[str, nn.Module]:
+    def _check_mergeable(self) -> None:
         if not self._in_place():
             raise IncompatibleError("the adapters are not in the model (merged or removed already).")
+        for adapter in self.everything():
+            if not adapter.mergeable:
+                adapter.merged_module()  # says why
+        _check_finite(self.state_dict())
+
+    def _merged_modules(self) -> dict[str, nn.Module]:
+        self._check_mergeable()
         plain = {path: adapter.merged_module() for path, adapter in self._all.items()}
-        found = self.nonfinite() or [
-            f"{path}.{name}"
-            for path, module in plain.items()
-            for name in nonfinite(dict(module.named_parameters()))
-        ]
-        if found:
-            raise IncompatibleError(
-                f"{found[0]}: an adapter's or a merged number is not finite; the adapter's training has "
-                "diverged. Nothing was merged: train again with a smaller learning rate, or load an earlier "
-                "checkpoint."
-            )
+        for path, module in plain.items():
+            _check_finite({f"{path}.{name}": tensor for name, tensor in module.named_parameters()})
         return plain
 
     def nonfinite(self) -> list[str]:
@@ -509,6 +537,58 @@ class AdapterSet:
                 holder.__dict__["save_pretrained"] = _refuse_to_save
             elif holder.__dict__.get("save_pretrained") is _refuse_to_save:
                 del holder.__dict__["save_pretrained"]
+
+
+class _MergedTensors:
+    """Merged tensors of adapters, of which the last adapter's are kept: several come out of one merge."""
+
+    def __init__(self, dtype: torch.dtype | None):
+        self.dtype = dtype
+        self._last: tuple[str, dict[str, Tensor]] = "", {}
+
+    def of(self, path: str, adapter: Adapter) -> Mapping[str, Tensor]:
+        """Returns an adapter's tensors by name, lazy but for a module trained whole."""
+        if isinstance(adapter, TrainedCopy):
+            return self._merge(path, adapter)
+        base: Any = adapter.base
+        if isinstance(base, QuantizedLinear):
+            shapes = {"weight": torch.Size((base.out_features, base.in_features))}
+        else:
+            shapes = {name: tensor.shape for name, tensor in base.state_dict().items()}
+        if getattr(adapter, "bias", None) is not None:
+            shapes["bias"] = cast(Tensor, adapter.bias).shape
+        own = base.dtype if isinstance(base, QuantizedLinear) else next(base.parameters()).dtype
+        return {
+            name: LazyTensor.of(partial(self._tensor, path, adapter, name), shape, self.dtype or own)
+            for name, shape in shapes.items()
+        }
+
+    def _tensor(self, path: str, adapter: Adapter, name: str) -> Tensor:
+        if self._last[0] != path:
+            self._last = "", {}  # not both at once
+            self._last = path, self._merge(path, adapter)
+        return self._last[1][name]
+
+    @torch.no_grad()
+    def _merge(self, path: str, adapter: Adapter) -> dict[str, Tensor]:
+        weight = getattr(adapter.base, "weight", None)
+        if self.dtype is not None and weight is not None and narrows(torch.float32, weight.dtype):
+            adapter = copy.deepcopy(adapter).float()  # merged in the base's type, it would be rounded twice
+        found = dict(adapter.merged_module().state_dict())
+        _check_finite({f"{path}.{name}": tensor for name, tensor in found.items()})
+        if self.dtype is None:
+            return found
+        return {n: t.to(self.dtype) if t.is_floating_point() else t for n, t in found.items()}
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raises for a number of an adapter, or a merged one, that is not finite."""
+    if found := nonfinite(tensors):
+        raise IncompatibleError(
+            f"{found[0]}: an adapter's or a merged number is not finite; the adapter's training has "
+            "diverged. Nothing was merged: train again with a smaller learning rate, or load an earlier "
+            "checkpoint."
+        )
 
 
 def load_tensors(

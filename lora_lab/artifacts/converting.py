@@ -24,13 +24,13 @@ from lora_lab.tasks import TASKS
 
 @dataclass(frozen=True)
 class Converted:
-    """An adapter folder made from others."""
+    """A folder made from an adapter or several."""
 
     folder: Path
     ranks: Mapping[str, int]
-    """Path → components in the file."""
+    """Path → components of its update; {} where it is whole."""
     errors: Mapping[str, float]
-    """Path → ‖ΔW − ΔW of the file‖_F / ‖ΔW‖_F."""
+    """Path → ‖ΔW − ΔW of the folder‖_F / ‖ΔW‖_F."""
 
 
 def export(
@@ -73,11 +73,23 @@ def export(
         store(adapters, out, source)
         ranks = {name: adapter.rank or 0 for name, adapter in adapters.items()}
         return Converted(out, ranks, dict.fromkeys(ranks, 0.0))
-    cut = {name: update.truncated(rank, energy) for name, update in updates(adapters).items()}
-    lora = as_lora(adapters, {name: update for name, (update, _) in cut.items()})
-    store(lora, out, source)
-    ranks = {name: update.rank for name, (update, _) in cut.items()}
-    return Converted(out, ranks, {name: error for name, (_, error) in cut.items()})
+    found, ranks, errors = cut(adapters, rank, energy)
+    store(as_lora(adapters, found), out, source)
+    return Converted(out, ranks, errors)
+
+
+def cut(
+    adapters: AdapterSet, rank: int | None = None, energy: float = 1.0
+) -> tuple[dict[str, Update], dict[str, int], dict[str, float]]:
+    """Returns each adapter's best update of at most a rank, its rank, and its error; see `Update.truncated`.
+
+    Raises:
+        IncompatibleError: if one of them edits no linear map.
+    """
+    found = {path: update.truncated(rank, energy) for path, update in updates(adapters).items()}
+    kept = {path: update for path, (update, _) in found.items()}
+    ranks = {path: update.rank for path, update in kept.items()}
+    return kept, ranks, {path: error for path, (_, error) in found.items()}
 
 
 def check_size(rank: int | None, energy: float) -> None:

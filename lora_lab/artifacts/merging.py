@@ -2,76 +2,119 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
 
 from lora_lab.adapters.injection import AdapterSet
+from lora_lab.artifacts.converting import Converted, as_lora, check_size, cut
 from lora_lab.artifacts.opening import Source, open_adapter, open_source
 from lora_lab.documents.writing import new_folder
-from lora_lab.errors import CheckpointError
-from lora_lab.models.build import build_tokenizer
-from lora_lab.models.conversion import save_model
+from lora_lab.errors import CheckpointError, ConfigError
+from lora_lab.models.build import ModelConfig, build_tokenizer
+from lora_lab.models.conversion import check_shard_size, save_model
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+STORED: dict[str, Dtype] = {"BF16": "bfloat16", "F16": "float16"}
+"""Half precision as safetensors calls it, and as we do."""
 
 
 def merge(
-    path: Path, out: Path, base: str | None = None, dtype: str | None = None, shard_size: str = "5GB"
-) -> Path:
+    path: Path,
+    out: Path,
+    base: str | None = None,
+    dtype: str | None = None,
+    shard_size: str = "5GB",
+    rank: int | None = None,
+) -> Converted:
     """Writes base and adapter as one model folder, whole or not at all.
 
     The merged weights are computed in float32 or wider and rounded once. A quantised base is written
     dequantised, a split projection joined.
 
+    Where the base lies in safetensors files, memory holds one file of the new folder and the adapter: each
+    weight is read, merged and written in turn. In memory as a whole are bases that are drawn, quantised or
+    cast to fewer bits, GPT-2's transposed maps, and experts that the files hold one by one.
+
     Args:
         path: the folder of a finished run, or of an adapter of a language model.
         out: the model's folder; it must not exist, or be empty.
         base: the base model, as `model.name`; None takes the one that the adapter was trained on.
-        dtype: the type of the weights, `float32`, `bfloat16` or `float16`; None keeps the base's.
+        dtype: the type of the weights, `float32`, `bfloat16` or `float16`; None keeps the run's.
         shard_size: the size of the largest file, `500MB`.
-
-    Returns:
-        The folder.
+        rank: the most components of a module's update, the rest of which is left out; None keeps it whole.
 
     Raises:
         CheckpointError: if there is no such adapter, or the folder holds something or cannot be written.
-        IncompatibleError: if the method cannot be merged.
+        ConfigError: if a setting is out of range.
+        IncompatibleError: if the method cannot be merged, or has no update to cut to a rank.
     """
+    check_size(rank, 1.0)
+    check_shard_size(shard_size)
+    if dtype is not None and dtype not in (*STORED.values(), "float32"):
+        raise ConfigError(f"--dtype: must be float32, bfloat16 or float16; got {dtype}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: exists already, and nothing in it is replaced. Name a new folder.")
-    source = open_source(path, base, dtype)
-    model, adapters = open_adapter(source)
-    card = model_card(source, adapters)
-    adapters.merge()
+    source = open_source(path, base)
+    written = getattr(torch, dtype or source.model.dtype)
     tokenizer = build_tokenizer(source.model)
+    model, adapters = open_adapter(replace(source, model=_as_stored(source.model)))
+    method = adapters.spec
+    found = Converted(out, {}, {})
+    if rank is not None:
+        lora, ranks, errors = cut(adapters, rank)
+        adapters, found = as_lora(adapters, lora), Converted(out, ranks, errors)
+    card = model_card(source, adapters, asdict(method), found)
+    own = model.dtype
+    _, changed = adapters.merge_lazily(None if own == written else written)
     with new_folder(out) as fresh:
-        save_model(model, fresh, shard_size)
+        save_model(model, fresh, shard_size, None if own == written else written, changed)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
         (fresh / "README.md").write_text(card, encoding="utf-8")
-    return out
+    return found
 
 
-def model_card(source: Source, adapters: AdapterSet) -> str:
+def _as_stored(model: ModelConfig) -> ModelConfig:
+    """Returns the model in the half precision of its files, which holds the same numbers in fewer bytes."""
+    if model.quantization != "none" or model.dtype != "float32":
+        return model
+    stored = model.source().stored_dtypes()
+    return replace(model, dtype=STORED[stored.pop()]) if len(stored) == 1 and stored <= {*STORED} else model
+
+
+def model_card(source: Source, adapters: AdapterSet, method: dict[str, object], found: Converted) -> str:
     """Returns what a reader must know of a merged model, as Markdown with the hub's head."""
-    name, spec = source.model.source().public_name or source.model.name, adapters.spec
-    lines = ["---", f"base_model: {name}", "library_name: transformers", "---", ""]
-    lines += [f"# {name} + {spec.method}", ""]
-    lines.append(f"`{name}` with a {spec.method} adapter of {len(adapters)} modules merged into its weights.")
-    if source.model.quantization != "none":
-        lines += [
-            "",
-            f"It was trained on weights in {source.model.quantization}, dequantised here.",
-        ]
-    if source.model.pooling == "mean":
+    model = source.model
+    name = model.source().public_name or model.name
+    head = {"base_model": name, "library_name": "transformers", "tags": ["lora_lab", str(method["method"])]}
+    lines = ["---", yaml.safe_dump(head, sort_keys=False).rstrip(), "---", ""]
+    lines += [f"# {name} + {method['method']}", ""]
+    lines.append(
+        f"`{name}` with a {method['method']} adapter of {len(adapters)} modules merged into its weights."
+    )
+    if model.quantization != "none":
+        lines += ["", f"It was trained on weights in {model.quantization}, dequantised here."]
+    if found.errors:
+        lines += ["", "Each update was cut to a rank; what is lost of it, ‖ΔW − ΔW'‖ / ‖ΔW‖, is at most"]
+        lines.append(f"{max(found.errors.values()):.3g}.")
+    if model.pooling == "mean":
         lines += [
             "",
             "Its classifier stands on the mean of the tokens. Open it in lora_lab, with `model.name` set to",
             "this folder and `model.pooling: mean`. The Auto classes of transformers know no such head and",
             "would open the encoder alone.",
         ]
+    lines += ["", "## Method", ""]
+    lines += [f"- {field}: {value}" for field, value in method.items() if value not in (None, [], {})]
     if source.record is not None:
         record = source.record
         lines += ["", "## Training", "", f"- run: {record['experiment']} / {record['run']}"]
         lines += [f"- seed: {record['seed']}", f"- steps: {record['steps']}"]
-        lines += [f"- data: {record['data_fingerprint']}", "", "## Metrics", ""]
+        lines += [f"- data: {source.data} ({record['data_fingerprint']})", "", "## Metrics", ""]
         known = {metric: value for metric, value in record["metrics"].items() if value is not None}
         lines += [f"- {metric}: {value:.4g}" for metric, value in known.items()]
     return "\n".join(lines) + "\n"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from transformers import PreTrainedModel
 
 from lora_lab.adapters.storage import CONFIG, load_adapter, read_label_names
 from lora_lab.config.compose import compose
+from lora_lab.config.schema import ExperimentConfig
 from lora_lab.documents.reading import DocumentError, read_json
 from lora_lab.errors import CheckpointError, ConfigError
-from lora_lab.experiment import build_parts
+from lora_lab.experiment import build_parts, quiet_libraries
 from lora_lab.experiment.folder import Record, RunFolder
 from lora_lab.models.build import ModelConfig, build_model
 from lora_lab.tasks import TASKS
@@ -32,7 +34,15 @@ class Source:
     record: Record | None
     """The record of the run that trained it; None for an adapter by itself."""
 
-    run: Path | None
+    config: ExperimentConfig | None
+    """The config of that run."""
+
+    @property
+    def data(self) -> str:
+        """Which data it was trained on, as far as that is known."""
+        data: Any = None if self.config is None else self.config.data
+        names = (getattr(data, field, None) for field in ("name", "train"))
+        return " ".join(str(part) for part in (getattr(data, "source", ""), *names) if part)
 
     def build(self) -> PreTrainedModel:
         """Returns the base model, not adapted.
@@ -40,42 +50,43 @@ class Source:
         Raises:
             LabError: if the model or the data that say its number of classes cannot be loaded.
         """
+        if self.config is not None:
+            torch.manual_seed(
+                self.config.seed
+            )  # random bases, and heads that are drawn, are those of the run
         if names := read_label_names(self.adapter):
             return build_model(self.model, len(names), label_names=names)
-        if self.run is None or TASKS[self.model.task].causal:
+        if self.config is None or TASKS[self.model.task].causal:
             return build_model(self.model)
-        config = compose(self.run / "config.yaml", stored=True)
-        config.model = self.model
-        return cast(PreTrainedModel, build_parts(config)[0])
+        return cast(PreTrainedModel, build_parts(replace(self.config, model=self.model))[0])
 
 
-def open_source(path: Path, base: str | None = None, dtype: str | None = None) -> Source:
+def open_source(path: Path, base: str | None = None) -> Source:
     """Finds a stored adapter and says which model it belongs to; neither is read yet.
 
     Args:
         path: the folder of a finished run, or of an adapter.
         base: the base model, as `model.name`; None takes the run's, or the one that the adapter names.
-        dtype: the type of the base's weights; None takes the run's.
 
     Raises:
         CheckpointError: if there is no finished run and no adapter.
         ConfigError: if nothing says which model it belongs to.
     """
+    quiet_libraries()
     run = next((folder for folder in (path, path.parent) if (folder / "run.json").is_file()), None)
     if run is None and not (path / CONFIG).is_file():
         raise CheckpointError(f"{path}: holds neither a run nor an adapter ({CONFIG}). Name such a folder.")
-    record = None
+    record = config = None
     if run is not None:
         folder = RunFolder(run)
         record, adapter = folder.finished(), folder.adapter
-        model = compose(folder.config, stored=True).model
+        config = compose(folder.config, stored=True)
+        model = config.model
     else:
         adapter, model = path, _named_base(path, base)
     if base is not None:
-        model.name, model.revision = base, None
-    if dtype is not None:
-        model.dtype = dtype  # type: ignore[assignment]
-    return Source(path, adapter, model, record, run)
+        model = replace(model, name=base, revision=None)
+    return Source(path, adapter, model, record, config)
 
 
 def open_adapter(source: Source) -> tuple[PreTrainedModel, Any]:

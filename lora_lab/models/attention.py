@@ -5,6 +5,7 @@ layer without calling it.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -165,23 +166,25 @@ class SplitMultiheadAttention(nn.Module):
             return output.squeeze(1), None if weights is None else weights.squeeze(0)
         return output.transpose(0, 1) if self.batch_first else output, weights
 
-    def fused_tensors(self) -> dict[str, Tensor]:
-        """Returns the values under the names that `nn.MultiheadAttention` gives them."""
-        parts = {"q": self.query, "k": self.key, "v": self.value}
-        weights = [part.weight for part in parts.values()]
-        tensors: dict[str, Tensor | None] = {
-            "out_proj.weight": self.output.weight,
-            "out_proj.bias": self.output.bias,
-            "bias_k": self.bias_k,
-            "bias_v": self.bias_v,
-        }
+    def fused_tensors(self, own: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Returns the values under the names that `nn.MultiheadAttention` gives them.
+
+        Args:
+            own: Tensors by name in place of the state dict's.
+        """
+        given = dict(self.state_dict() if own is None else own)
+        weights = [given[f"{part}.weight"] for part in ("query", "key", "value")]
+        tensors = {name: given[name] for name in ("bias_k", "bias_v") if name in given}
+        tensors["out_proj.weight"] = given["output.weight"]
+        if "output.bias" in given:
+            tensors["out_proj.bias"] = given["output.bias"]
         if self.kdim == self.vdim == self.embed_dim:
             tensors["in_proj_weight"] = torch.cat(weights)
         else:
-            tensors |= {f"{name}_proj_weight": part.weight for name, part in parts.items()}
-        if self.query.bias is not None:
-            tensors["in_proj_bias"] = torch.cat([part.bias for part in parts.values()])
-        return {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
+            tensors |= {f"{name}_proj_weight": weight for name, weight in zip("qkv", weights, strict=True)}
+        if "query.bias" in given:
+            tensors["in_proj_bias"] = torch.cat([given[f"{part}.bias"] for part in ("query", "key", "value")])
+        return tensors
 
     def _mask(
         self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, dtype: torch.dtype

@@ -1,18 +1,29 @@
 """One kind of linear layer for every model: `nn.Linear` in memory, the architecture's own layout on disk."""
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub.serialization._base import parse_size_to_int
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError
+from lora_lab.linalg.lazy import LazyTensor, now
 from lora_lab.models.architectures import find_roles, head_width, widths
 from lora_lab.models.attention import SplitMultiheadAttention, linear_of, split_attention
+from lora_lab.models.mapped import give_back, mapped_weights
 from lora_lab.models.pooled_encoder import PooledEncoder
 from lora_lab.models.quantization import QuantizedLinear
 
@@ -84,29 +95,95 @@ def _layout(model: nn.Module, path: str) -> tuple[int, dict[str, int]]:
     return pairs, {"query": heads // pairs * width, "key": width, "value": width}
 
 
-def save_model(model: PreTrainedModel, folder: str | Path, shard_size: str = "50GB") -> None:
+def save_model(
+    model: PreTrainedModel,
+    folder: str | Path,
+    shard_size: str = "50GB",
+    dtype: torch.dtype | None = None,
+    changed: Mapping[str, Tensor] | None = None,
+) -> None:
     """Writes config and weights as a folder that `from_pretrained` and `ModelConfig.name` open.
 
     Split projections are joined again, and quantised maps are written dequantised. GPT-2's layers get the
     layout of its checkpoints; saved as linear layers, its square matrices would be read transposed without an
     error.
 
+    Memory holds one file's tensors at a time beside the model; a model that transformers has mapped from
+    safetensors files takes none.
+
     Args:
         model: A model from `build_model` without adapters (merged or never injected).
         folder: Created if it does not exist.
         shard_size: Size of the largest file, "500MB".
+        dtype: Type of the floating numbers; None keeps each tensor's.
+        changed: Tensors by name, in place of the model's own or beside them; lazy ones are computed when
+            their file is written.
 
     Raises:
+        ConfigError: if the size cannot be read.
         CheckpointError: if the folder cannot be written.
     """
-    weights = model.state_dict()
+    check_shard_size(shard_size)
+    weights = _weights(model, changed or {})
+    if dtype is not None:
+        weights = {name: _cast(tensor, dtype) for name, tensor in weights.items()}
+    mapped = mapped_weights()
+    try:
+        model.save_pretrained(folder, state_dict={})  # config, generation config, code of the model's own
+        if dtype is not None:
+            model.config.dtype = dtype
+            model.config.save_pretrained(folder)
+        split = split_torch_state_dict_into_shards(
+            weights, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_size
+        )
+        for file, names in split.filename_to_tensors.items():
+            shard = {}
+            for name in names:
+                shard[name] = now(weights.pop(name)).contiguous()
+                give_back(mapped)
+            save_file(shard, Path(folder) / file, metadata={"format": "pt"})
+            give_back(mapped)
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            (Path(folder) / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the model cannot be written to {folder}: {error}; choose another folder"
+        ) from error
+
+
+def check_shard_size(text: str) -> None:
+    """Checks the size of the largest file.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
+    try:
+        size = parse_size_to_int(text)
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise ConfigError(f"--shard-size: must be a number and a unit, like 500MB or 5GB; got {text!r}")
+
+
+def _weights(model: PreTrainedModel, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a model's tensors by their names on the disk, lazy where they are computed."""
+    weights: dict[str, Tensor] = model.state_dict()
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantizedLinear):
             for name in module.state_dict():
                 del weights[f"{path}.{name}"]
-            weights[f"{path}.weight"] = module.weight
+            shape = (module.out_features, module.in_features)
+            weights[f"{path}.weight"] = LazyTensor.of(partial(getattr, module, "weight"), shape, module.dtype)
             if module.bias is not None:
                 weights[f"{path}.bias"] = module.bias
+    weights |= changed
+    # Tied weights are written once. Computed ones are none: what an adapter changes is no longer tied.
+    held = {name: tensor for name, tensor in weights.items() if not isinstance(tensor, LazyTensor)}
+    kept = remove_tied_weights_from_state_dict(dict(held), model)
+    weights = {
+        name: kept.get(name, tensor) for name, tensor in weights.items() if name not in held.keys() - kept
+    }
     for path, module in model.named_modules():
         if isinstance(module, FusedProjection):
             for tensor in ("weight", "bias"):
@@ -114,17 +191,19 @@ def save_model(model: PreTrainedModel, folder: str | Path, shard_size: str = "50
                 if names[0] in weights:
                     weights[f"{path}.{tensor}"] = module.joined([weights.pop(name) for name in names], 0)
         if isinstance(module, SplitMultiheadAttention):
-            for name in module.state_dict():
-                del weights[f"{path}.{name}"]
-            weights |= {f"{path}.{name}": tensor for name, tensor in module.fused_tensors().items()}
+            own = {name: weights.pop(f"{path}.{name}") for name in module.state_dict()}
+            weights |= {f"{path}.{name}": tensor for name, tensor in module.fused_tensors(own).items()}
     for path in _transposed_layers(model):
-        weights[f"{path}.weight"] = weights[f"{path}.weight"].T.contiguous()
-    try:
-        model.save_pretrained(folder, state_dict=weights, max_shard_size=shard_size)
-    except OSError as error:
-        raise CheckpointError(
-            f"the model cannot be written to {folder}: {error}; choose another folder"
-        ) from error
+        weights[f"{path}.weight"] = weights[f"{path}.weight"].T
+    for name in model._keys_to_ignore_on_save or ():
+        weights.pop(name, None)
+    return cast(dict[str, Tensor], revert_weight_conversion(model, weights))
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.dtype == dtype or not tensor.is_floating_point():
+        return tensor
+    return LazyTensor.of(lambda: now(tensor).to(dtype), tensor.shape, dtype)
 
 
 def _transposed_layers(model: PreTrainedModel) -> list[str]:

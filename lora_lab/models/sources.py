@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -29,8 +30,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lora_lab.assets import ASSETS, fetch, hub_reachable
+from lora_lab.documents.reading import read_json
 from lora_lab.errors import CheckpointError, ConfigError, LabError, suggest
 from lora_lab.models.architectures import find_roles
 from lora_lab.models.perceptron import MLP
@@ -114,6 +117,19 @@ class Source(ABC):
             CheckpointError: if weights are damaged, missing or have other shapes.
             ConfigError: if the class cannot be built from this source.
         """
+
+    def weight_files(self) -> list[Path]:
+        """Returns the safetensors files that the weights lie in; [] where there are none on this machine."""
+        return []
+
+    def stored_dtypes(self) -> set[str]:
+        """Returns the types of the floating numbers in the weights' files, as safetensors calls them."""
+        found: set[str] = set()
+        with self._translated("model"):
+            for path in self.weight_files():
+                with safe_open(path, "pt") as file:
+                    found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        return {name for name in found if "F" in name}
 
     @property
     def model_type(self) -> str | None:
@@ -214,6 +230,19 @@ class PretrainedSource(Source):
     @abstractmethod
     def _location(self) -> str:
         """Returns what `from_pretrained` takes: a folder or a hub name."""
+
+    def weight_files(self) -> list[Path]:
+        if single := self._file(SAFE_WEIGHTS_NAME):
+            return [single]
+        index = self._file(SAFE_WEIGHTS_INDEX_NAME)
+        with self._translated("model"):
+            names = sorted(set(read_json(index)["weight_map"].values())) if index else []
+        return [path for name in names if (path := self._file(name))]
+
+    def _file(self, name: str) -> Path | None:
+        """Returns a file of the source that is on this machine, by its name."""
+        path = Path(self._location(), name)
+        return path if path.is_file() else None
 
     def _options(self) -> dict[str, Any]:
         return {"trust_remote_code": self.trust_remote_code, "local_files_only": True}
@@ -363,6 +392,10 @@ class HubSource(PretrainedSource):
 
     def _location(self) -> str:
         return self.name
+
+    def _file(self, name: str) -> Path | None:
+        found = try_to_load_from_cache(self.name, name, revision=self.revision)
+        return Path(found) if isinstance(found, str) else None
 
     def _options(self) -> dict[str, Any]:
         # If the hub cannot be reached, its cache may hold the model; the client would first retry for half a

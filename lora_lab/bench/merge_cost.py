@@ -1,0 +1,198 @@
+"""What a merge costs beside copying the base's files, and what is left of one that is killed.
+
+    python -m lora_lab.bench.merge_cost OUTPUT.csv
+
+The base has Llama's shapes and random float32 weights, 2 GB in files of 500 MB; the adapter is a LoRA of
+rank 16 on all linear maps of its blocks. Each round copies the base's folder, adds up W + ΔW of all modules
+without writing anything (the arithmetic), and merges in a process of its own. Files are flushed to the disk
+in all of them. Memory is what the process takes at most above what it takes when all modules are imported.
+Then ten merges are killed, at ten moments of their way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lora_lab.adapters import LoRASpec, inject
+from lora_lab.adapters.storage import load_adapter, save_adapter
+from lora_lab.bench.results import about, write_rows
+from lora_lab.documents.writing import new_folder
+from lora_lab.linalg.lazy import LazyTensor
+from lora_lab.models.build import ModelConfig, build_model
+from lora_lab.models.conversion import save_model
+from lora_lab.models.tiny import character_tokenizer
+
+SHARD, RANK, ROUNDS, KILLS = "500MB", 16, 5, 10
+CHILD = """
+import json, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from lora_lab.artifacts.merging import merge
+
+def megabytes(name):
+    return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0]) / 1024
+
+Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+before = megabytes("VmRSS")
+print("ready", flush=True)
+start = time.perf_counter()
+merge(Path(sys.argv[1]), Path(sys.argv[2]), shard_size=sys.argv[3])
+seconds = time.perf_counter() - start
+print(json.dumps({"seconds": seconds, "megabytes": megabytes("VmHWM") - before}))
+"""
+
+
+def make(folder: Path, layers: int) -> tuple[Path, Path]:
+    """Writes a base of 220 MB and 201 MB a layer, and an adapter; returns their folders."""
+    config = LlamaConfig(
+        vocab_size=13440,
+        hidden_size=2048,
+        intermediate_size=5504,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+    )
+    with torch.device("meta"):
+        model: Any = LlamaForCausalLM(config)
+    weights = {
+        name: LazyTensor.of(lambda shape=tensor.shape: 0.02 * torch.rand(shape), tensor.shape, tensor.dtype)  # type: ignore[misc]
+        for name, tensor in model.state_dict().items()
+    }
+    base, adapter = folder / "base", folder / "adapter"
+    save_model(model, base, SHARD, changed=weights)
+    character_tokenizer(config).save_pretrained(base)
+    adapters = inject(opened(base), LoRASpec(rank=RANK, targets="all-linear"))
+    with torch.no_grad():
+        for parameter in adapters.trainable_parameters():
+            parameter.normal_(std=0.01)
+    save_adapter(adapters, adapter, str(base), "CAUSAL_LM")
+    return base, adapter
+
+
+def opened(base: Path) -> Any:
+    """Returns the base."""
+    return build_model(ModelConfig(name=str(base), task="causal_lm"))
+
+
+def child(adapter: Path, out: Path) -> subprocess.Popen[str]:
+    """Starts a merge in a process of its own and returns when everything is imported."""
+    command = [sys.executable, "-c", CHILD, str(adapter), str(out), SHARD]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def copied(base: Path, out: Path) -> float:
+    """Returns the seconds of a copy of the base's files."""
+    start = time.perf_counter()
+    with new_folder(out) as fresh:
+        for path in base.iterdir():
+            shutil.copy(path, fresh)
+    return time.perf_counter() - start
+
+
+def added(base: Path, adapter: Path) -> float:
+    """Returns the seconds of W + ΔW for all modules, the weights in memory already."""
+    model = opened(base)
+    adapters = load_adapter(model, adapter)
+    total = 0.0
+    for own in adapters:
+        weight: Any = own.base
+        weight.weight.sum()  # reads the file
+        start = time.perf_counter()
+        own.merged_module()
+        total += time.perf_counter() - start
+    return total
+
+
+def fresh(action: Callable[[Path], Any], out: Path) -> Any:
+    """Runs an action that makes a folder, and deletes the folder."""
+    found = action(out)
+    shutil.rmtree(out)
+    return found
+
+
+def merged(adapter: Path, out: Path) -> dict[str, float]:
+    """Returns seconds and megabytes of a merge."""
+    process = child(adapter, out)
+    text, _ = process.communicate()
+    return {name: float(value) for name, value in json.loads(text).items()}
+
+
+def killed(adapter: Path, out: Path, after: float, whole: int) -> str:
+    """Kills a merge so many seconds after its start; returns what its folder looks like then."""
+    process = child(adapter, out)
+    time.sleep(after)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    left = "none"
+    if out.exists():
+        left = "whole" if size(out) == whole and (out / "README.md").is_file() else "broken"
+    for path in out.parent.glob(f"*{out.name}*"):
+        shutil.rmtree(path)
+    return left
+
+
+def size(folder: Path) -> int:
+    """Returns the bytes of a model's weights."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def main() -> None:
+    """Measures and writes the table."""
+    parser = argparse.ArgumentParser(description="Measures what a merge costs.")
+    parser.add_argument("output", type=Path, help="CSV file to write")
+    parser.add_argument("--layers", type=int, default=9, help="blocks of the base (%(default)s: 2 GB)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    origin = about(["torch", "transformers", "safetensors"])
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        base, adapter = make(folder, options.layers)
+        rows = []
+        for number in range(ROUNDS):
+            copy = fresh(lambda out: copied(base, out), folder / "copy")
+            arithmetic = added(base, adapter)
+            cost = fresh(lambda out: merged(adapter, out), folder / "merged")
+            rows.append(
+                {
+                    "round": number + 1,
+                    "base_megabytes": round(size(base) / 1e6, 1),
+                    "copy_seconds": round(copy, 3),
+                    "arithmetic_seconds": round(arithmetic, 3),
+                    "merge_seconds": round(cost["seconds"], 3),
+                    "ratio": round(cost["seconds"] / (copy + arithmetic), 4),
+                    "merge_peak_megabytes": round(cost["megabytes"], 1),
+                }
+            )
+            print(rows[-1], flush=True)
+        typical = statistics.median(row["merge_seconds"] for row in rows)
+        whole = size(base)  # as many numbers, of the same type, in files of the same size
+        left = [
+            killed(adapter, folder / "killed", typical * (number + 0.5) / KILLS, whole)
+            for number in range(KILLS)
+        ]
+        print(f"folders left by {KILLS} killed merges: {left}")
+        counts = {f"killed_{state}": left.count(state) for state in ("none", "whole", "broken")}
+        rows = [row | counts for row in rows]
+    write_rows(options.output, [origin | row for row in rows])
+
+
+if __name__ == "__main__":
+    main()
