@@ -30,6 +30,9 @@ lora-lab describe trainer (or model, data …) lists the settings of each part."
 """What `lora-lab train` without arguments says."""
 
 
+ANY_BASE = "allow a base of other weights than those that the adapter was trained on"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
@@ -94,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings over the run's own config"
     )
+    evaluate.add_argument("--any-base", action="store_true", help=ANY_BASE)
     evaluate.set_defaults(command=_evaluate)
 
     report = commands.add_parser("report", help="show what a study or any runs have found")
@@ -113,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     merge = commands.add_parser("merge", help="write base and adapter as one plain model")
     merge.add_argument("source", metavar="RUN|ADAPTER", type=Path, help=source)
     merge.add_argument("--out", type=Path, required=True, help="the new model's folder")
-    merge.add_argument("--base", metavar="MODEL", help="the base model, as model.name")
+    _add_base(merge)
     merge.add_argument("--dtype", help="type of the weights: float32, bfloat16, float16 (the run's)")
     merge.add_argument("--rank", type=int, help="the most components of a module's update (all)")
     merge.add_argument("--shard-size", default="5GB", help="size of the largest file (%(default)s)")
@@ -127,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_size(export)
     export.add_argument("--active-rank", type=int, help="the rank of a method of nested ranks (dylora)")
-    export.add_argument("--base", metavar="MODEL", help="the base model, as model.name")
+    _add_base(export)
     export.set_defaults(command=_export)
 
     combine = commands.add_parser("combine", help="mix several adapters of one base into one LoRA")
@@ -141,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     combine.add_argument("--density", type=float, help="share of the numbers that ties, dare, … keep")
     combine.add_argument("--seed", type=int, default=0, help="of dare's draws (%(default)s)")
     combine.add_argument("--heads", type=_heads, help="whose task head: 1, 2, … or average")
-    combine.add_argument("--base", metavar="MODEL", help="the base model, as model.name")
+    _add_base(combine)
     combine.set_defaults(command=_combine)
 
     ablate = commands.add_parser("ablate", help="make all runs of a study that are not finished")
@@ -176,6 +180,11 @@ def _add_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--energy", type=float, default=1.0, help="share of each update's squared norm to keep (%(default)s)"
     )
+
+
+def _add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", metavar="MODEL", help="the base model, as model.name")
+    parser.add_argument("--any-base", action="store_true", help=ANY_BASE)
 
 
 def _heads(text: str) -> int | str:
@@ -215,7 +224,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     from lora_lab.experiment import evaluate
     from lora_lab.report.tables import metrics_table
 
-    Console().print(metrics_table(evaluate(options.run, options.overrides), str(options.run)))
+    Console().print(
+        metrics_table(evaluate(options.run, options.overrides, options.any_base), str(options.run))
+    )
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -236,7 +247,7 @@ def _merge(options: argparse.Namespace) -> None:
     from lora_lab.report.tables import conversion_table
 
     size = options.dtype, options.shard_size, options.rank
-    made = merge(options.source, options.out, options.base, *size)
+    made = merge(options.source, options.out, options.base, *size, options.any_base)
     if made.ranks:
         Console().print(conversion_table(str(made.folder), made.ranks, made.errors))
     Console().print(f"Model folder: {made.folder}", soft_wrap=True)
@@ -247,7 +258,7 @@ def _export(options: argparse.Namespace) -> None:
     from lora_lab.report.tables import conversion_table
 
     form, limits = options.form, (options.rank, options.energy, options.active_rank)
-    made = export(options.source, options.out, form, *limits, options.base)
+    made = export(options.source, options.out, form, *limits, options.base, options.any_base)
     Console().print(conversion_table(str(made.folder), made.ranks, made.errors))
 
 
@@ -266,6 +277,7 @@ def _combine(options: argparse.Namespace) -> None:
         options.seed,
         options.heads,
         options.base,
+        options.any_base,
     )
     Console().print(conversion_table(str(made.folder), made.ranks, made.errors))
 

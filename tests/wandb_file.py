@@ -32,6 +32,8 @@ class OfflineRun:
     summary: dict[str, Any] = field(default_factory=dict)
     media: list[Path] = field(default_factory=list)
     """Files of tables and images."""
+    artifacts: list[dict[str, Any]] = field(default_factory=list)
+    """Name, type, metadata and names of files of each artifact that the run has put out."""
     exit_code: int | None = None
     """None if the run was never ended."""
 
@@ -96,6 +98,19 @@ def _add(run: OfflineRun, record: Record) -> None:
         run.history.append(_items(record.history.item))
     elif kind == "summary":
         run.summary |= _items(record.summary.update)
+    elif kind == "artifact":
+        found = record.artifact
+        files = sorted(entry.path for entry in found.manifest.contents)
+        metadata = json.loads(found.metadata or "{}")
+        run.artifacts.append(
+            {
+                "name": found.name,
+                "type": found.type,
+                "metadata": metadata,
+                "files": files,
+                "run": found.run_id,
+            }
+        )
     elif kind == "exit":
         run.exit_code = record.exit.exit_code
 

@@ -227,6 +227,7 @@ class AdapterSet:
         adapters: the method's adapters, by path of the module that each replaces.
         saved: the fully trained modules next to them (task heads), by path.
         owners: path of each adapter that uses another's tensors → the other's path; see `share`.
+        lineage: where loaded adapters come from, see `lineage`; {} for fresh ones.
     """
 
     def __init__(
@@ -243,6 +244,7 @@ class AdapterSet:
         self.adapters = dict(adapters)
         self.saved = dict(saved)
         self.owners: dict[str, str] = {}
+        self.lineage: dict[str, Any] = {}
         self._requires_grad = dict(requires_grad)
         self._hooks = list(hooks)
         self._all: dict[str, Adapter] = {**self.adapters, **self.saved}

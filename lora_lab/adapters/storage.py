@@ -2,8 +2,8 @@
 
     adapter_config.json          PEFT's fields of the method
     adapter_model.safetensors    `base_model.model.<path>.<PEFT's tensor name>`
-    lora_lab.yaml                the full spec, and which adapters share tensors or were dropped; PEFT
-                                 ignores unknown files
+    lora_lab.yaml                the full spec, which adapters share tensors or were dropped, and where all
+                                 comes from (`lineage`); PEFT ignores unknown files
 
 A method's `PeftLayout` says how its tensors and options are called there; nothing here depends on a method.
 """
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from transformers import conversion_mapping
 
 from lora_lab.adapters.injection import AdapterSet, load_tensors, parameter_count, place
+from lora_lab.adapters.lineage import Lineage, base_lineage, read_lineage, same_base, versions
 from lora_lab.adapters.maps import stacked
 from lora_lab.adapters.methods import METHODS
 from lora_lab.adapters.peft_folder import PREFIX, PeftFolder, understand
@@ -44,6 +45,7 @@ from lora_lab.linalg.norms import nonfinite
 from lora_lab.tasks import name_classes
 
 CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", "lora_lab.yaml"
+LINEAGE = "lineage"
 CLASSES = "classes"
 """Key of `lora_lab.yaml`: the names of a classifier's classes in the order of its outputs."""
 
@@ -61,8 +63,11 @@ def save_adapter(
     base_model: str | None = None,
     task_type: str | None = None,
     label_names: Sequence[str] = (),
+    lineage: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes an adapter folder, whole or not at all.
+
+    The folder says which base it belongs to, see `lineage`.
 
     Args:
         adapters: the adapters, with their saved modules.
@@ -70,6 +75,7 @@ def save_adapter(
         base_model: hub name or path of the base, for PEFT's Auto classes.
         task_type: PEFT's `SEQ_CLS` or `CAUSAL_LM`, also for these.
         label_names: names of a classifier's classes in the order of its outputs.
+        lineage: what is known beside the base's weights; it adds to what the adapters were loaded with.
 
     Raises:
         CheckpointError: if the folder cannot be written to, or holds anything but an adapter.
@@ -99,13 +105,15 @@ def save_adapter(
         **layout.site_config(adapters.adapters),
     }
     spec = replace(adapters.spec, modules_to_save=list(adapters.saved))
+    origin = _lineage_of(adapters, {"name": base_model} if base_model else {}, lineage or {})
     try:
         with new_folder(folder) as fresh:
             save_file(tensors, fresh / TENSORS, metadata={"format": "pt"})
             (fresh / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             own = {"adapter": asdict(spec)} | {name: value for name, value in structure.items() if value}
             # Added here, because a name may look like a reference to another value.
-            names = yaml.safe_dump({CLASSES: list(label_names)}, allow_unicode=True) if label_names else ""
+            apart = {LINEAGE: origin} | ({CLASSES: list(label_names)} if label_names else {})
+            names = yaml.safe_dump(apart, allow_unicode=True, sort_keys=False)
             (fresh / OWN).write_text(OmegaConf.to_yaml(OmegaConf.create(own)) + names, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
@@ -113,7 +121,17 @@ def save_adapter(
         ) from error
 
 
-def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterSet:
+def _lineage_of(adapters: AdapterSet, base: Lineage, given: Mapping[str, Any]) -> Lineage:
+    """Returns the lineage of adapters that are about to be stored; their first base stays theirs."""
+    if "base" in adapters.lineage:
+        base = adapters.lineage["base"]
+    else:
+        base = base_lineage(adapters.model, adapters._all, adapters.saved) | base
+    base = base | given.get("base", {})
+    return adapters.lineage | dict(given) | {"base": base, "versions": versions()}
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str], any_base: bool = False) -> AdapterSet:
     """Puts the adapters of a folder, ours or PEFT's, into a model.
 
     The names of a classifier's classes, if the folder has them, are written into the model's config.
@@ -121,6 +139,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterSet
     Args:
         model: the base model; it is unchanged after an error.
         folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+        any_base: whether the model may have other weights than the base that the folder was trained on; that
+            it has is then said in the set's lineage, and in folders that are made of it.
 
     Returns:
         The set of adapters now in the model.
@@ -143,6 +163,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterSet
         foreign = _read_foreign(model, folder / CONFIG, shapes)
         spec = foreign.spec
     _check_size(model, spec, shapes, folder)
+    lineage = read_lineage(_texts(own), str(folder / OWN))
     tensors = _read_tensors(folder)
     if foreign is not None:
         foreign.check_copies(model, tensors, str(folder))
@@ -166,6 +187,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterSet
         given |= _shared_tensors(adapters)
         given |= others
         load_tensors(_file_tensors(adapters), given, str(folder), write=False)
+        adapters.lineage = _checked_lineage(adapters, lineage, folder, any_base)
         for path, adapter in adapters._all.items():
             start = f"{PREFIX}{path}."
             adapter.load_peft_tensors({name: given[f"{start}{name}"] for name in adapter.peft_tensors()})
@@ -181,6 +203,37 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterSet
     adapters.spec = spec
     name_classes(getattr(model, "config", None), names)
     return adapters
+
+
+def _texts(own: Mapping[str, Any]) -> dict[str, Any]:
+    return {LINEAGE: texts(own.get(LINEAGE))}
+
+
+def stored_lineage(folder: str | os.PathLike[str]) -> Lineage:
+    """Returns the lineage of an adapter folder; {} where it has none, as PEFT's and those of before.
+
+    Raises:
+        CheckpointError: if `lora_lab.yaml` cannot be read, or holds something else there.
+    """
+    path = Path(folder) / OWN
+    return read_lineage(_texts(_read_own(path)), str(path)) if path.is_file() else {}
+
+
+def _checked_lineage(adapters: AdapterSet, lineage: Lineage, folder: Path, any_base: bool) -> Lineage:
+    """Makes sure that a model is the base of a folder's lineage; with `any_base` adds that it is none."""
+    base = lineage.get("base") or {}
+    if "weights" not in base:
+        return lineage
+    here = base_lineage(adapters.model, adapters._all, adapters.saved)
+    if same_base(base, here):
+        return lineage
+    if any_base:
+        return lineage | {"loaded_onto": [*lineage.get("loaded_onto", []), here]}
+    raise CheckpointError(
+        f"{folder}: was trained on {base.get('name')} with weights {base['weights']}, and this model is "
+        f"{here['name']} with weights {here.get('weights')}. Load it onto that base; to put it onto this one "
+        "all the same: --any-base, in Python any_base=True."
+    )
 
 
 def read_label_names(folder: str | os.PathLike[str]) -> list[str]:
@@ -267,8 +320,9 @@ def _read_own(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {UNREADABLE} ({error}). {READ_INSTEAD}") from error
     if not isinstance(own, dict) or not isinstance(own.get("adapter"), dict):
         raise CheckpointError(f"{path}: {UNREADABLE} (it has no `adapter` with fields). {READ_INSTEAD}")
-    if references({name: value for name, value in own.items() if name != CLASSES}):
-        raise CheckpointError(f"{path}: {UNREADABLE} ('{references(own)[0]}' is not a value). {READ_INSTEAD}")
+    referring = references({name: value for name, value in own.items() if name not in (CLASSES, LINEAGE)})
+    if referring:
+        raise CheckpointError(f"{path}: {UNREADABLE} ('{referring[0]}' is not a value). {READ_INSTEAD}")
     return own
 
 

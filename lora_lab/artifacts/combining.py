@@ -48,6 +48,7 @@ def combine(
     seed: int = 0,
     heads: int | Literal["average"] | None = None,
     base: str | None = None,
+    any_base: bool = False,
 ) -> Converted:
     """Writes a mixture of stored adapters as one LoRA.
 
@@ -64,6 +65,7 @@ def combine(
         heads: whose fully trained modules (task heads) the mixture has: the number of a source, counted from
             1, or their weighted average; None if no two sources differ in them.
         base: the base model, as `model.name`.
+        any_base: whether it may have other weights than the one that was trained on.
 
     Raises:
         ConfigError: if a setting is out of range or has no meaning here.
@@ -72,7 +74,7 @@ def combine(
     """
     check_size(rank, energy)
     weights = _checked(paths, weights, method, rank, energy, density)
-    sources = [open_source(path, base) for path in paths]
+    sources = [open_source(path, base, any_base) for path in paths]
     for source in sources[1:]:
         if source.model != sources[0].model:
             raise IncompatibleError(
@@ -80,10 +82,11 @@ def combine(
                 f"({source.model.name}, {sources[0].model.name}). Mix adapters of one base."
             )
     model = sources[0].build().eval()
-    found, trained = [], []
+    found, trained, lineages = [], [], []
     for source in sources:
-        adapters = load_adapter(model, source.adapter)
+        adapters = load_adapter(model, source.adapter, any_base)
         found.append(updates(adapters))
+        lineages.append(adapters.lineage)
         trained.append(
             {
                 f"{path}.{name}": tensor.clone()
@@ -110,9 +113,13 @@ def combine(
         for path, copy in lora.saved.items():
             own = copy.peft_tensors()
             copy.load_peft_tensors({name: head[f"{path}.{name}"] for name in own})
-    store(lora, out, sources[0])
     ranks = {path: update.rank for path, (update, _) in cut.items()}
-    return Converted(out, ranks, {path: error for path, (_, error) in cut.items()})
+    errors = {path: error for path, (_, error) in cut.items()}
+    options = {"rank": rank, "energy": energy, "density": density, "seed": seed, "heads": heads}
+    made = {"by": "combine", "method": method, "weights": [*weights], **options, "errors": errors}
+    lora.lineage = {"base": lineages[0]["base"]} if "base" in lineages[0] else {}
+    store(lora, out, sources[0], {"made": made, "sources": lineages})
+    return Converted(out, ranks, errors)
 
 
 def _checked(

@@ -41,6 +41,7 @@ def export(
     energy: float = 1.0,
     active_rank: int | None = None,
     base: str | None = None,
+    any_base: bool = False,
 ) -> Converted:
     """Writes a stored adapter in another form.
 
@@ -52,6 +53,7 @@ def export(
         energy: the share of each ‖ΔW‖²_F to keep, in (0, 1].
         active_rank: the rank at which a method of nested ranks is exported; None takes the stored one.
         base: the base model, as `model.name`.
+        any_base: whether it may have other weights than the one that was trained on.
 
     Raises:
         ConfigError: if a setting is out of range or has no meaning here.
@@ -60,7 +62,7 @@ def export(
     check_size(rank, energy)
     if form == "peft" and (rank is not None or energy < 1):
         raise ConfigError("export: --rank and --energy cut a LoRA; a method's own form is written as it is.")
-    source = open_source(path, base)
+    source = open_source(path, base, any_base)
     _, adapters = open_adapter(source)
     if active_rank is not None:
         _activate(adapters, active_rank)
@@ -70,11 +72,12 @@ def export(
             raise IncompatibleError(
                 f"{path}: PEFT has no method like {adapters.spec.method}. Export it as a LoRA: --as lora"
             )
-        store(adapters, out, source)
+        store(adapters, out, source, {"made": {"by": "export"}})
         ranks = {name: adapter.rank or 0 for name, adapter in adapters.items()}
         return Converted(out, ranks, dict.fromkeys(ranks, 0.0))
     found, ranks, errors = cut(adapters, rank, energy)
-    store(as_lora(adapters, found), out, source)
+    made = {"by": "export", "method": adapters.spec.method, "rank": rank, "energy": energy, "errors": errors}
+    store(as_lora(adapters, found), out, source, {"made": made})
     return Converted(out, ranks, errors)
 
 
@@ -128,6 +131,7 @@ def as_lora(adapters: AdapterSet, found: Mapping[str, Update]) -> AdapterSet:
         found: path → update; its paths may differ from those of the adapters.
     """
     trained = {path: copy.trained.state_dict() for path, copy in adapters.saved.items()}
+    lineage = adapters.lineage
     model = adapters.remove()
     # PEFT has no rank of 0: what is not changed gets one component of zeros.
     ranks = {path: max(1, update.rank) for path, update in found.items()}
@@ -143,6 +147,7 @@ def as_lora(adapters: AdapterSet, found: Mapping[str, Update]) -> AdapterSet:
         lora_bias=any(update.bias is not None for update in found.values()),
     )
     lora = place(model, spec)
+    lora.lineage = lineage
     adapter: Any
     for path, adapter in lora.items():
         update = found[path]
@@ -156,10 +161,10 @@ def as_lora(adapters: AdapterSet, found: Mapping[str, Update]) -> AdapterSet:
     return lora
 
 
-def store(adapters: AdapterSet, folder: Path, source: Source) -> None:
+def store(adapters: AdapterSet, folder: Path, source: Source, lineage: Mapping[str, Any]) -> None:
     """Writes adapters with the names of the base that they belong to, and of its classes."""
     name, task = source.model.source().public_name, TASKS[source.model.task]
-    save_adapter(adapters, folder, name, task.peft_type, read_label_names(source.adapter))
+    save_adapter(adapters, folder, name, task.peft_type, read_label_names(source.adapter), lineage)
 
 
 def _activate(adapters: AdapterSet, rank: int) -> None:

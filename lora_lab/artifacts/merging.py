@@ -29,6 +29,7 @@ def merge(
     dtype: str | None = None,
     shard_size: str = "5GB",
     rank: int | None = None,
+    any_base: bool = False,
 ) -> Converted:
     """Writes base and adapter as one model folder, whole or not at all.
 
@@ -46,6 +47,7 @@ def merge(
         dtype: the type of the weights, `float32`, `bfloat16` or `float16`; None keeps the run's.
         shard_size: the size of the largest file, `500MB`.
         rank: the most components of a module's update, the rest of which is left out; None keeps it whole.
+        any_base: whether it may have other weights than the one that was trained on.
 
     Raises:
         CheckpointError: if there is no such adapter, or the folder holds something or cannot be written.
@@ -58,7 +60,7 @@ def merge(
         raise ConfigError(f"--dtype: must be float32, bfloat16 or float16; got {dtype}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: exists already, and nothing in it is replaced. Name a new folder.")
-    source = open_source(path, base)
+    source = open_source(path, base, any_base)
     written = getattr(torch, dtype or source.model.dtype)
     tokenizer = build_tokenizer(source.model)
     model, adapters = open_adapter(replace(source, model=_as_stored(source.model)))
@@ -110,6 +112,11 @@ def model_card(source: Source, adapters: AdapterSet, method: dict[str, object], 
         ]
     lines += ["", "## Method", ""]
     lines += [f"- {field}: {value}" for field, value in method.items() if value not in (None, [], {})]
+    if others := adapters.lineage.get("loaded_onto"):
+        lines += [
+            "",
+            f"The adapter was trained on other weights of its base than those of {others[-1]['name']}.",
+        ]
     if source.record is not None:
         record = source.record
         lines += ["", "## Training", "", f"- run: {record['experiment']} / {record['run']}"]

@@ -37,6 +37,9 @@ class Source:
     config: ExperimentConfig | None
     """The config of that run."""
 
+    any_base: bool = False
+    """Whether the base may have other weights than the one that the adapter was trained on."""
+
     @property
     def data(self) -> str:
         """Which data it was trained on, as far as that is known."""
@@ -61,12 +64,13 @@ class Source:
         return cast(PreTrainedModel, build_parts(replace(self.config, model=self.model))[0])
 
 
-def open_source(path: Path, base: str | None = None) -> Source:
+def open_source(path: Path, base: str | None = None, any_base: bool = False) -> Source:
     """Finds a stored adapter and says which model it belongs to; neither is read yet.
 
     Args:
         path: the folder of a finished run, or of an adapter.
         base: the base model, as `model.name`; None takes the run's, or the one that the adapter names.
+        any_base: whether it may have other weights than the one that the adapter was trained on.
 
     Raises:
         CheckpointError: if there is no finished run and no adapter.
@@ -86,13 +90,13 @@ def open_source(path: Path, base: str | None = None) -> Source:
         adapter, model = path, _named_base(path, base)
     if base is not None:
         model = replace(model, name=base, revision=None)
-    return Source(path, adapter, model, record, config)
+    return Source(path, adapter, model, record, config, any_base)
 
 
 def open_adapter(source: Source) -> tuple[PreTrainedModel, Any]:
     """Returns a source's model and its adapters, which stand in it."""
     model = source.build().eval()
-    return model, load_adapter(model, source.adapter)
+    return model, load_adapter(model, source.adapter, source.any_base)
 
 
 def _named_base(path: Path, base: str | None) -> ModelConfig:

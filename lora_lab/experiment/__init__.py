@@ -90,7 +90,8 @@ def run(config: ExperimentConfig, resume: bool = True, overwrite: bool = False) 
         if trainer.is_global_zero:
             this.release_space()
             base, task = config.model.source().public_name, TASKS[config.model.task]
-            save_adapter(adapters, this.folder.adapter, base, task.peft_type, data.label_names)
+            lineage = this.lineage(data)
+            save_adapter(adapters, this.folder.adapter, base, task.peft_type, data.label_names, lineage)
         return this.finish(trainer, callbacks, metrics)
 
 
@@ -104,12 +105,13 @@ def run_all(configs: Iterable[ExperimentConfig]) -> Iterator[tuple[ExperimentCon
         yield config, run(config)
 
 
-def evaluate(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
+def evaluate(path: Path, overrides: Sequence[str] = (), any_base: bool = False) -> dict[str, float]:
     """Loads a finished run's adapter into its base model and evaluates it.
 
     Args:
         path: the run's folder.
         overrides: `key=value` settings that override the run's config, such as another data set.
+        any_base: whether the base may have other weights than that of the run.
 
     Returns:
         The metrics, `validation/…` and `test/…`.
@@ -136,7 +138,7 @@ def evaluate(path: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
             "trained on mean little.",
             path,
         )
-    adapters = load_adapter(model, folder.adapter)
+    adapters = load_adapter(model, folder.adapter, any_base)
     module = FineTuner(
         model.eval(),
         adapters,

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from lora_lab.adapters import AdapterSet
-from lora_lab.adapters.storage import TENSORS
+from lora_lab.adapters.storage import TENSORS, stored_lineage
 from lora_lab.config.compose import compose
 from lora_lab.config.schema import ExperimentConfig
 from lora_lab.data import TaskData
@@ -28,7 +28,15 @@ from lora_lab.experiment.continuation import differences, source_of
 from lora_lab.experiment.environment import process_rank
 from lora_lab.experiment.folder import Record, RunFolder
 from lora_lab.experiment.record import end_record, start_record
-from lora_lab.tracking import build_loggers, close_loggers, read_metrics, replay, summarise, wandb_mode
+from lora_lab.tracking import (
+    build_loggers,
+    close_loggers,
+    log_adapter,
+    read_metrics,
+    replay,
+    summarise,
+    wandb_mode,
+)
 from lora_lab.training.stopping import Interruption, StopRequest
 
 SPARE_BYTES = 1 << 20
@@ -136,6 +144,14 @@ class OpenRun:
         summarise(self.loggers, {name: self.record[name] for name in SUMMARY_AT_START})
         return self.loggers
 
+    def lineage(self, data: TaskData) -> dict[str, Any]:
+        """Returns what the adapter's folder says of its origin, beside its base's weights."""
+        model = self.config.model
+        base = {"name": model.source().public_name or model.name} | (
+            {"revision": model.revision} if model.revision else {}
+        )
+        return {"base": base, "data": data.fingerprint, "config": self.config.hash()}
+
     def release_space(self) -> None:
         """Frees the disk space that was reserved for the adapter, which is written next."""
         self.folder.reserve.unlink(missing_ok=True)
@@ -149,6 +165,8 @@ class OpenRun:
         if trainer.is_global_zero:
             self.record["adapter_file_bytes"] = (self.folder.adapter / TENSORS).stat().st_size
             summarise(self.loggers, {name: self.record[name] for name in SUMMARY_AT_END})
+            if self.config.tracking.log_adapter:
+                log_adapter(self.loggers, self.folder.adapter, stored_lineage(self.folder.adapter))
         close_loggers(self.loggers)
         self.record["status"] = "finished"
         if trainer.is_global_zero:

@@ -51,6 +51,10 @@ class TrackingConfig:
     tags: list[str] = field(default_factory=list)
     """W&B tags."""
 
+    log_adapter: bool = False
+    """Whether the adapter's folder becomes a W&B artifact of the run, with base, data, config and versions as
+    its metadata."""
+
     test_examples: bool = True
     """Whether `test_examples.parquet` is written: label, prediction and loss of each test example, for paired
     statistics."""

@@ -159,6 +159,26 @@ def summarise(loggers: Iterable[Logger], values: Mapping[str, Any]) -> None:
 
 
 @rank_zero_only
+def log_adapter(loggers: Iterable[Logger], folder: Path, lineage: Mapping[str, Any]) -> None:
+    """Makes an adapter's folder an artifact of type `adapter` that the W&B run has put out.
+
+    Args:
+        loggers: what `build_loggers` made.
+        folder: the adapter's.
+        lineage: where it comes from; the artifact's metadata.
+    """
+
+    def log(run: Any) -> None:
+        artifact = wandb.Artifact(f"adapter-{run.id}", type="adapter", metadata=dict(lineage))
+        artifact.add_dir(str(folder))
+        run.log_artifact(artifact)
+
+    for logger in loggers:
+        if isinstance(logger, TolerantWandbLogger):
+            logger.attempt(lambda logger=logger: log(logger.experiment))  # type: ignore[misc]
+
+
+@rank_zero_only
 def close_loggers(loggers: Iterable[Logger], failed: bool = False) -> None:
     """Ends the W&B run, if there is one, and waits until W&B's file is complete.
 

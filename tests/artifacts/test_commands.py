@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lora_lab.adapters.storage import load_adapter
+from lora_lab.adapters.storage import CONFIG, OWN, TENSORS, load_adapter, stored_lineage
 from lora_lab.cli import main
-from lora_lab.models.build import ModelConfig, build_model
+from lora_lab.models.build import ModelConfig, build_model, build_tokenizer
+from lora_lab.models.conversion import save_model
+from lora_lab.models.tiny import character_tokenizer
+from tests.wandb_file import offline_folders, read_offline_run
 
 TEXTS = ["a good film", "what a bore", "well made and moving", "not worth the time", "fine", "no"]
 
@@ -32,9 +35,6 @@ def trained(folder, model, name, *settings):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A model folder of GPT-2, whose layers lie transposed on the disk, with a tokenizer."""
-    from lora_lab.models.build import build_tokenizer
-    from lora_lab.models.conversion import save_model
-
     folder = tmp_path_factory.mktemp("base") / "gpt2"
     config = ModelConfig(name="random:gpt2", task="causal_lm")
     torch.manual_seed(0)
@@ -46,7 +46,11 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    return [trained(folder, str(base), "one"), trained(folder, str(base), "two", "seed=7", "adapter.rank=3")]
+    tracked = ["tracking.wandb=offline", "tracking.log_adapter=true"]
+    return [
+        trained(folder, str(base), "one", *tracked),
+        trained(folder, str(base), "two", "seed=7", "adapter.rank=3"),
+    ]
 
 
 def stored_logits(base, adapter):
@@ -77,6 +81,31 @@ def test_a_classifier_keeps_its_head(tmp_path):
     assert main(["merge", str(run), "--out", str(tmp_path / "merged")]) == 0
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert model.config.num_labels == 2
+
+
+def test_a_run_puts_its_adapter_and_lineage_out_as_an_artifact(base, runs):
+    lineage = stored_lineage(runs[0] / "adapter")
+    record = json.loads((runs[0] / "run.json").read_text())
+    assert lineage["base"]["name"] == str(base)
+    assert (lineage["data"], lineage["config"]) == (record["data_fingerprint"], record["config_hash"])
+    offline = read_offline_run(*offline_folders(runs[0]))
+    (artifact,) = [made for made in offline.artifacts if made["type"] == "adapter"]
+    assert artifact["run"] == offline.id
+    assert artifact["metadata"] == lineage
+    assert artifact["files"] == sorted((CONFIG, TENSORS, OWN))
+
+
+def test_another_base_needs_a_word_and_the_card_says_so(base, runs, tmp_path, capsys):
+    torch.manual_seed(1)
+    other = tmp_path / "other"
+    save_model(build_model(ModelConfig(name="random:gpt2", task="causal_lm")), other)
+    character_tokenizer(AutoConfig.from_pretrained(other)).save_pretrained(other)
+    words = ["merge", str(runs[0]), "--out", str(tmp_path / "merged"), "--base", str(other)]
+    assert main(words) == 2
+    assert f"was trained on {base}" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+    assert main([*words, "--any-base"]) == 0
+    assert f"than those of {other}" in (tmp_path / "merged" / "README.md").read_text()
 
 
 def test_exports_and_mixtures_are_the_functions_that_they_claim(base, runs, tmp_path, capsys):
