@@ -445,7 +445,7 @@ class AdapterSet:
 
         Returns:
             The base, and name in its state dict → merged tensor. A lazy one raises IncompatibleError if a
-            number of it is not finite; modules trained whole are in memory.
+            number of it is not finite; fully trained modules are in memory.
 
         Raises:
             IncompatibleError: if the method cannot be merged, or a number of it is not finite; the model is
@@ -549,7 +549,7 @@ class _MergedTensors:
         self._last: tuple[str, dict[str, Tensor]] = "", {}
 
     def of(self, path: str, adapter: Adapter) -> Mapping[str, Tensor]:
-        """Returns an adapter's tensors by name, lazy but for a module trained whole."""
+        """Returns an adapter's tensors by name, lazy except for a fully trained module."""
         if isinstance(adapter, TrainedCopy):
             return self._merge(path, adapter)
         base: Any = adapter.base

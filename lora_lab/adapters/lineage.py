@@ -124,7 +124,7 @@ def read_lineage(own: Mapping[str, Any], source: str) -> Lineage:
 
 
 def same_base(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Tells whether two bases may be one, as far as both are known."""
+    """Returns whether two bases may be one, as far as both are known."""
     weights = [base.get("weights") for base in (one, other)]
     dtypes = {one.get("dtype"), other.get("dtype")}
     # Numbers rounded to float16 and then to bfloat16 are others than those rounded once.

@@ -1,4 +1,4 @@
-"""What people do with adapters after training: one model of base and adapter, plain LoRA, a mixture."""
+"""Adapters after training: one model from base and adapter, plain LoRA, mixtures."""
 
 from lora_lab.artifacts.combining import combine
 from lora_lab.artifacts.converting import Converted, export

@@ -1,18 +1,18 @@
 """A mixture of stored adapters as one LoRA.
 
-The sum of weighted updates is exact in ΔW itself, for any methods and ranks; where it is cut to a
-rank, the error is measured. The others change single numbers of ΔW before they add:
+The sum of weighted updates is exact in ΔW itself, for any methods and ranks; if it is cut to a rank, the
+error is measured. The other methods change single numbers of ΔW before they add:
 
     weighted         Σ wᵢ ΔWᵢ
-    cat              the same, its components those of the sources side by side
+    cat              the same, with the components of all sources side by side
     svd              the same, cut to `rank` or `energy`
-    magnitude_prune  of each source the largest numbers alone, the rest 0
-    dare             of each number a draw: 0 with probability 1 − density, else divided by density
+    magnitude_prune  only the largest numbers of each source, the rest 0
+    dare             each number at random: 0 with probability 1 − density, else divided by density
                      (Yu et al. 2024, arXiv:2311.03099)
     ties             the largest numbers of each source; of these, those of the sign that has the larger sum;
                      of these the mean (Yadav et al. 2023, arXiv:2306.01708)
 
-The largest numbers are those of all modules of a source together, as TIES has it, not of each matrix. PEFT
+The largest numbers are those of all modules of a source together, as in TIES, not of each matrix. PEFT
 trims factor by factor or matrix by matrix; its `linear` adds A and B, which is not a sum of updates.
 """
 
@@ -55,21 +55,21 @@ def combine(
     Args:
         paths: folders of runs or adapters, all on the same base model.
         out: the new adapter's folder.
-        weights: the factor of each source; None means 1 / number of sources each, and 1 each for `ties`,
-            which takes a mean by itself.
+        weights: the factor of each source; None means 1 / number of sources for each, and 1 for `ties`, which
+            takes a mean itself.
         method: how they are mixed.
-        rank: the most components of a module; None sets no limit.
+        rank: largest number of components of a module; None sets no limit.
         energy: the share of each mixture's squared norm to keep, in (0, 1].
         density: the share of numbers that `ties`, `dare` and `magnitude_prune` keep, in [0, 1].
-        seed: of the draws of `dare`.
-        heads: whose fully trained modules (task heads) the mixture has: the number of a source, counted from
-            1, or their weighted average; None if no two sources differ in them.
+        seed: seed of `dare`.
+        heads: the fully trained modules (task heads) of the mixture: the number of a source, counted from 1,
+            or their weighted average; None if they are the same in all sources.
         base: the base model, as `model.name`.
         any_base: whether it may have other weights than the one that was trained on.
 
     Raises:
         ConfigError: if a setting is out of range or has no meaning here.
-        IncompatibleError: if the sources belong to different models, or differ in their heads and `heads` is
+        IncompatibleError: if the sources belong to different models, or have different heads and `heads` is
             None.
     """
     check_size(rank, energy)
@@ -131,7 +131,7 @@ def _checked(
     density: float | None,
 ) -> Sequence[float]:
     if len(paths) < 2:
-        raise ConfigError("combine: needs two adapters at least.")
+        raise ConfigError("combine: needs at least two adapters.")
     if method not in get_args(Method):
         raise ConfigError(f"--method: must be one of {', '.join(get_args(Method))}; got {method!r}")
     if (density is None) == (method in SPARSE):
@@ -146,7 +146,7 @@ def _checked(
     if method == "svd" and rank is None and energy == 1:
         raise ConfigError("--method svd: needs --rank or --energy; `weighted` is the whole sum.")
     if method == "cat" and (rank is not None or energy < 1):
-        raise ConfigError("--method cat: keeps all components; --rank and --energy go with the others.")
+        raise ConfigError("--method cat: keeps all components; use --rank and --energy with the others.")
     if weights is None:
         return [1.0 if method == "ties" else 1 / len(paths)] * len(paths)
     if len(weights) != len(paths):
@@ -165,7 +165,7 @@ def _present(
 def _sparse_mixture(
     found: Sequence[Mapping[str, Update]], weights: Sequence[float], method: str, density: float, seed: int
 ) -> dict[str, Update]:
-    """Mixes whole updates number by number; biases count as numbers like all others."""
+    """Mixes whole updates number by number, including biases."""
     vectors = [_whole(own) for own in found]
     generator = torch.Generator().manual_seed(seed)
     kept = []
@@ -193,7 +193,8 @@ def largest(vector: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
 
     Args:
         vector: name → tensor, of any shapes.
-        density: the share to keep, in [0, 1]; the count is rounded, and equal numbers at its border stay.
+        density: the share to keep, in [0, 1]; the count is rounded, and numbers equal to the smallest kept
+            one are also kept.
     """
     sizes = torch.cat([tensor.abs().flatten() for tensor in vector.values()])
     count = round(density * len(sizes))
@@ -204,10 +205,10 @@ def largest(vector: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
 
 
 def elected_mean(stacked: Tensor) -> Tensor:
-    """Returns for each number the mean of the sources that agree with the elected sign, as TIES does.
+    """Returns, for each number, the mean of the sources that agree with the elected sign, as TIES does.
 
     Args:
-        stacked: (sources, …); a 0 takes no part.
+        stacked: (sources, …); zeros do not count.
     """
     agree = (stacked.sign() == stacked.sum(0).sign()) & (stacked != 0)
     return (stacked * agree).sum(0) / agree.sum(0).clamp(min=1)
@@ -233,8 +234,8 @@ def _head(
         return trained[-1]
     if heads is None:
         raise IncompatibleError(
-            "the adapters have task heads or other whole modules that differ, and no sum of updates mixes "
-            "them. Say whose the mixture has: --heads 1 (the first source's), 2, …, or average"
+            "the adapters have different task heads or other fully trained modules, and no sum of updates "
+            "mixes them. Choose those of the mixture: --heads 1 (the first source's), 2, …, or average"
         )
     if any(own.keys() != trained[-1].keys() for own in trained):
         raise IncompatibleError("the adapters fully train different modules; only adapters of one head mix.")

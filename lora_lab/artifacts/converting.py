@@ -1,4 +1,4 @@
-"""Any adapter of linear maps as a plain LoRA: exact where its update has the rank, else the nearest."""
+"""Any adapter of linear maps as a plain LoRA: exact if its update has the rank, else the nearest."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def export(
         path: the folder of a finished run, or of an adapter of a language model.
         out: the new adapter's folder.
         form: `lora`, a plain LoRA that any library opens; `peft`, the method's own form.
-        rank: the most components of a module; None sets no limit.
+        rank: largest number of components of a module; None sets no limit.
         energy: the share of each ‖ΔW‖²_F to keep, in (0, 1].
         active_rank: the rank at which a method of nested ranks is exported; None takes the stored one.
         base: the base model, as `model.name`.
@@ -61,7 +61,7 @@ def export(
     """
     check_size(rank, energy)
     if form == "peft" and (rank is not None or energy < 1):
-        raise ConfigError("export: --rank and --energy cut a LoRA; a method's own form is written as it is.")
+        raise ConfigError("export: --rank and --energy cut a LoRA; a method's own form cannot be cut.")
     source = open_source(path, base, any_base)
     _, adapters = open_adapter(source)
     if active_rank is not None:
@@ -124,16 +124,16 @@ def updates(adapters: AdapterSet) -> dict[str, Update]:
 
 @torch.no_grad()
 def as_lora(adapters: AdapterSet, found: Mapping[str, Update]) -> AdapterSet:
-    """Puts plain LoRA of given updates in the places of adapters; fully trained modules are kept.
+    """Replaces adapters by plain LoRA with the given updates; fully trained modules are kept.
 
     Args:
-        adapters: what stands in the model; it is removed.
+        adapters: the adapters in the model, which are removed.
         found: path → update; its paths may differ from those of the adapters.
     """
     trained = {path: copy.trained.state_dict() for path, copy in adapters.saved.items()}
     lineage = adapters.lineage
     model = adapters.remove()
-    # PEFT has no rank of 0: what is not changed gets one component of zeros.
+    # PEFT has no rank of 0: a module without a change gets one component of zeros.
     ranks = {path: max(1, update.rank) for path, update in found.items()}
     general = Counter(ranks.values()).most_common(1)[0][0]
     others = {path: rank for path, rank in ranks.items() if rank != general}
@@ -162,7 +162,7 @@ def as_lora(adapters: AdapterSet, found: Mapping[str, Update]) -> AdapterSet:
 
 
 def store(adapters: AdapterSet, folder: Path, source: Source, lineage: Mapping[str, Any]) -> None:
-    """Writes adapters with the names of the base that they belong to, and of its classes."""
+    """Writes adapters with the names of their base and of its classes."""
     name, task = source.model.source().public_name, TASKS[source.model.task]
     save_adapter(adapters, folder, name, task.peft_type, read_label_names(source.adapter), lineage)
 

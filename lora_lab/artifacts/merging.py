@@ -1,4 +1,4 @@
-"""One plain model of base and adapter, which transformers opens without us."""
+"""One plain model from base and adapter, which transformers opens without lora_lab."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def merge(
     rank: int | None = None,
     any_base: bool = False,
 ) -> Converted:
-    """Writes base and adapter as one model folder, whole or not at all.
+    """Writes base and adapter as one model folder, completely or not at all.
 
     The merged weights are computed in float32 or wider and rounded once. A quantised base is written
     dequantised, a split projection joined.
@@ -42,7 +42,7 @@ def merge(
 
     Args:
         path: the folder of a finished run, or of an adapter of a language model.
-        out: the model's folder; it must not exist, or be empty.
+        out: the model's folder; it must be empty, or not exist.
         base: the base model, as `model.name`; None takes the one that the adapter was trained on.
         dtype: the type of the weights, `float32`, `bfloat16` or `float16`; None keeps the run's.
         shard_size: the size of the largest file, `500MB`.
@@ -89,7 +89,7 @@ def _as_stored(model: ModelConfig) -> ModelConfig:
 
 
 def model_card(source: Source, adapters: AdapterSet, method: dict[str, object], found: Converted) -> str:
-    """Returns what a reader must know of a merged model, as Markdown with the hub's head."""
+    """Returns the model card of a merged model, as Markdown with the hub's metadata."""
     model = source.model
     name = model.source().public_name or model.name
     head = {"base_model": name, "library_name": "transformers", "tags": ["lora_lab", str(method["method"])]}
@@ -106,8 +106,8 @@ def model_card(source: Source, adapters: AdapterSet, method: dict[str, object], 
     if model.pooling == "mean":
         lines += [
             "",
-            "Its classifier stands on the mean of the tokens. Open it in lora_lab, with `model.name` set to",
-            "this folder and `model.pooling: mean`. The Auto classes of transformers know no such head and",
+            "Its classifier uses the mean of the tokens. Open it in lora_lab, with `model.name` set to",
+            "this folder and `model.pooling: mean`. The Auto classes of transformers have no such head and",
             "would open the encoder alone.",
         ]
     lines += ["", "## Method", ""]

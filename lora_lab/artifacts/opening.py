@@ -1,4 +1,4 @@
-"""A stored adapter and the base it belongs to: of a run's folder, or of an adapter's and a base's name."""
+"""A stored adapter and its base: from a run's folder, or from an adapter's folder and the name of a base."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lora_lab.tasks import TASKS
 
 @dataclass(frozen=True)
 class Source:
-    """Where a stored adapter lies, and which model it belongs to."""
+    """Where a stored adapter is, and which model it belongs to."""
 
     path: Path
     """As the user named it."""
@@ -51,7 +51,7 @@ class Source:
         """Returns the base model, not adapted.
 
         Raises:
-            LabError: if the model or the data that say its number of classes cannot be loaded.
+            LabError: if the model cannot be loaded, or the data that give its number of classes.
         """
         if self.config is not None:
             torch.manual_seed(
@@ -65,7 +65,7 @@ class Source:
 
 
 def open_source(path: Path, base: str | None = None, any_base: bool = False) -> Source:
-    """Finds a stored adapter and says which model it belongs to; neither is read yet.
+    """Finds a stored adapter and its model; neither is loaded yet.
 
     Args:
         path: the folder of a finished run, or of an adapter.
@@ -94,7 +94,7 @@ def open_source(path: Path, base: str | None = None, any_base: bool = False) -> 
 
 
 def open_adapter(source: Source) -> tuple[PreTrainedModel, Any]:
-    """Returns a source's model and its adapters, which stand in it."""
+    """Returns a source's model, and the adapters in it."""
     model = source.build().eval()
     return model, load_adapter(model, source.adapter, source.any_base)
 
@@ -106,7 +106,7 @@ def _named_base(path: Path, base: str | None) -> ModelConfig:
         raise CheckpointError(f"{path / CONFIG}: cannot be read ({error}).") from error
     named = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if base is None and not isinstance(named, str):
-        raise ConfigError(f"{path}: does not name the model that it belongs to. Name it: --base MODEL")
+        raise ConfigError(f"{path}: does not name its base model. Name it: --base MODEL")
     kinds = {task.peft_type: name for name, task in TASKS.items() if task.causal}
     if config.get("task_type") not in kinds:
         raise ConfigError(

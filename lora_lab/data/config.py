@@ -104,7 +104,7 @@ class DataConfig:
             )
         elif not 0 <= self.test_fraction < 1 - self.validation_fraction:
             faults.append(
-                "data.test_fraction: must be at least 0, and leave rows for training besides "
+                "data.test_fraction: must be at least 0, and leave rows for training besidess "
                 f"data.validation_fraction={self.validation_fraction}; got {self.test_fraction}"
             )
         weights = self.class_weights

@@ -1,4 +1,4 @@
-"""A study from its lock to its end: which runs are due, their outcomes, and the output."""
+"""A study from its lock to its end: which runs to start, their outcomes, and the output."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lora_lab.studies.worker import Outcome
 from lora_lab.training.stopping import StopRequest
 
 BEAT = 1.0
-"""Seconds between looks at the runs."""
+"""Seconds between checks of the runs."""
 
 
 @dataclass
@@ -32,13 +32,13 @@ class Progress:
 
     study: Study
     folder: Path | None
-    """Where Optuna's searches are stored; None asks nothing of Optuna."""
+    """Where Optuna's searches are stored; None does not use Optuna."""
     jobs: dict[Job, None] = field(default_factory=dict)
-    """All runs that are known so far: a search adds to them."""
+    """All runs that are known so far; searches add to them."""
     outcomes: dict[Job, Outcome] = field(default_factory=dict)
-    """How those have ended that need no more running."""
+    """Outcomes of runs that do not have to run again."""
     chosen: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Cell → what its search has found."""
+    """Cell → the result of its search."""
 
     records: dict[Job, Record] = field(default_factory=dict)
     """The record of each run that has ended."""
@@ -47,22 +47,22 @@ class Progress:
         self.settle()
 
     def end(self, job: Job, outcome: Outcome) -> None:
-        """Takes note of how a run has ended."""
+        """Records how a run has ended."""
         self.outcomes[job] = outcome
         self.records[job] = job.folder.read() or {}
 
     def due(self) -> list[Job]:
-        """Returns the runs that are to be made and are known so far."""
+        """Returns the known runs that have to run."""
         return [job for job in self.jobs if job not in self.outcomes]
 
     def total(self) -> int:
-        """Returns how many runs the study has when it is done."""
+        """Returns the total number of runs of the study."""
         tuning, spec = self.study.tuning, self.study.spec
         each = len(spec.seeds) + (tuning.count() * len(tuning.seeds) if tuning else 0)
         return each * len(self.study.cells)
 
     def settle(self) -> None:
-        """Adds the runs that results so far make known, and takes over those that were finished before."""
+        """Adds the runs that follow from the results so far, and takes over those that are finished."""
         while any(self._advance(cell) for cell in self.study.cells):
             pass
 
@@ -71,7 +71,7 @@ class Progress:
         return [job for job in self.jobs if job.cell == cell and job.phase == phase]
 
     def metric(self, job: Job, name: str) -> float | None:
-        """Returns a metric that a run ended with; None if it is not finished."""
+        """Returns a final metric of a run; None if it is not finished."""
         outcome = self.outcomes.get(job)
         finished = outcome is not None and outcome.status == "finished"
         return self.records[job]["metrics"].get(name) if finished else None
@@ -132,20 +132,20 @@ class Progress:
 
 
 def ablate(study: Study, executor: Callable[[Path], Executor], console: Console | None = None) -> Progress:
-    """Makes all runs of a study that are not finished, and writes its results.
+    """Runs all runs of a study that are not finished, and writes its results.
 
     Args:
         study: what `read_study` returned.
-        executor: makes the executor; it is given a folder for its logs.
-        console: where to show how it goes.
+        executor: makes the executor, with a folder for its logs.
+        console: where to show the progress.
 
     Returns:
-        All runs, with how each has ended.
+        All runs, each with its outcome.
 
     Raises:
-        StudyError: if runs have failed; the others are made before.
+        StudyError: if runs have failed, after all others have run.
         DataError: if runs that had finished before were trained on other data.
-        CheckpointError: if another process is at work on the study, or its folder cannot be written to.
+        CheckpointError: if another process is running the study, or its folder cannot be written to.
         Interruption, KeyboardInterrupt: if the process was asked to end; all runs can be continued then.
     """
     console = console or Console()
@@ -176,10 +176,10 @@ def ablate(study: Study, executor: Callable[[Path], Executor], console: Console 
 
 
 def check_data(progress: Progress) -> None:
-    """Makes sure that runs which are not made again had today's data.
+    """Checks that runs that are not repeated had the same data.
 
     Raises:
-        DataError: if a run had others.
+        DataError: if a run had other data.
     """
     today: dict[str, str] = {}
     for job, record in progress.records.items():
@@ -191,7 +191,7 @@ def check_data(progress: Progress) -> None:
         if record.get("data_fingerprint") != today[key]:
             raise DataError(
                 f"{job.folder.path}: was trained on other data: a file, or how it is read, has changed. "
-                "Give the study another name=…, or bring the former data back."
+                "Give the study another name=…, or restore the former data."
             )
 
 

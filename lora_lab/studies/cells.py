@@ -29,14 +29,14 @@ from lora_lab.tasks import TASKS
 Phase = Literal["tune", "compare"]
 
 OWN_KEYS = ("seed", "run", "name", "continues")
-"""Settings of a run that a study makes itself."""
+"""Settings of a run that only the study sets."""
 STUDY_NAMES = tuple(field.name for field in fields(StudySpec))
 MOST_CELLS = 1000
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One of the things that a study compares."""
+    """One of the configurations that a study compares."""
 
     name: str
     keys: dict[str, Any]
@@ -46,9 +46,9 @@ class Cell:
     config: ExperimentConfig
     """The composed config, with the first seed and what is tuned as the files have it."""
     resets: list[str]
-    """What a change of method resets, a sentence each."""
+    """What a change of method resets, as sentences."""
     match: Match | None = None
-    """The size that was chosen for it, where the study matches parameters."""
+    """The chosen size, if the study matches parameters."""
     _tuned: dict[str, ExperimentConfig] = field(default_factory=dict, compare=False)
 
     def tuned(self, key: str, value: Any) -> ExperimentConfig:
@@ -72,10 +72,10 @@ class Job:
     phase: Phase
     seed: int
     value: Any
-    """What the tuned key has; None without tuning."""
+    """Value of the tuned key; None without tuning."""
     config: ExperimentConfig = field(compare=False)
     order: tuple[int, ...] = field(compare=False, default=())
-    """Which of the jobs that are ready is started first."""
+    """Order in which jobs are started."""
 
     @property
     def folder(self) -> RunFolder:
@@ -103,7 +103,7 @@ class Study:
 
     @property
     def folder(self) -> Path:
-        """Where its results and runs lie."""
+        """The folder of its results and runs."""
         return Path(self.cells[0].config.output) / self.name
 
     def cell(self, name: str) -> Cell:
@@ -111,7 +111,7 @@ class Study:
         return next(cell for cell in self.cells if cell.name == name)
 
     def job(self, cell: Cell, phase: Phase, seed: int, value: Any = None) -> Job:
-        """Returns one run: the cell with a seed and a value of what is tuned."""
+        """Returns one run: the cell with a seed and a value of the tuned key."""
         config = cell.config if self.tuning is None else cell.tuned(self.tuning.key, value)
         config = replace(config, seed=seed, name=self.name)
         tracking = replace(
@@ -222,7 +222,7 @@ def read_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     fixed = [key for layer in command_line for key in flat(layer.settings)]
     for key in sorted({key for _, keys, own_ in cells for key in flat(own_.settings)}):
         if under(key, fixed) or any(under(given, [key]) for given in fixed):
-            faults.append(f"{COMMAND_LINE}: {key}: is what the study compares; remove it from one of the two")
+            faults.append(f"{COMMAND_LINE}: {key}: is what the study compares; set it in only one of the two")
     composed = _composed(cells, base, spec, faults)
     if tuning:
         faults += _tuning_faults(tuning, composed, path)
@@ -236,7 +236,7 @@ def read_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
 
 
 def _mapping(tree: Any, where: str, faults: list[str]) -> dict[str, Any]:
-    """Returns a mapping whose keys with dots are nested; {} and a fault where it is none."""
+    """Returns a mapping with dotted keys nested; {} and a fault if it is not a mapping."""
     if tree is None:
         return {}
     if not isinstance(tree, Mapping):
@@ -263,7 +263,7 @@ def _grid(tree: Any, path: Path, faults: list[str]) -> dict[str, list[Any]]:
         elif not values:
             faults.append(f"{where}: is empty; give at least one value")
         elif any(isinstance(value, Mapping) for value in values):
-            faults.append(f"{where}: a value of several settings needs a name; put such cells under `list`")
+            faults.append(f"{where}: a value with several settings needs a name; put such cells under `list`")
         elif not all(key.split(".")):
             faults.append(f"{where}: is not a key; write names between dots, as in adapter.rank")
         elif twice := _twice([repr(plain(value)) for value in values]):
@@ -294,7 +294,7 @@ def _cells(
 ) -> list[tuple[str, dict[str, Any], Layer]]:
     """Returns name, grid keys with plain values, and settings of each cell."""
     found = []
-    # One source for all, so that a fault of what they have in common is reported once.
+    # One source for all, so that a fault in their common part is reported once.
     for values in itertools.product(*grid.values()) if grid else ():
         own = dict(zip(grid, values, strict=True))
         varied = [key for key in grid if len(grid[key]) > 1] or list(grid)
@@ -306,7 +306,7 @@ def _cells(
             f"{path}: grid: a study needs cells; name the values of a key in `grid`, or cells in `list`"
         )
     for name in _twice([name for name, _, _ in found]):
-        faults.append(f"{path}: list.{name}: a cell of the grid is called so too; rename it")
+        faults.append(f"{path}: list.{name}: a cell of the grid has the same name; rename it")
     for name, _, layer in found:
         if not name.strip() or set(name) & set("\0\n"):
             faults.append(f"{path}: list: the name of a cell must be plain text; got {name!r}")
@@ -315,7 +315,7 @@ def _cells(
                 faults.append(f"{path}: {key}: is set by the study itself, see seeds and name (cell {name})")
         if "output" in layer.settings:
             faults.append(
-                f"{path}: output: all runs of a study lie in one folder; set it in experiment (cell {name})"
+                f"{path}: output: all runs of a study are in one folder; set it in experiment (cell {name})"
             )
     return found
 
@@ -323,7 +323,7 @@ def _cells(
 def _composed(
     cells: Sequence[tuple[str, dict[str, Any], Layer]], base: list[Layer], spec: StudySpec, faults: list[str]
 ) -> list[Cell]:
-    """Composes all cells that can be composed; a fault that several of them have is reported once."""
+    """Composes all valid cells; a fault that several cells have is reported once."""
     found: list[Cell] = []
     found_in: dict[str, list[str]] = {}
     for name, keys, layer in cells:
@@ -369,13 +369,13 @@ def _seed_faults(spec: StudySpec, tuning: Tuning | None, path: Path) -> list[str
     if tuning and (common := sorted({*spec.seeds} & {*tuning.seeds})):
         found.append(
             f"{path}: tune.seeds: {common[0]} is also a seed of the comparison, whose runs the search would "
-            "have seen; use seeds of its own, such as 100"
+            "have used; use other seeds, such as 100"
         )
     return found
 
 
 def _tuning_faults(tuning: Tuning, cells: Sequence[Cell], path: Path) -> list[str]:
-    """Returns the faults that show once cells are composed; fills in the metric that decides."""
+    """Returns the faults that show after cells are composed; fills in the deciding metric."""
     found: list[str] = []
     if not cells:
         return found
@@ -384,14 +384,17 @@ def _tuning_faults(tuning: Tuning, cells: Sequence[Cell], path: Path) -> list[st
         tuning.by = f"validation/{TASKS[task].monitor}"
     if tuning.by.startswith("test/"):
         found.append(
-            f"{path}: tune.by: {tuning.by} is of test data, which decide nothing; name a validation metric"
+            f"{path}: tune.by: {tuning.by} is of test data, which must not decide; name a validation metric"
         )
     elif tuning.by not in (known := [name for name in metric_names(task) if name.startswith("validation/")]):
         found.append(f"{path}: tune.by: no run logs '{tuning.by}'{suggest(tuning.by, known)}")
     else:
         tuning.higher_is_better = better_when_higher(tuning.by, task)
     if tuning.key in OWN_KEYS or tuning.key.partition(".")[0] in ("tracking", "output", "data", "model"):
-        return [*found, f"{path}: tune.key: '{tuning.key}' is nothing that a search on validation may choose"]
+        return [
+            *found,
+            f"{path}: tune.key: '{tuning.key}' is not a setting that a search on validation can choose",
+        ]
     found_in: dict[str, list[str]] = {}
     for cell in cells:
         own = flat(cell.layers[-1].settings)
@@ -424,7 +427,7 @@ def _study_faults(
     tasks = {cell.config.model.task for cell in cells}
     if len(tasks) > 1:
         found.append(
-            f"{path}: cells have several tasks ({', '.join(sorted(tasks))}), whose metrics do not compare"
+            f"{path}: cells have several tasks ({', '.join(sorted(tasks))}), whose metrics cannot be compared"
         )
     known = metric_names(cells[0].config.model.task)
     if not spec.metric:
@@ -434,7 +437,7 @@ def _study_faults(
         found.append(f"{path}: metric: no run logs '{spec.metric}'{suggest(spec.metric, known)}")
     elif split == "validation" and tuning:
         found.append(
-            f"{path}: metric: {spec.metric} is of the data that the search has seen; compare by a test metric"
+            f"{path}: metric: {spec.metric} is of the data that the search used; compare by a test metric"
         )
     elif split == "test":
         for cell in cells:
@@ -459,7 +462,7 @@ def _matched(cells: list[Cell], count: int, path: Path, faults: list[str]) -> li
             faults.append(f"{where}: {spec.method} has no field that sets its size; leave the cell out")
         elif f"adapter.{spec.size_field}" in flat(cell.layers[-1].settings):
             faults.append(
-                f"{where}: sets adapter.{spec.size_field} itself, which the match would choose; leave it out"
+                f"{where}: sets adapter.{spec.size_field} itself, which the match would choose; remove it"
             )
         else:
             try:
@@ -496,7 +499,7 @@ def better_when_higher(metric: str, task: str) -> bool:
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns settings whose keys with dots are mappings within each other."""
+    """Returns settings with dotted keys as nested mappings."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
         value = nested(value) if isinstance(value, Mapping) else value
@@ -525,7 +528,7 @@ def _merged(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _label(key: str, value: Any) -> str:
-    """Returns a value's part of a cell's name: text as it is, numbers with the last part of their key."""
+    """Returns a value's part of a cell's name: text itself, numbers with the last part of their key."""
     text = texts(value)
     if isinstance(text, list):
         return "+".join(map(str, text))
@@ -539,7 +542,7 @@ def _twice(values: Sequence[Any]) -> list[Any]:
 
 
 def few(names: Sequence[str]) -> str:
-    """Returns some names and how many more there are."""
+    """Returns some names, and the number of others."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
@@ -551,7 +554,7 @@ def _product(lists: Iterable[Sequence[Any]]) -> int:
 
 
 def jobs_of(study: Study, phase: Phase, cell: Cell, values: Sequence[Any]) -> Iterator[Job]:
-    """Yields the runs of a cell for all seeds of a phase and these values of what is tuned."""
+    """Yields the runs of a cell for all seeds of a phase and these values of the tuned key."""
     seeds = study.tuning.seeds if phase == "tune" and study.tuning else study.spec.seeds
     for value in values:
         for seed in seeds:

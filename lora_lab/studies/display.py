@@ -1,4 +1,4 @@
-"""What a study shows in the terminal: its plan, how it goes, and its end."""
+"""What a study shows in the terminal: its plan, its progress, and its end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lora_lab.studies.ablation import Progress
 
 METRIC_EVERY = 5.0
-"""Seconds between looks into the metrics of runs under way."""
+"""Seconds between reads of the metrics of running runs."""
 
 
 class Board:
@@ -30,7 +30,7 @@ class Board:
 
     Args:
         progress: the study's runs.
-        executor: says which are under way.
+        executor: says which are running.
         console: where to show them.
     """
 
@@ -64,7 +64,7 @@ class Board:
             self.console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     def refresh(self) -> None:
-        """Shows how it stands now."""
+        """Shows the present state."""
         if self._live:
             self._live.update(self._table(), refresh=True)
 
@@ -177,7 +177,7 @@ def plan(progress: Progress, slots: int) -> Iterator[Any]:
 
 
 def differences(study: Study) -> Iterator[str]:
-    """Yields in which keys beyond the grid each cell differs from the baseline."""
+    """Yields the keys beyond the grid in which each cell differs from the baseline."""
     for row in study.differences():
         if row["keys"]:
             keys = ", ".join(row["keys"])
@@ -205,10 +205,10 @@ def end_lines(progress: Progress) -> Iterator[Any]:
     yield table
     for cell_name, found in progress.chosen.items():
         if found["value"] is None:
-            yield f"{cell_name}: no value of {found['key']} was of use; the cell is not compared."
+            yield f"{cell_name}: no value of {found['key']} gave a result; the cell is not compared."
         elif found["widen"]:
             yield (
-                f"{cell_name}: the best {found['key']}, {_short(found['value'])}, lies at the edge of the "
+                f"{cell_name}: the best {found['key']}, {_short(found['value'])}, is at the edge of the "
                 f"search. Widen it: lora-lab ablate {study.source} {found['widen']}"
             )
     diverged = [job for job, outcome in progress.outcomes.items() if outcome.status == "diverged"]
@@ -227,7 +227,7 @@ def spread(values: list[float]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Returns a time for people."""
+    """Returns a readable time."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

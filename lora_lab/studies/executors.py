@@ -1,4 +1,4 @@
-"""Where the runs of a study run: a small interface, and the processes of this machine behind it."""
+"""Where the runs of a study run: a small interface, and its implementation by local processes."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from lora_lab.studies.cells import Job
 from lora_lab.studies.worker import Outcome, serve
 
 GRACE = 120
-"""Seconds that a worker has for the checkpoint of its run when it is asked to end."""
+"""Seconds that a worker has for its run's checkpoint when it is asked to end."""
 
 
 class Executor(ABC):
-    """Takes runs, and says how each has ended. What a run has done is in its folder, not in the answer."""
+    """Runs runs, and says how each has ended. The results of a run are in its folder."""
 
     slots: int
-    """How many runs are under way at once, at most."""
+    """Largest number of runs at the same time."""
 
     @abstractmethod
     def submit(self, job: Job) -> None:
-        """Takes a run; those of lower `order` start first."""
+        """Adds a run; those of lower `order` start first."""
 
     @abstractmethod
     def wait(self, seconds: float) -> list[tuple[Job, Outcome]]:
-        """Returns the runs that have ended since the last call; waits so long for the first."""
+        """Returns the runs that have ended since the last call; waits this long for the first."""
 
     @abstractmethod
     def running(self) -> list[Job]:
-        """Returns the runs under way."""
+        """Returns the running runs."""
 
     @abstractmethod
     def cancel(self) -> None:
-        """Drops what has not started, asks what is under way to end with a checkpoint, and waits for it."""
+        """Drops runs that have not started, asks others to end with a checkpoint, and waits for them."""
 
 
 @dataclass
@@ -57,15 +57,16 @@ class _Worker:
 
 
 class LocalExecutor(Executor):
-    """Processes of this machine, which stay alive from run to run: libraries are imported once for each.
+    """Processes of this machine, which stay alive from run to run, so that each imports libraries once.
 
-    Cores and GPUs are shared out: each worker has `cores / workers` threads (OMP_NUM_THREADS says another
-    number) and sees one GPU. The number of threads may change sums in their last digits.
+    Cores and GPUs are divided: each worker has `cores / workers` threads (OMP_NUM_THREADS says another
+    number) and sees one GPU. The number of threads can change the last digits of sums.
 
     Args:
         workers: number of processes.
         logs: folder of what the workers print.
-        start: how processes are made; a forked one has what this one has imported, and may not use its GPU.
+        start: how processes are made; a forked one has everything that this one has imported, and cannot use
+            its GPU.
     """
 
     def __init__(self, workers: int, logs: Path, start: Literal["spawn", "fork"] = "spawn"):
@@ -77,16 +78,13 @@ class LocalExecutor(Executor):
         self._workers: list[_Worker | None] = [None] * workers
 
     def submit(self, job: Job) -> None:
-        """See `Executor.submit`."""
         heapq.heappush(self._waiting, (job.order, next(self._count), job))
         self._start()
 
     def running(self) -> list[Job]:
-        """See `Executor.running`."""
         return [worker.job for worker in self._workers if worker and worker.job]
 
     def wait(self, seconds: float) -> list[tuple[Job, Outcome]]:
-        """See `Executor.wait`."""
         busy = {w.connection: place for place, w in enumerate(self._workers) if w and w.job}
         if not busy:
             time.sleep(0 if self._waiting else seconds)
@@ -110,14 +108,14 @@ class LocalExecutor(Executor):
         return ended
 
     def cancel(self) -> None:
-        """See `Executor.cancel`. Called again, or after a grace, it ends them at once."""
+        """Cancels as `Executor` says; a second call, or the end of the grace period, ends runs at once."""
         self._waiting.clear()
         workers = [worker for worker in self._workers if worker]
         try:
             for worker in workers:
                 if worker.job and worker.process.pid and worker.process.is_alive():
                     os.kill(worker.process.pid, signal.SIGTERM)
-                # An idle worker ends. It may not see the connection closed: forks hold each other's ends.
+                # Ends an idle worker, which may not notice a closed connection: forks hold each other's ends.
                 with suppress(OSError):
                     worker.connection.send(None)
                 worker.connection.close()
@@ -142,7 +140,7 @@ class LocalExecutor(Executor):
             try:
                 worker.connection.send(job.config)
             except OSError:
-                self._workers[place] = None  # it has just died; another one starts at the next call
+                self._workers[place] = None  # it has just died; the next call starts another
                 continue
             heapq.heappop(self._waiting)
             worker.job = job
@@ -189,7 +187,7 @@ def _death(process: BaseProcess) -> str:
 
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Sets variables for the processes that are started within the block."""
+    """Sets environment variables for processes that are started within the block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

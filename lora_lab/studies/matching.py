@@ -1,4 +1,4 @@
-"""Sizes at which methods train equally many parameters: each method's own knob, by its own formula."""
+"""Sizes at which methods train equally many parameters, by each method's size field and formula."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lora_lab.errors import ConfigError, LabError
 from lora_lab.models.build import build_model
 
 TOLERANCE = 0.1
-"""A method that misses the count by more than this share of it is marked."""
+"""A method that misses the count by more than this share is marked."""
 SMALL = 64
-"""Sizes up to here are all tried."""
+"""All sizes up to this one are tried."""
 STEP = 1.1
-"""Ratio of the sizes that are tried above."""
+"""Ratio of consecutive larger sizes."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Match:
     """The method's field that sets its size."""
     value: int
     parameters: int
-    """Parameters that it trains then, task heads aside."""
+    """Trained parameters with this size, without task heads."""
     wanted: int
 
     @property
     def misses(self) -> bool:
-        """Whether no size comes within a tenth of what was wanted."""
+        """Whether no size is within a tenth of the wanted number."""
         return abs(self.parameters - self.wanted) > TOLERANCE * self.wanted
 
 
@@ -42,7 +42,7 @@ class Matcher:
     """Finds sizes; each base model is built once.
 
     Args:
-        wanted: parameters to train, task heads aside.
+        wanted: number of trained parameters, without task heads.
     """
 
     def __init__(self, wanted: int):
@@ -50,7 +50,7 @@ class Matcher:
         self._model: tuple[str, nn.Module] | None = None
 
     def match(self, config: ExperimentConfig) -> Match:
-        """Returns the size of a config's method whose count is nearest; of two as near, the smaller.
+        """Returns the size of a config's method with the nearest count; of two equally near, the smaller.
 
         Raises:
             LabError: if the method has no size that fits the model, or cannot edit its targets.
@@ -62,7 +62,7 @@ class Matcher:
         model = self._built(config)
         widest = max((size for p in model.parameters() for size in p.shape if p.dim() == 2), default=1)
         counts = parameter_counts(model, spec, field, self._candidates(model, widest))
-        # The best size may lie between those tried: look at all around it.
+        # The best size may be between those tried, so all around it are tried.
         if counts:
             near = self._best(counts)
             around = range(max(1, int(near / STEP)), int(near * STEP) + 2)
@@ -72,7 +72,7 @@ class Matcher:
             value = self._best(counts)
             change: Any = {field: value}
             try:
-                # A formula accepts sizes which the maps do not: blocks that do not divide them, for example.
+                # A formula accepts sizes that the maps do not, for example blocks that do not divide them.
                 inject(model, replace(spec, **change)).remove()
             except LabError as error:
                 del counts[value]

@@ -25,11 +25,11 @@ from lora_lab.studies.worker import Outcome
 from lora_lab.tracking import read_metrics
 
 UNFINISHED = {"running": "interrupted", "starting": "interrupted"}
-"""What a run has become whose process could not write it down."""
+"""Outcome of a run whose process could not record it."""
 
 
 def write_study(study: Study) -> None:
-    """Writes what is known of a study before a run of it."""
+    """Writes what is known about a study before its first run."""
     write_text(
         study.folder / "study.yaml", yaml.safe_dump(study.resolved(), sort_keys=False, allow_unicode=True)
     )
@@ -44,7 +44,7 @@ def write_results(
     Args:
         study: the study.
         jobs: its runs.
-        outcomes: how those have ended that have.
+        outcomes: outcomes of those that have ended.
         records: their records; those of other runs are read.
     """
     rows, validations = [], []
@@ -60,7 +60,7 @@ def write_results(
 
 
 def write_tuning(study: Study, found: Mapping[str, Any]) -> None:
-    """Writes what the searches have found, by cell."""
+    """Writes the results of the searches, by cell."""
     write_text(study.folder / "tuning.json", _json(found))
 
 
@@ -98,7 +98,7 @@ def row_of(study: Study, job: Job, record: Record, outcome: Outcome | None) -> d
 def state_of(record: Record, outcome: Outcome | None) -> tuple[str, str | None]:
     """Returns status and error of a run that has started."""
     if outcome is not None and outcome.status != "finished":
-        # It also knows what went wrong before the run's record was written, or took the process away.
+        # The outcome also knows errors from before the record was written, and killed processes.
         return outcome.status, outcome.error
     status = str(record["status"])
     return UNFINISHED.get(status, status), record.get("error")

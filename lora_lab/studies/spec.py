@@ -1,4 +1,4 @@
-"""What a study's file may say.
+"""The settings of a study's file.
 
 extends: [../../configs/models/minilm.yaml, ../../configs/data/movie_reviews.yaml]
 question: Does DoRA beat LoRA at rank 4?
@@ -24,17 +24,17 @@ class StudySpec:
     """A question, and the runs that answer it."""
 
     name: str | None = None
-    """Name of the study; it lies in `<output>/<name>/`. Null means that of the file, or of its folder where
-    the file is called study.yaml."""
+    """Name of the study; its folder is `<output>/<name>/`. Null means the name of the file, or of its folder
+    if the file is called study.yaml."""
 
     question: str = MISSING
-    """What is asked, in a sentence."""
+    """The question, in a sentence."""
 
     experiment: Any = None
-    """Settings of every run, over those of the files in `extends`; as in the file of an experiment."""
+    """Settings of every run, which override the files in `extends`; as in the file of an experiment."""
 
     grid: Any = None
-    """Key between dots → its values. Each combination of values is a cell."""
+    """Dotted key → its values. Each combination of values is a cell."""
 
     list: Any = None
     """Name of a cell → its settings, a whole `adapter:` for example. They come in addition to those of the
@@ -50,24 +50,24 @@ class StudySpec:
     """Name of the cell that the others are compared with."""
 
     equivalence: float | None = None
-    """Largest difference in the metric, above 0, that counts as none; null tests no claim of equality."""
+    """Largest difference in the metric, above 0, that counts as none; null tests no equivalence."""
 
     tune: Any = None
     """Search on validation that each cell makes before the comparison; see `TuneSpec`."""
 
     match_parameters: int | None = None
-    """How many parameters every method is to train, task heads aside: each gets the nearest size."""
+    """Number of parameters that every method should train, without task heads; each gets the nearest size."""
 
 
 @dataclass
 class TuneSpec:
-    """A search for the best value of one key, on validation and with seeds of its own."""
+    """A search for the best value of one key, on validation data and with other seeds."""
 
     key: str = MISSING
     """What is tuned, for example `optimization.learning_rate`."""
 
     values: Any = None
-    """The values to try; or null if `low`, `high` and `trials` say a range."""
+    """The values to try; or null if `low`, `high` and `trials` give a range."""
 
     low: float | None = None
     """Lower end of the range that Optuna searches."""
@@ -76,7 +76,7 @@ class TuneSpec:
     """Its upper end."""
 
     trials: int | None = None
-    """Values that are tried in the range; at least 1."""
+    """Number of values to try in the range; at least 1."""
 
     log: bool = True
     """Whether the range is searched on a logarithmic scale."""
@@ -85,4 +85,4 @@ class TuneSpec:
     """Validation metric that decides; null means the task's own."""
 
     seeds: builtins.list[int] = field(default_factory=list)
-    """Seeds of the search; none of the comparison's."""
+    """Seeds of the search, other than those of the comparison."""

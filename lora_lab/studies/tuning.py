@@ -1,7 +1,7 @@
-"""Each cell's search for the best value of one key, on validation and with seeds of its own.
+"""Each cell's search for the best value of one key, on validation data and with other seeds.
 
-A search is given all results so far and says which values it wants to try. It holds no state of its own but
-what Optuna stores in the study's folder, so that a study which was killed goes on where it was.
+A search gets all results so far and returns the values to try. Its only state is what Optuna stores in the
+study's folder, so a killed study continues where it was.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lora_lab.studies.spec import TuneSpec
 STORAGE = "optuna.journal"
 """File in the study's folder that holds Optuna's searches."""
 EDGE = 0.1
-"""Share of a range, at either end, in which a best value counts as at the edge."""
+"""Share of a range, at each end, in which a best value counts as at the edge."""
 
 
 @dataclass
@@ -42,27 +42,27 @@ class Tuning:
     """Whether more of `by` is better."""
 
     def extremes(self) -> list[Any]:
-        """Returns values that must fit every cell: all of a list, the ends of a range."""
+        """Returns values that must be valid in every cell: all of a list, the ends of a range."""
         return self.values if self.values is not None else [self.low, self.high]
 
     def count(self) -> int:
-        """Returns how many values are tried."""
+        """Returns the number of values to try."""
         return len(self.values) if self.values is not None else int(self.trials or 0)
 
     def proposals(self, cell: str, scores: Mapping[Any, float | None], folder: Path | None) -> list[Any]:
-        """Returns the values to try so far; no further ones come until all of these have a score.
+        """Returns the values to try so far; there are no new ones until all of these have a score.
 
         Args:
-            cell: whose search.
-            scores: value → mean of the metric, None if its runs were of no use.
-            folder: where Optuna's storage lies; None asks nothing of Optuna.
+            cell: name of the cell.
+            scores: value → mean of the metric, None if its runs have no result.
+            folder: where Optuna's storage is; None does not use Optuna.
         """
         if self.values is not None:
             return self.values
         return [] if folder is None else self._trials(cell, scores, folder)
 
     def best(self, scores: Mapping[Any, float | None]) -> Any:
-        """Returns the value of the best score, the first of several; None if no score is of use."""
+        """Returns the value of the best score, the first of several; None if there is no score."""
         useful = {
             value: score for value, score in scores.items() if score is not None and math.isfinite(score)
         }
@@ -71,7 +71,7 @@ class Tuning:
         return max(useful, key=lambda value: useful[value] if self.higher_is_better else -useful[value])
 
     def at_edge(self, value: Any) -> str | None:
-        """Returns the settings that widen the search where the best value lies at its edge."""
+        """Returns the settings that widen the search, if the best value is at its edge."""
         if self.values is not None:
             numbers = sorted(v for v in self.values if isinstance(v, int | float) and not isinstance(v, bool))
             if len(numbers) != len(self.values) or len(numbers) < 2 or value not in (numbers[0], numbers[-1]):
@@ -99,8 +99,8 @@ class Tuning:
         name = f"{cell} {self.key} {low} {high} {self.log} {self.by} {self.seeds}"
         found: list[float] = []
         for number in range(trials_wanted):
-            # A sampler for each trial: what it draws depends on the trials before, not on how often the study
-            # was killed.
+            # A sampler for each trial: its draws depend on the trials before, not on how often the study was
+            # killed.
             sampler = optuna.samplers.TPESampler(
                 seed=zlib.crc32(f"{name} {number}".encode()), n_startup_trials=max(3, trials_wanted // 2)
             )

@@ -1,4 +1,4 @@
-"""What a worker process does: one run after the other, until it is asked to end or its study has died."""
+"""A worker process: one run after the other, until it is asked to end or its study has died."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Outcome:
 
 
 def execute(config: ExperimentConfig) -> Outcome:
-    """Makes a run; returns what went wrong, if anything did."""
+    """Runs a run; returns its outcome, also after an error."""
     try:
         RunFolder.of(config).wait_until_free(PATIENCE)
         run(config)
@@ -50,14 +50,14 @@ def execute(config: ExperimentConfig) -> Outcome:
 
 
 def serve(connection: Connection, log: Path, study: int) -> None:
-    """Runs what comes over the connection and answers with its outcome, until there is none.
+    """Runs the configs from the connection and returns their outcomes, until it ends.
 
     Args:
-        connection: gives configs, None at the end, and takes outcomes.
-        log: file that gets all that is printed.
+        connection: source of configs, with None at the end, and target of outcomes.
+        log: file for everything that is printed.
         study: the study's process.
     """
-    # Ctrl-C at the terminal reaches the study too, which asks its workers to end.
+    # Ctrl-C at the terminal also reaches the study, which asks its workers to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork has the study's handler
     with _printed_to(log):
@@ -80,15 +80,15 @@ def serve(connection: Connection, log: Path, study: int) -> None:
 
 
 def forget_peak_memory() -> None:
-    """Sets this process's peak of resident memory back, so that a run does not show that of one before it."""
+    """Resets this process's peak of resident memory, so that a run does not show that of an earlier one."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return  # no Linux: the peak is that of all runs so far
+        return  # not Linux: the peak is that of all runs so far
 
 
 def _end_with(study: int) -> None:
-    """Asks this process to end when the study's has died: a run writes a checkpoint first."""
+    """Asks this process to end when the study's process has died: a run writes a checkpoint first."""
     while os.getppid() == study:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -127,7 +127,7 @@ def test_exports_and_mixtures_are_the_functions_that_they_claim(base, runs, tmp_
         (["export", "RUN", "--as", "peft", "--rank", "2"], "cut a LoRA"),
         (["export", "RUN", "--active-rank", "2"], "no nested ranks"),
         (["export", "NOTHING"], "neither a run nor an adapter"),
-        (["combine", "RUN"], "two adapters at least"),
+        (["combine", "RUN"], "at least two adapters"),
         (["combine", "RUN", "RUN", "--method", "mean"], "--method: must be one of"),
         (["combine", "RUN", "RUN", "--method", "ties"], "share of numbers"),
         (["combine", "RUN", "RUN", "--density", "0.5"], "keeps them all"),

@@ -96,7 +96,7 @@ BAD = {
     "a value twice": ({"grid": {"adapter.rank": [1, 2, 1]}}, "grid.adapter.rank: 1 occurs twice"),
     "a value without a name": (
         {"grid": {"adapter": [{"method": "lora"}]}},
-        "grid.adapter: a value of several settings needs a name",
+        "grid.adapter: a value with several settings needs a name",
     ),
     "two cells alike": (
         {"list": {"same": {"adapter.rank": 1}}},
@@ -104,7 +104,7 @@ BAD = {
     ),
     "two cells of one name": (
         {"list": {"lora-rank1": {"adapter.rank": 5}}},
-        "list.lora-rank1: a cell of the grid is called so too",
+        "list.lora-rank1: a cell of the grid has the same name",
     ),
     "baseline no cell": ({"baseline": "lora"}, "baseline: no cell 'lora'"),
     "no baseline": ({"baseline": "absent"}, "baseline: is required"),
@@ -136,7 +136,7 @@ BAD = {
         {"tune": TUNE | {"by": "validation/f1"}},
         "tune.by: no run logs 'validation/f1'",
     ),
-    "compare where tuned": ({"tune": TUNE, "metric": "validation/mse"}, "data that the search has seen"),
+    "compare where tuned": ({"tune": TUNE, "metric": "validation/mse"}, "data that the search used"),
     "tuning seeds of the comparison": ({"tune": TUNE | {"seeds": [1]}}, "tune.seeds: 1 is also a seed"),
     "tuning without seeds": ({"tune": TUNE | {"seeds": []}}, "tune.seeds: give at least one seed"),
     "tune a key of the grid": (
@@ -149,7 +149,7 @@ BAD = {
     ),
     "tune the data": (
         {"tune": TUNE | {"key": "data.max_length"}},
-        "is nothing that a search on validation may choose",
+        "is not a setting that a search on validation can choose",
     ),
     "a value that does not fit": (
         {"tune": TUNE | {"values": [-1.0, 1.0]}},
