@@ -33,7 +33,10 @@ def measure(root: Path) -> dict[str, str]:
     tests = list((root / "tests").rglob("*.py"))
     cases = [node for path in tests for node in ast.walk(ast.parse(path.read_text())) if is_test(node)]
     own = options(trees, "adapters/methods")
-    set_somewhere = {name for name in own if is_set(name, root)}
+    yamls = [
+        path.read_text() for part in ("configs", "experiments") for path in (root / part).rglob("*.yaml")
+    ]
+    set_somewhere = {name for name in own if is_set(name, yamls)}
     return {
         "parts of the package": str(len(parts)),
         "imports between parts": str(len(arrows)),
@@ -103,13 +106,10 @@ def options(trees: dict[Path, ast.Module], folder: str) -> list[tuple[str, str]]
     return found
 
 
-def is_set(option: tuple[str, str], root: Path) -> bool:
+def is_set(option: tuple[str, str], yamls: list[str]) -> bool:
     """Whether a YAML of the method, or an experiment with it, sets the option."""
     method, field = option
-    texts = [
-        path.read_text() for name in ("configs", "experiments") for path in (root / name).rglob("*.yaml")
-    ]
-    return any(f"{field}:" in text and method in text for text in texts)
+    return any(f"{field}:" in text and method in text for text in yamls)
 
 
 def is_test(node: ast.AST) -> bool:

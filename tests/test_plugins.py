@@ -1,7 +1,5 @@
 """Methods and controllers from outside the package: found by entry points, or registered in Python."""
 
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,22 +12,21 @@ from lora_lab.adapters import Adapter, AdapterSpec, LoRA, LoRASpec
 from lora_lab.callbacks import Controller
 from lora_lab.errors import CheckpointError, ConfigError
 from lora_lab.registry import Registry
+from tests.forks import fork
 
 ROOT = Path(__file__).parents[1]
 PLUGIN = ROOT / "tests" / "plugin"
 
 
+def check() -> int:
+    sys.path.insert(0, str(PLUGIN))
+    return int(pytest.main(["-q", "-p", "no:cacheprovider", str(PLUGIN / "volume_checks.py")]))
+
+
 def test_a_package_with_entry_points_is_a_method_like_ours(tmp_path):
     """The package's own checks, in a process in which it is installed."""
-    told = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(PLUGIN / "volume_checks.py")],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{PLUGIN}"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert told.returncode == 0, told.stdout + told.stderr
+    code, told = fork(check, folder=tmp_path).end()
+    assert code == 0, told
 
 
 @dataclass
