@@ -47,7 +47,7 @@ class Numbers:
 def outcome(analysis: Analysis, cell: str) -> str:
     """Returns which of `OUTCOMES` a cell's comparison with the baseline has."""
     found = analysis.comparisons[cell].outcome
-    if found in ("larger", "less"):
+    if found in ("greater", "less"):
         return "better" if analysis.is_better(cell) else "worse"
     return {"equivalent": "equivalent", "undecided": "cannot be told apart"}.get(found, "not tested")
 
