@@ -209,7 +209,7 @@ def _train(options: argparse.Namespace) -> None:
         return
     from lora_lab.experiment import run
     from lora_lab.experiment.environment import process_rank
-    from lora_lab.report.tables import record_table
+    from lora_lab.report.terminal import record_table
 
     result = run(config, resume=options.resume, overwrite=options.overwrite)
     if process_rank() == 0:
@@ -222,7 +222,7 @@ def _train(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from lora_lab.experiment import evaluate
-    from lora_lab.report.tables import metrics_table
+    from lora_lab.report.terminal import metrics_table
 
     Console().print(
         metrics_table(evaluate(options.run, options.overrides, options.any_base), str(options.run))
@@ -244,7 +244,7 @@ def _report(options: argparse.Namespace) -> None:
 
 def _merge(options: argparse.Namespace) -> None:
     from lora_lab.artifacts import merge
-    from lora_lab.report.tables import conversion_table
+    from lora_lab.report.terminal import conversion_table
 
     size = options.dtype, options.shard_size, options.rank
     made = merge(options.source, options.out, options.base, *size, options.any_base)
@@ -255,7 +255,7 @@ def _merge(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     from lora_lab.artifacts import export
-    from lora_lab.report.tables import conversion_table
+    from lora_lab.report.terminal import conversion_table
 
     form, limits = options.form, (options.rank, options.energy, options.active_rank)
     made = export(options.source, options.out, form, *limits, options.base, options.any_base)
@@ -264,7 +264,7 @@ def _export(options: argparse.Namespace) -> None:
 
 def _combine(options: argparse.Namespace) -> None:
     from lora_lab.artifacts import combine
-    from lora_lab.report.tables import conversion_table
+    from lora_lab.report.terminal import conversion_table
 
     made = combine(
         options.sources,
@@ -299,7 +299,7 @@ def _ablate(options: argparse.Namespace) -> None:
 
 
 def _methods(options: argparse.Namespace) -> None:
-    from lora_lab.report.tables import controllers_table, methods_table
+    from lora_lab.report.terminal import controllers_table, methods_table
 
     console = Console()
     console.print(methods_table())
@@ -308,7 +308,7 @@ def _methods(options: argparse.Namespace) -> None:
 
 def _describe(options: argparse.Namespace) -> None:
     from lora_lab.report.descriptions import known
-    from lora_lab.report.tables import description, topics_table
+    from lora_lab.report.terminal import description, topics_table
 
     if options.name is None:
         Console().print(topics_table())
@@ -320,7 +320,7 @@ def _describe(options: argparse.Namespace) -> None:
 
 def _fetch(options: argparse.Namespace) -> None:
     from lora_lab.assets import describe, fetch
-    from lora_lab.report.tables import assets_table
+    from lora_lab.report.terminal import assets_table
 
     console = Console()
     for name in options.assets:

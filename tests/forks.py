@@ -17,7 +17,7 @@ from pathlib import Path
 
 PRELOADED = [
     "lora_lab.experiment",
-    "lora_lab.report.tables",
+    "lora_lab.report.terminal",
     "lora_lab.studies",
     "transformers.models.bert.modeling_bert",
     "wandb.sdk.launch.inputs.internal",  # which every run of W&B's imports

@@ -39,7 +39,7 @@ from safetensors.torch import load_file
 from wandb.sdk.data_types._private import MEDIA_TMP
 
 import lora_lab.experiment
-import lora_lab.report.tables  # noqa: F401
+import lora_lab.report.terminal  # noqa: F401
 from lora_lab.cli import main
 from tests.wandb_file import offline_folders, read_offline_run
 

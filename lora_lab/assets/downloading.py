@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Thread
 from typing import IO
 
-from lora_lab.assets.table import Asset, HubSource, Package
+from lora_lab.assets.catalog import Asset, HubRepository, Package
 from lora_lab.errors import AssetError
 
 HUB_PATIENCE = 4.0
@@ -53,7 +53,7 @@ def hub_reachable() -> bool:
     return bool(answers and answers[0])
 
 
-def take_from_hub(asset: Asset, source: HubSource, folder: Path) -> None:
+def take_from_hub(asset: Asset, source: HubRepository, folder: Path) -> None:
     """Downloads the files of an asset from the hub into a folder.
 
     Raises:
