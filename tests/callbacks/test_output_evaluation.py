@@ -208,6 +208,22 @@ def test_without_sharing_the_others_are_dropped(bert):
     assert not any(p.requires_grad for path in dropped for p in adapters.adapters[path].parameters())
 
 
+def test_a_random_choice_keeps_as_many_of_each_role_whatever_their_importance(bert):
+    kept = []
+    for seed in range(40):
+        adapters = inject(bert(), LoRASpec(rank=4))
+        spec = OutputEvaluationSpec(threshold=0.7, share=False, choose="random")
+        controller = OutputEvaluation(spec, adapters, seed)
+        controller.plan(100)
+        controller.decide(torch.tensor(EXAMPLE, dtype=torch.float64))
+        kept.append({path for path, adapter in adapters.items() if not adapter.dropped})
+        # Queries have [4, 1, 3, 2] and values [1, 1, 8, 90].
+        assert len(kept[-1] & {*QUERIES}) == 2
+        assert len(kept[-1] & {*VALUES}) == 1
+    # Each is kept by some seed: the chance that this fails is 4 · (3/4)^40 + 4 · (1/2)^40 < 5e-5.
+    assert set.union(*kept) == {*QUERIES, *VALUES}
+
+
 def test_a_threshold_of_one_keeps_every_adapter(bert):
     for share in (True, False):
         adapters, controller = decided(bert(), [4, 0, 3, 2, 0, 1, 1, 1], threshold=1.0, share=share)

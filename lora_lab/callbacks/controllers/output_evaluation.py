@@ -7,7 +7,8 @@ Once, after `warmup` steps of ordinary training:
     kept: the fewest adapters, from the largest I down, with Σ I ≥ threshold
 
 The others of a group share one adapter, that with the largest I among them, or are dropped. The remaining
-adapters then start again and train for the rest of the run; the schedule of the learning rate continues.
+adapters then start again and train for the rest of the run; the schedule of the learning rate continues. As a
+control, `choose: random` keeps as many of each group, but draws which.
 """
 
 from __future__ import annotations
@@ -33,10 +34,14 @@ from lora_lab.callbacks.controllers.base import (
 )
 from lora_lab.callbacks.controllers.output_energy import output_energy, training_sample
 from lora_lab.callbacks.controllers.structure import structure_changed
+from lora_lab.data.batches import seeded_generator
 from lora_lab.errors import ConfigError, IncompatibleError
 from lora_lab.linalg.pruning import largest_share
 from lora_lab.models.architectures import find_roles
 from lora_lab.training.module import FineTuner
+
+CHOICE = 2
+"""Parts the stream of draws from others of the same seed, such as the order of the data."""
 
 
 @dataclass
@@ -58,6 +63,9 @@ class OutputEvaluationSpec(ControllerSpec):
 
     share: bool = True
     """Let the adapters of a group that are not kept share one, if shapes allow; else drop them."""
+
+    choose: Literal["importance", "random"] = "importance"
+    """Which adapters of a group are kept: the most important, or as many drawn by the run's seed."""
 
     reinit: bool = True
     """Reset adapters to the start of the run and clear their optimizer state; task heads continue to
@@ -166,6 +174,7 @@ class OutputEvaluation(Controller):
             ConfigError: if the adapters of a group have not learned anything yet.
         """
         of_path = dict(zip(self.controlled, energy.cpu(), strict=True))
+        generator = seeded_generator(self.seed, 0, CHOICE)
         for group in self.groups():
             values = torch.stack([of_path[path] for path in group])
             total = float(values.sum())
@@ -176,7 +185,10 @@ class OutputEvaluation(Controller):
                     + ("Raise warmup." if total == 0 else "Training has diverged; lower the learning rate.")
                 )
             self.importance |= {path: float(of_path[path]) / total for path in group}
-            kept = largest_share(values, self.spec.threshold).tolist()
+            chosen = largest_share(values, self.spec.threshold)
+            if self.spec.choose == "random":
+                chosen = chosen[torch.randperm(len(chosen), generator=generator)]
+            kept = chosen.tolist()
             self._leave([path for path, stays in zip(group, kept, strict=True) if not stays])
 
     def groups(self) -> list[list[str]]:
