@@ -4,7 +4,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import lightning as L
 import torch
@@ -120,6 +120,7 @@ class TaskData(L.LightningDataModule):
     def __init__(self, config: DataConfig, splits: Splits, task: str, seed: int):
         super().__init__()
         self.config = config
+        self._loaded = splits
         self.splits = splits.splits
         self.task = task
         self.seed = seed
@@ -128,6 +129,10 @@ class TaskData(L.LightningDataModule):
         self.fingerprint = splits.fingerprint
         self.sizes = {name: len(split.lengths) for name, split in self.splits.items()}
         self.collate = partial(collate, pad_token=splits.pad_token, padding_side=splits.padding_side)
+
+    def with_seed(self, seed: int) -> Self:
+        """Returns the same examples for another run, which has a trainer and an order of its own."""
+        return type(self)(self.config, self._loaded, self.task, seed)
 
     def train_dataloader(self) -> TrainingLoader:
         """Returns this process's batches: of the trainer's current epoch, or of epoch 0 without a trainer.

@@ -18,15 +18,16 @@ from lora_lab.adapters import inject
 from lora_lab.adapters.storage import load_adapter, read_label_names, save_adapter
 from lora_lab.config.compose import compose
 from lora_lab.config.schema import ExperimentConfig
-from lora_lab.data import TaskData, build_data
+from lora_lab.data import TaskData
 from lora_lab.errors import ConfigError, IncompatibleError
 from lora_lab.experiment.callbacks import RunCallbacks as _Callbacks, progress_bars
 from lora_lab.experiment.environment import process_rank
 from lora_lab.experiment.folder import RunFolder
 from lora_lab.experiment.libraries import quiet_libraries
 from lora_lab.experiment.life import RunResult, open_run
+from lora_lab.experiment.loaded import LoadedData
 from lora_lab.models.architectures import position_limit
-from lora_lab.models.build import build_model, build_tokenizer
+from lora_lab.models.build import build_model
 from lora_lab.models.quantization import forget_weights
 from lora_lab.tasks import TASKS
 from lora_lab.training.module import FineTuner
@@ -37,7 +38,9 @@ __all__ = ["RunResult", "build_parts", "evaluate", "quiet_libraries", "run", "ru
 log = logging.getLogger(__name__)
 
 
-def run(config: ExperimentConfig, resume: bool = True, overwrite: bool = False) -> RunResult:
+def run(
+    config: ExperimentConfig, resume: bool = True, overwrite: bool = False, loaded: LoadedData | None = None
+) -> RunResult:
     """Trains, evaluates and records one run.
 
     A finished run of the same config and data is returned as it is; an unfinished one continues from its
@@ -48,6 +51,7 @@ def run(config: ExperimentConfig, resume: bool = True, overwrite: bool = False) 
         config: what to run.
         resume: False refuses to continue an unfinished run.
         overwrite: delete an earlier run in the same folder first.
+        loaded: data of earlier runs of this process.
 
     Raises:
         LabError: if anything in config, data, model or run folder is wrong; nothing is written then.
@@ -56,7 +60,7 @@ def run(config: ExperimentConfig, resume: bool = True, overwrite: bool = False) 
     quiet_libraries()
     with open_run(config, resume, overwrite) as this:
         L.seed_everything(config.seed, workers=True, verbose=False)
-        data = _build_data(config)
+        data = (loaded or LoadedData()).of(config)
         this.check_data(data)
         if this.finished:
             return this.finished
@@ -166,7 +170,7 @@ def build_parts(
         keep_weights: as in `build_model`.
         label_names: as in `build_data`.
     """
-    data = _build_data(config, label_names)
+    data = LoadedData().of(config, label_names)
     return _build_model(config, data, keep_weights), data
 
 
@@ -182,11 +186,6 @@ def _build_model(config: ExperimentConfig, data: TaskData, keep_weights: bool) -
     if limit is None and isinstance(meant, int) and length > meant:
         log.warning("data.max_length: %s was made for %d tokens, not for %d.", name, meant, length)
     return model
-
-
-def _build_data(config: ExperimentConfig, label_names: Sequence[str] = ()) -> TaskData:
-    tokenizer = build_tokenizer(config.model)
-    return build_data(config.data, tokenizer, config.model.task, config.seed, label_names)
 
 
 def _prepare_model(model: Any, config: ExperimentConfig) -> None:

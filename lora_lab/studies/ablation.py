@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from lora_lab.data import build_data
 from lora_lab.errors import DataError, StudyError
 from lora_lab.experiment.folder import Record, RunFolder
-from lora_lab.models.build import build_tokenizer
+from lora_lab.experiment.loaded import LoadedData
 from lora_lab.studies.cells import Cell, Job, Study, jobs_of
 from lora_lab.studies.display import Board, end_lines
 from lora_lab.studies.executors import Executor
@@ -181,14 +179,9 @@ def check_data(progress: Progress) -> None:
     Raises:
         DataError: if a run had other data.
     """
-    today: dict[str, str] = {}
+    today = LoadedData()
     for job, record in progress.records.items():
-        config = job.config
-        key = json.dumps([asdict(config.data), asdict(config.model)], sort_keys=True)
-        if key not in today:
-            data = build_data(config.data, build_tokenizer(config.model), config.model.task, config.seed)
-            today[key] = data.fingerprint
-        if record.get("data_fingerprint") != today[key]:
+        if record.get("data_fingerprint") != today.of(job.config).fingerprint:
             raise DataError(
                 f"{job.folder.path}: was trained on other data: a file, or how it is read, has changed. "
                 "Give the study another name=…, or restore the former data."

@@ -8,8 +8,6 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,6 +16,7 @@ from lora_lab.config.schema import ExperimentConfig
 from lora_lab.errors import LabError
 from lora_lab.experiment import run
 from lora_lab.experiment.folder import RunFolder
+from lora_lab.experiment.loaded import LoadedData
 
 PATIENCE = 120
 """Seconds to wait for the worker of a study that was killed, which still writes a checkpoint."""
@@ -32,11 +31,17 @@ class Outcome:
     error: str | None = None
 
 
-def execute(config: ExperimentConfig) -> Outcome:
-    """Runs a run; returns its outcome, also after an error."""
+def execute(config: ExperimentConfig, loaded: LoadedData | None = None) -> Outcome:
+    """Runs a run; returns its outcome, also after an error.
+
+    Args:
+        config: of the run.
+        loaded: data of the worker's earlier runs.
+    """
+    forget_peak_memory()
     try:
         RunFolder.of(config).wait_until_free(PATIENCE)
-        run(config)
+        run(config, loaded=loaded)
     except LabError as error:
         return Outcome(error.status, f"{type(error).__name__}: {error}")
     except (SystemExit, KeyboardInterrupt):
@@ -60,23 +65,23 @@ def serve(connection: Connection, log: Path, study: int) -> None:
     # Ctrl-C at the terminal also reaches the study, which asks its workers to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork has the study's handler
-    with _printed_to(log):
-        threading.Thread(target=_end_with, args=(study,), daemon=True).start()
-        while True:
-            try:
-                config = connection.recv()
-            except (EOFError, OSError):
-                return
-            if config is None:
-                return
-            forget_peak_memory()
-            outcome = execute(config)
-            try:
-                connection.send(outcome)
-            except OSError:
-                return
-            if outcome.status == "interrupted":
-                return
+    print_to(log)
+    threading.Thread(target=_end_with, args=(study,), daemon=True).start()
+    loaded = LoadedData()
+    while True:
+        try:
+            config = connection.recv()
+        except (EOFError, OSError):
+            return
+        if config is None:
+            return
+        outcome = execute(config, loaded)
+        try:
+            connection.send(outcome)
+        except OSError:
+            return
+        if outcome.status == "interrupted":
+            return
 
 
 def forget_peak_memory() -> None:
@@ -94,10 +99,9 @@ def _end_with(study: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@contextmanager
-def _printed_to(path: Path) -> Iterator[None]:
+def print_to(path: Path) -> None:
+    """Sends all that this process prints from now on to the end of a file."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     os.close(descriptor)
-    yield
