@@ -1,6 +1,8 @@
 """What experiments share, and that the figures in their READMEs are those of their results."""
 
 import importlib.util
+import json
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +12,8 @@ from scipy.stats import ttest_1samp
 from lora_lab.config import compose
 from lora_lab.experiment import run_all
 from lora_lab.report.comparison import markdown_table, picture, spread
+from lora_lab.report.experiments import measured, written
+from lora_lab.studies import read_study
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
@@ -26,7 +30,6 @@ def script(path: Path):
     [
         ("dylora_inference_ranks", "run.py", ["accuracy"]),
         ("dylora_inference_ranks", "run.py", ["loss"]),
-        ("lora_drop_threshold", "run.py", []),
         ("method_table", "run.py", []),
     ],
 )
@@ -37,45 +40,71 @@ def test_a_readmes_table_is_that_of_the_results(name, file, arguments):
     assert table in (folder / "README.md").read_text()
 
 
-def test_the_quickstarts_figures_are_those_of_its_results():
-    folder = EXPERIMENTS / "quickstart"
-    text = (folder / "README.md").read_text()
-    rows = script(folder / "compare.py").table(pd.read_csv(folder / "results.csv")).splitlines()[2:]
-    assert len(rows) == 2
-    for cell in [cell.strip() for row in rows for cell in row.split("|")[2:-1]]:
-        assert cell in text, cell
+def test_all_that_is_made_from_the_results_of_studies_is_that_of_today():
+    made = dict(written(EXPERIMENTS))
+    assert [str(path) for path, text in made.items() if path.read_text() != text] == []
+    assert {EXPERIMENTS / "README.md", EXPERIMENTS / "claims" / "README.md"} < {*made}
 
 
-def comparison_rows(results: pd.DataFrame) -> list[list[str]]:
-    """Returns the rows of method_comparison's table; the last has a paired 95 % interval over seeds."""
-    runs = results[results["phase"] == "compare"]
-    test = runs.pivot(index="seed", columns="cell", values="test/accuracy")
-    rows = []
-    for cell in runs["cell"].unique():
-        own = runs[runs["cell"] == cell]
-        difference = ""
-        if cell != "lora":
-            paired = test[cell] - test["lora"]
-            low, high = ttest_1samp(paired, 0).confidence_interval()
-            difference = f"{paired.mean():+.3f} ({low:+.3f} to {high:+.3f})"
-        rows.append(
-            [
-                f"`{cell}`",
-                f"{own['adapter_parameters'].iloc[0]:,}",
-                f"{own['optimization.learning_rate'].iloc[0]:g}",
-                f"{own['validation/accuracy'].mean():.3f}",
-                spread(own["test/accuracy"]),
-                difference,
-            ]
-        )
-    return rows
+STUDIES = [path.parent for path in sorted(EXPERIMENTS.glob("*/study.yaml"))]
 
 
-def test_method_comparisons_figures_are_those_of_its_results():
-    folder = EXPERIMENTS / "method_comparison"
-    text = (folder / "README.md").read_text()
-    for row in comparison_rows(pd.read_csv(folder / "results.csv")):
-        assert f"| {' | '.join(row)} |" in text
+@pytest.mark.parametrize("folder", STUDIES, ids=lambda folder: folder.name)
+def test_a_studys_figures_are_those_of_its_results(folder):
+    """By hand, beside the statistics that have written them."""
+    study, results = read_study(folder / "study.yaml"), pd.read_csv(folder / "results.csv")
+    runs = results[results["phase"] == "compare"].assign(cell=lambda rows: rows["cell"].astype(str))
+    assert (results["status"] == "finished").all()
+    assert sorted(runs.groupby("cell").size().items()) == sorted(
+        (cell.name, len(study.spec.seeds)) for cell in study.cells
+    )
+    values = runs.pivot(index="seed", columns="cell", values=study.spec.metric)
+    rows = {}
+    for line in (folder / "README.md").read_text().splitlines():
+        name, _, rest = line.strip("| ").partition(" | ")
+        rows.setdefault(name, rest)
+    for cell in values:
+        shown = [float(text.replace("−", "-")) for text in re.findall(r"[−+]?\d+\.\d+", rows[cell])]
+        low, high = ttest_1samp(values[cell], values[cell].mean()).confidence_interval()
+        expected = [values[cell].mean(), low, high]
+        if cell != study.spec.baseline:
+            expected.append((values[cell] - values[study.spec.baseline]).mean())
+        assert shown[: len(expected)] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_claim_is_judged_by_its_study(tmp_path):
+    study = tmp_path / "one"
+    study.mkdir()
+    (study / "study.yaml").write_text(
+        "question: Which?\nmetric: test/accuracy\nbaseline: base\nequivalence: 0.05\nseeds: [0, 1, 2]\n"
+    )
+    # By hand: a paired difference of mean 0.2, 0 and 0.1, with spreads of 0.01, 0.002 and 0.3.
+    cells = {
+        "base": [0.5, 0.6, 0.7],
+        "up": [0.71, 0.8, 0.89],
+        "same": [0.502, 0.6, 0.698],
+        "vague": [0.9, 0.7, 0.5],
+    }
+    rows = [(c, "compare", s, "finished", c, v) for c, found in cells.items() for s, v in enumerate(found)]
+    columns = ["cell", "phase", "seed", "status", "run", "test/accuracy"]
+    pd.DataFrame(rows, columns=columns).to_csv(study / "results.csv", index=False)
+
+    def judged(cells, expects, study="one"):
+        return measured(tmp_path, {"study": study, "cells": cells, "expects": expects})[1]
+
+    assert judged(["up"], "better") == "holds here"
+    assert judged(["up"], "equivalent") == "does not hold here: up is better"
+    assert judged(["same"], "equivalent") == "holds here"
+    assert judged(["same"], "better") == "does not hold here: same is equivalent"
+    assert judged(["vague"], "better") == "undecided at this size"
+    assert judged(["same", "vague"], "equivalent") == "undecided at this size; holds for same"
+    assert judged(["up"], "better", "none") == "not run"
+    tried = [{"value": value} for value in (0.1, 0.3, 1.0)]
+    tuning = {cell: {"key": "rate", "value": value, "tried": tried} for cell, value in
+              {"base": 0.1, "up": 1.0, "same": 0.3, "vague": 0.1}.items()}  # fmt: skip
+    (study / "tuning.json").write_text(json.dumps(tuning))
+    assert judged(["up"], {"ratio": 10}) == "holds here, to a factor of 3.3"
+    assert judged(["up", "vague"], {"ratio": 10}) == "does not hold here: up 10 times, vague 1 times"
 
 
 def test_sum_to_products_figures_are_those_of_its_results():

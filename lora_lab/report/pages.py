@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -37,6 +37,16 @@ class Table:
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+    def without(self, headings: Container[str]) -> Table:
+        """Returns the table without some of its columns."""
+        kept = [place for place, name in enumerate(self.headings) if name not in headings]
+        rows = [[row[place] for place in kept] for row in self.rows]
+        return Table([self.headings[place] for place in kept], rows)
+
+    def markdown(self) -> str:
+        """Returns it in Markdown."""
+        return markdown_table(self.headings, [[_escape(text) for text in row] for row in self.rows])
 
 
 @dataclass
@@ -83,31 +93,40 @@ class Report:
         page = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
         return page.render(report=self, themes=THEMES)
 
-    def markdown(self, picture: str | None = None) -> str:
-        """Returns the same in Markdown, without the figures.
+    def pictures(self, stem: str) -> dict[str, str]:
+        """Returns all figures, each by the name of its file beside the Markdown `<stem>.md`."""
+        found = {f"{stem}.svg": self.answer[0]} if self.answer else {}
+        drawings = [drawing for section in self.sections for drawing in section.figures]
+        return found | {f"{stem}-{number}.svg": one for number, one in enumerate(drawings, 1)}
+
+    def markdown(self, stem: str | None = None) -> str:
+        """Returns the same in Markdown.
 
         Args:
-            picture: path of the first figure, if it is stored.
+            stem: as in `pictures`, if these are stored; else there are none.
         """
         parts = [f"# {self.title}"]
         parts += [self.question] if self.question else []
         parts.append(f"**{self.verdict}**")
-        parts += [f"![{self.verdict}]({picture})"] if picture else []
+        parts += [f"![{self.verdict}]({stem}.svg)"] if stem and self.answer else []
+        drawn = 0
         for section in self.sections:
-            if section.pictures_only:
+            if section.pictures_only and not stem:
                 continue
             parts.append(f"## {section.title}")
             parts += section.texts
+            names = [f"{stem}-{drawn + number}.svg" for number in range(1, len(section.figures) + 1)]
+            drawn += len(names)
+            parts += [f"![{section.title}]({name})" for name in names if stem]
             if section.table:
-                rows = [[_escape(text) for text in row] for row in section.table.rows]
-                parts.append(markdown_table(section.table.headings, rows))
+                parts.append(section.table.markdown())
             if section.code:
                 parts.append("```bash\n" + "\n".join(section.code) + "\n```")
             parts += section.notes
         return "\n\n".join(parts) + "\n"
 
     def write(self, html: Path | None = None, markdown: Path | None = None, csv: Path | None = None) -> None:
-        """Writes the files that are named; with the Markdown also its picture, `<name>.svg`.
+        """Writes the files that are named; with the Markdown also its figures, `<name>.svg` and more.
 
         Raises:
             CheckpointError: if a file cannot be written.
@@ -117,10 +136,9 @@ class Report:
         if html:
             write_text(html, page)
         if markdown:
-            picture = markdown.with_suffix(".svg")
-            if self.answer:
-                write_text(picture, alone(self.answer[0]))
-            write_text(markdown, self.markdown(picture.name if self.answer else None))
+            for name, drawing in self.pictures(markdown.stem).items():
+                write_text(markdown.with_name(name), alone(drawing))
+            write_text(markdown, self.markdown(markdown.stem))
         if csv:
             write_text(csv, self.cells.to_csv(index=False, lineterminator="\n"))
 
@@ -148,13 +166,7 @@ def report(paths: Sequence[Path]) -> Report:
         LabError: if there is nothing to report, or a file cannot be read.
     """
     gathered = gather(paths)
-    analysis = analyse(
-        gathered.compared,
-        gathered.metric,
-        gathered.baseline if gathered.baseline in set(gathered.compared["cell"]) else None,
-        gathered.margin,
-        gathered.examples if gathered.baseline else None,
-    )
+    analysis = judge(gathered)
     answer = [figures.forest(analysis, width) for width in (WIDE, 4.2)]
     wide, narrow = (one.svg(f"answer{place}-") if one else None for place, one in enumerate(answer))
     sections = [section for section in _sections(gathered, analysis) if section is not None]
@@ -169,6 +181,17 @@ def report(paths: Sequence[Path]) -> Report:
     )
 
 
+def judge(gathered: Gathered) -> Analysis:
+    """Returns what may be said of the compared runs."""
+    return analyse(
+        gathered.compared,
+        gathered.metric,
+        gathered.baseline if gathered.baseline in set(gathered.compared["cell"]) else None,
+        gathered.margin,
+        gathered.examples if gathered.baseline else None,
+    )
+
+
 def _legend(analysis: Analysis) -> str:
     if analysis.baseline is None:
         return "Marks are means, lines 95 % intervals, dots single seeds."
@@ -180,7 +203,7 @@ def _legend(analysis: Analysis) -> str:
 
 
 def _sections(gathered: Gathered, analysis: Analysis) -> Iterator[Section | None]:
-    yield _table(gathered, analysis)
+    yield cells_table(gathered, analysis)
     yield _costs(gathered, analysis)
     yield _rates(gathered, analysis)
     yield _curves(gathered, analysis)
@@ -228,7 +251,8 @@ def _prices(gathered: Gathered, cell: CellSummary) -> dict[str, float | None]:
     return {str(name): float(price) if np.isfinite(price) else None for name, price in found.items()}
 
 
-def _table(gathered: Gathered, analysis: Analysis) -> Section:
+def cells_table(gathered: Gathered, analysis: Analysis) -> Section:
+    """Returns a row for each cell, the best first."""
     write, paired = Numbers.of(analysis), analysis.baseline is not None
     headings = ["cell", *(["verdict"] if paired else []), f"{analysis.metric} (95 % interval)", "runs"]
     headings += ["difference (corrected interval)", "corrected p", "seeds and examples"] if paired else []
@@ -329,31 +353,42 @@ def _rates(gathered: Gathered, analysis: Analysis) -> Section | None:
     key, by = first["key"], first.get("by")
     figure = figures.rates(gathered, analysis)
     higher = higher_is_better(by) if by else True
-    rows, widen = [], []
-    for cell, found in gathered.tuning.items():
-        tried = {one["value"]: one.get(by) for one in found["tried"]}
-        scores = {value: score for value, score in tried.items() if score is not None and np.isfinite(score)}
-        best = scores.get(found["value"])
-        near = []
-        if best is not None:
-            room = gathered.margin if gathered.margin is not None else 0.01 * abs(best)
-            near = [value for value, score in scores.items() if abs(score - best) <= room]
-        edge = "at its edge" if found.get("widen") else ""
-        rows.append(
-            [cell, _plain(found["value"]), NONE if best is None else f"{best:.4g}", _span(near), edge]
-        )
-        if found.get("widen"):
-            widen.append(f"lora-lab ablate … {found['widen']}")
-    near_text = f"{gathered.margin:g}" if gathered.margin is not None else "1 %"
+    table = search_table(gathered)
+    widen = [f"lora-lab ablate … {one['widen']}" for one in gathered.tuning.values() if one.get("widen")]
+    margin = _search_margin(gathered)
+    near_text = "1 %" if margin is None else f"{margin:g}"
     texts = [
         f"Every cell's {key} was chosen by {by} ({'more' if higher else 'less'} is better), with other seeds "
         f"than the comparison's and without test data. Good values are within {near_text} of the best."
     ]
     if widen:
         texts.append("If the best value is at the edge of the range, a better one may be outside:")
-    table = Table(["cell", "chosen", f"best {by}", "good values", "search"], rows)
     drawn = [figure.svg("rates-")] if figure else []
     return Section(f"The search for {key}", texts, drawn, table, list(dict.fromkeys(widen)))
+
+
+def search_table(gathered: Gathered) -> Table:
+    """Returns for each cell of a tuned study what its search has found."""
+    rows, margin = [], _search_margin(gathered)
+    by = next(iter(gathered.tuning.values())).get("by")
+    for cell, found in gathered.tuning.items():
+        tried = {one["value"]: one.get(by) for one in found["tried"]}
+        scores = {value: score for value, score in tried.items() if score is not None and np.isfinite(score)}
+        best = scores.get(found["value"])
+        near = []
+        if best is not None:
+            room = 0.01 * abs(best) if margin is None else margin
+            near = [value for value, score in scores.items() if abs(score - best) <= room]
+        edge = "at its edge" if found.get("widen") else ""
+        score = NONE if best is None else f"{best:.4g}"
+        rows.append([cell, _plain(found["value"]), score, _span(near), edge])
+    return Table(["cell", "chosen", f"best {by}", "good values", "search"], rows)
+
+
+def _search_margin(gathered: Gathered) -> float | None:
+    """Returns the study's margin of equivalence where the search went by the metric that it is about."""
+    by = str(next(iter(gathered.tuning.values())).get("by"))
+    return gathered.margin if by.rpartition("/")[2] == gathered.metric.rpartition("/")[2] else None
 
 
 def _curves(gathered: Gathered, analysis: Analysis) -> Section | None:

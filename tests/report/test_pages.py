@@ -193,13 +193,17 @@ def test_markdown_csv_and_picture_say_the_same(folder, made, tmp_path, capsys):
     assert f"Written: {tmp_path / 'a.html'}" in told
     text = (tmp_path / "a.md").read_text()
     assert f"**{made.verdict}**" in text
-    assert "(a.svg)" in text
+    pictures = re.findall(r"!\[.+\]\((.+)\)", text)
+    assert sorted(pictures) == sorted(path.name for path in tmp_path.glob("*.svg"))
+    assert len(pictures) == 1 + sum(len(section.figures) for section in made.sections) > 5
+    assert "## Learning" in text
     stored = pd.read_csv(tmp_path / "a.csv").set_index("cell")
     for row in made.sections[0].table.rows:
         assert f"| {row[0]} | {row[1]} |" in text
         assert f"{stored.loc[row[0], 'mean']:.4f}" == row[2].split()[0]
     assert (tmp_path / "a.html").read_text() == made.html()
-    ElementTree.parse(tmp_path / "a.svg")
+    for name in pictures:
+        ElementTree.parse(tmp_path / name)
 
 
 def test_a_study_reports_without_its_runs_folders_searches_and_examples(folder, tmp_path):
