@@ -8,11 +8,15 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from lora_lab.errors import ConfigError, DivergenceError, LabError, suggest
 from lora_lab.training.stopping import Interruption
+
+if TYPE_CHECKING:
+    from lora_lab.studies.executors import Executor
 
 NO_CONFIG = """train: needs the YAML file of an experiment.
 
@@ -109,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the folder of one study; or folders of runs, or folders that hold some",
     )
     report.add_argument("--html", type=Path, metavar="FILE", help="one page that needs no network")
-    report.add_argument("--markdown", type=Path, metavar="FILE", help="the same, with a picture next to it")
+    report.add_argument("--markdown", type=Path, metavar="FILE", help="the same, with figures next to it")
     report.add_argument("--csv", type=Path, metavar="FILE", help="a row for each cell")
     report.set_defaults(command=_report)
 
@@ -157,7 +161,23 @@ def _parser() -> argparse.ArgumentParser:
         help="settings of the study, seeds=[0,1], or of every run, trainer.max_epochs=1",
     )
     ablate.add_argument("--plan", action="store_true", help="show cells, runs and time, and stop")
-    ablate.add_argument("--workers", type=int, default=1, metavar="N", help="processes that run at once")
+    ablate.add_argument("--workers", type=int, default=1, metavar="N", help="runs that are made at once")
+    ablate.add_argument(
+        "--executor",
+        choices=("local", "ray", "slurm"),
+        default="local",
+        help="where: processes of this machine (the default), a Ray cluster, or one job array of Slurm",
+    )
+    ablate.add_argument(
+        "--address", metavar="HOST:PORT", help="a running Ray cluster, or auto; else one is started here"
+    )
+    ablate.add_argument(
+        "--slurm",
+        action="append",
+        default=[],
+        metavar="key=value",
+        help="a parameter of submitit's, timeout_min=60 or slurm_partition=gpu; may be repeated",
+    )
     ablate.set_defaults(command=_ablate)
 
     methods = commands.add_parser("methods", help="list methods and controllers")
@@ -285,17 +305,31 @@ def _combine(options: argparse.Namespace) -> None:
 def _ablate(options: argparse.Namespace) -> None:
     if options.workers < 1:
         raise ConfigError(f"--workers: must be at least 1; got {options.workers}")
+    for name, kind in (("address", "ray"), ("slurm", "slurm")):
+        if getattr(options, name) and options.executor != kind:
+            raise ConfigError(f"--{name}: goes with --executor {kind}; got {options.executor}")
     from lora_lab.studies import ablate, read_study
     from lora_lab.studies.ablation import Progress
     from lora_lab.studies.display import plan
-    from lora_lab.studies.executors import LocalExecutor
 
     study = read_study(options.study, options.overrides)
     console = Console()
     for part in plan(Progress(study, None), options.workers):
         console.print(part, soft_wrap=isinstance(part, str), highlight=False)
     if not options.plan:
-        ablate(study, lambda logs: LocalExecutor(options.workers, logs), console)
+        ablate(study, lambda logs: _executor(options, logs), console)
+
+
+def _executor(options: argparse.Namespace, logs: Path) -> Executor:
+    if options.executor == "local":
+        from lora_lab.studies.executors import LocalExecutor
+
+        return LocalExecutor(options.workers, logs)
+    from lora_lab.studies.clusters import RayExecutor, SlurmExecutor, slurm_options
+
+    if options.executor == "ray":
+        return RayExecutor(options.workers, logs, options.address)
+    return SlurmExecutor(options.workers, logs, slurm_options(options.slurm))
 
 
 def _methods(options: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ cells       from the file to composed configs, with every fault of every cell in
 matching    sizes at which methods train equally many parameters
 tuning      each cell's search on validation, before the comparison
 executors   where runs run: in local processes that stay alive
+clusters    the same on Ray and Slurm
 results     what is stored of a study: results.csv, validations.csv, …
 ablation    a study from its lock to its end
 """
