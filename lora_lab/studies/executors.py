@@ -1,4 +1,4 @@
-"""Where the runs of a study run: a small interface, and its implementation by local processes; see `clusters` for others."""
+"""Where the runs of a study run: a small interface, and local processes; see `clusters` for others."""
 
 from __future__ import annotations
 
