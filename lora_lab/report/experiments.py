@@ -80,7 +80,7 @@ def studies_table(experiments: Path) -> str:
 
 def claims_table(experiments: Path) -> str:
     """Returns a row for each claim: what its paper says, what was measured here, and the verdict."""
-    claims = yaml.safe_load((experiments / "claims" / "claims.yaml").read_text(encoding="utf-8"))
+    claims = yaml.safe_load((experiments / "claims" / "claims.yaml").read_text(encoding="utf-8"))["claims"]
     rows = []
     for claim in claims:
         ours, judged = measured(experiments, claim)
