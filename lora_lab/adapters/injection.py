@@ -520,25 +520,33 @@ class AdapterSet:
         return all(id(adapter) in modules for adapter in self._all.values())
 
     def _place(self, modules: Mapping[str, nn.Module]) -> None:
-        """Puts modules at their paths, and at every other path of the same module."""
-        replacement = {id(self.model.get_submodule(path)): module for path, module in modules.items()}
-        inside = {id(part) for module in modules.values() for part in module.modules()}
-        for parent in list(self.model.modules()):
-            if id(parent) in inside:
-                continue
-            for name, child in list(parent._modules.items()):
-                if child is not None and id(child) in replacement:
-                    parent._modules[name] = replacement[id(child)]
-        self._guard_saving()
+        place_modules(self.model, modules)
 
-    def _guard_saving(self) -> None:
-        """Lets models of transformers save themselves only while no adapter is in them."""
-        holders = [m for m in self.model.modules() if callable(getattr(type(m), "save_pretrained", None))]
-        for holder in holders:
-            if any(isinstance(part, Adapter) for part in holder.modules()):
-                holder.__dict__["save_pretrained"] = _refuse_to_save
-            elif holder.__dict__.get("save_pretrained") is _refuse_to_save:
-                del holder.__dict__["save_pretrained"]
+    def leave_place(self) -> None:
+        """Puts the base's modules back and forgets the model; the adapters may then stand elsewhere in it."""
+        self._place({path: adapter.base for path, adapter in self._all.items()})
+        self._leave()
+
+
+def place_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Puts modules at their paths, and at every other path under which the same module is reached.
+
+    transformers' models write themselves only while no adapter is in them.
+    """
+    replacement = {id(model.get_submodule(path)): module for path, module in modules.items()}
+    inside = {id(part) for module in modules.values() for part in module.modules()}
+    for parent in list(model.modules()):
+        if id(parent) in inside:
+            continue
+        for name, child in list(parent._modules.items()):
+            if child is not None and id(child) in replacement:
+                parent._modules[name] = replacement[id(child)]
+    holders = [m for m in model.modules() if callable(getattr(type(m), "save_pretrained", None))]
+    for holder in holders:
+        if any(isinstance(part, Adapter) for part in holder.modules()):
+            holder.__dict__["save_pretrained"] = _refuse_to_save
+        elif holder.__dict__.get("save_pretrained") is _refuse_to_save:
+            del holder.__dict__["save_pretrained"]
 
 
 class _MergedTensors:

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
 import yaml
@@ -37,6 +37,7 @@ from lora_lab.adapters.peft_folder import PREFIX, PeftFolder, understand
 from lora_lab.adapters.protocols import Droppable
 from lora_lab.adapters.sites import saved_modules
 from lora_lab.adapters.spec import AdapterSpec
+from lora_lab.adapters.switching import NamedAdapters
 from lora_lab.documents.reading import DocumentError, plain, read_json, read_yaml, references, texts
 from lora_lab.documents.structured import fill
 from lora_lab.documents.writing import new_folder
@@ -131,7 +132,17 @@ def _lineage_of(adapters: AdapterSet, base: Lineage, given: Mapping[str, Any]) -
     return adapters.lineage | dict(given) | {"base": base, "versions": versions()}
 
 
-def load_adapter(model: nn.Module, folder: str | os.PathLike[str], any_base: bool = False) -> AdapterSet:
+@overload
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], any_base: bool = False, name: None = None
+) -> AdapterSet: ...
+@overload
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], any_base: bool = False, *, name: str
+) -> NamedAdapters: ...
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], any_base: bool = False, name: str | None = None
+) -> AdapterSet | NamedAdapters:
     """Puts the adapters of a folder, ours or PEFT's, into a model.
 
     The names of a classifier's classes, if the folder has them, are written into the model's config.
@@ -141,17 +152,29 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], any_base: boo
         folder: holds `adapter_config.json` and `adapter_model.safetensors`.
         any_base: whether the model may have other weights than the base that the folder was trained on; that
             it has is then said in the set's lineage, and in folders that are made of it.
+        name: holds the adapters under this name beside others in the model, see `switching`; they are at work
+            once they are chosen.
 
     Returns:
-        The set of adapters now in the model.
+        The set of adapters now in the model; with a name, all that the model holds by name.
 
     Raises:
         CheckpointError: if a file is missing or broken, a number in it is not finite, or the folder belongs
             to another model.
         IncompatibleError: if the folder uses an option of PEFT that lora_lab does not have.
         TargetError: if the model does not have the modules that the folder names.
+        ConfigError: if the name is taken.
     """
-    folder = Path(folder)
+    if name is None:
+        return _load(model, Path(folder), any_base)
+    named = NamedAdapters.of(model)
+    with named.base_in_place():
+        named.check_name(name)
+        named.take(name, _load(model, Path(folder), any_base))
+    return named
+
+
+def _load(model: nn.Module, folder: Path, any_base: bool) -> AdapterSet:
     shapes = read_shapes(folder)
     foreign: PeftFolder | None = None
     if (folder / OWN).is_file():

@@ -8,7 +8,8 @@ hook is its bound method, so that the model can still be copied and pickled.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
@@ -76,6 +77,21 @@ class Positions:
                 f"with {self.shape}. Call the whole model, or use positions: all."
             )
         return self.slots
+
+    @contextmanager
+    def of_rows(self, rows: Int[Tensor, " rows"]) -> Iterator[None]:
+        """Holds the positions of some rows of the batch inside the context."""
+        before = self.shape, self.slots
+        if self.shape is not None:
+            self.shape = (len(rows), *self.shape[1:])
+            self.slots = {
+                key: (index[rows.to(index.device)], used[rows.to(used.device)])
+                for key, (index, used) in self.slots.items()
+            }
+        try:
+            yield
+        finally:
+            self.shape, self.slots = before
 
     def _find(self, given: Mapping[str, Any], prompt_lengths: Tensor | None) -> None:
         names = [
