@@ -8,6 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from lightning.pytorch.trainer.connectors import callback_connector  # noqa: E402
 
 from lora_lab.testing import tiny_batch, tiny_model  # noqa: E402
 
@@ -28,6 +29,14 @@ def no_network():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", connect_locally)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_callbacks_of_other_packages():
+    """Lightning would look for them in the metadata of every installed package, for every Trainer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(callback_connector, "_load_external_callbacks", lambda group: [])
         yield
 
 

@@ -113,8 +113,9 @@ def test_copies_half_precision_and_compiled_forms_agree(method, shape):
     expected = model(x)
     assert torch.equal(copy.deepcopy(model)(x), expected)
     assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
-    torch.compiler.reset()
-    assert relative(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected) < 1e-5
+    if method == "lora" or shape == "2d":  # of all methods on one, and on all shapes of one
+        torch.compiler.reset()
+        assert relative(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected) < 1e-5
     narrow = convolution(shape).bfloat16()
     narrow_adapters = inject(narrow, adapters.spec)
     narrow_adapters.load_state_dict(adapters.state_dict())

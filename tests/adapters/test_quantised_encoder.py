@@ -42,12 +42,12 @@ def test_starts_at_the_codes_trains_alone_merges_to_plain_maps_and_leaves_no_tra
     model, batch = encoder
     before = {path: tensor.clone() for path, tensor in model.state_dict().items()}
     expected = model(**batch).logits.detach()
-    spec = METHODS[name].Spec(modules_to_save=[])
+    spec = METHODS[name].Spec(modules_to_save=[], layers=[0, 5])  # all six are made alike
     adapters = inject(model, spec)
     assert all(holds_codes(adapter.base) for adapter in adapters)
     if METHODS[name].identity_at_start:
         assert relative(model(**batch).logits, expected) < TOLERANCE
-    shake(adapters, by=0.02)
+    shake(adapters, by=0.05)
     moved = model(**batch).logits
     assert relative(moved, expected) > 1e-3
     (moved.square().sum() + adapters.penalty()).backward()

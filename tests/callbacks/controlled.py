@@ -58,6 +58,7 @@ def train(
     folder=None,
     resume=False,
     uneven=False,
+    log_every=1000,
     **optimization,
 ) -> ControlledRun:
     """Trains a perceptron 6 → 8 → 8 → 8 → 1 on batches of 8 rows an optimizer step.
@@ -69,6 +70,7 @@ def train(
         stop_after: writes a checkpoint after this many steps, and stops one step later.
         resume: goes on from the folder's checkpoint.
         uneven: see `fresh_model`.
+        log_every: steps between those that are logged, a quarter of the time of which logging would take.
     """
     model = fresh_model(uneven)
     spec.targets, spec.modules_to_save = LAYERS, ["layer4"]
@@ -95,7 +97,7 @@ def train(
         gradient_clip_val=options.gradient_clip,
         callbacks=callbacks,
         logger=False,
-        log_every_n_steps=1,
+        log_every_n_steps=log_every,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -219,7 +219,7 @@ def looked_at(controllers, steps=6, **options):
         found.append(Look(found[0]))
         return found[1]
 
-    train_controlled(LoRASpec(rank=4), controllers, steps, extra=[memory, look], **options)
+    train_controlled(LoRASpec(rank=4), controllers, steps, extra=[memory, look], log_every=1, **options)
     return found[1]
 
 
