@@ -283,9 +283,9 @@ class Fuzzer:
         task = rng.choice(["classification", "classification", "regression", "causal_lm"])
         config = FilesConfig(
             train=str(path),
-            text=rng.choice([["text"], ["text"], ["text"], ["label"], ["text", "label"], ["txt"], []]),
-            label=rng.choice(["label", "label", "text", "nothing", None]) if task != "causal_lm" else None,
-            max_length=rng.choice([16, 16, 1, 2]),
+            text=rng.choice([["text"]] * 12 + [["label"], ["text", "label"], ["txt"], []]),
+            label=rng.choice(["label"] * 12 + ["text", "nothing", None]) if task != "causal_lm" else None,
+            max_length=rng.choice([16] * 12 + [4, 5, 1]),
         )
         data = build_data(config, self.tokenizer, task, seed=0)
         data.setup("fit")

@@ -34,6 +34,7 @@ from lora_lab.adapters.maps import stacked
 from lora_lab.adapters.methods import METHODS
 from lora_lab.adapters.sites import ends_with, exact_targets, match_regex
 from lora_lab.adapters.spec import AdapterSpec
+from lora_lab.documents.reading import references
 from lora_lab.documents.structured import fill
 from lora_lab.errors import CheckpointError, IncompatibleError, suggest
 
@@ -151,7 +152,7 @@ def understand(model: nn.Module, config: Mapping[str, Any], shapes: Shapes, sour
         CheckpointError: if the config, or a tensor's name, does not fit this model.
         IncompatibleError: if the config asks for what lora_lab does not have.
     """
-    method, own = _method(config)
+    method, own = _method(config, source)
     names = method.file_names()
     sites: dict[str, dict[str, tuple[int, ...]]] = {}
     others: list[str] = []
@@ -241,23 +242,29 @@ class _Read(dict[str, Any]):
 
     def __init__(self, config: Mapping[str, Any]):
         super().__init__(config)
-        self.seen: set[str] = set()
+        self.seen: list[str] = []
 
     def __getitem__(self, name: str) -> Any:
-        self.seen.add(name)
+        self.seen.append(name)
         return super().__getitem__(name)
 
     def __contains__(self, name: object) -> bool:
-        self.seen.add(str(name))
+        self.seen.append(str(name))
         return super().__contains__(name)
 
     def get(self, name: str, default: Any = None) -> Any:
-        self.seen.add(name)
+        self.seen.append(name)
         return super().get(name, default)
 
 
-def _method(config: Mapping[str, Any]) -> tuple[type[Adapter], dict[str, Any]]:
+def _method(config: Mapping[str, Any], source: str) -> tuple[type[Adapter], dict[str, Any]]:
     """Returns the method that a config means, and the fields of its spec that the config gives."""
+    for name, value in config.items():
+        if found := references({name: value}):  # OmegaConf would read the environment for it
+            raise CheckpointError(f"{source}: {name}: '{found[0]}' is no value; write the value itself.")
+    bias = config.get("bias", "none")
+    if not isinstance(bias, str | None) or not re.fullmatch(r"none|all|\w+_only", bias or "none"):
+        raise IncompatibleError(f"bias: must be none, all or lora_only, as in PEFT; got {bias!r}.")
     known = {str(method.peft.peft_type): method for method in METHODS.values() if method.peft.peft_type}
     kind = config["peft_type"]
     if kind is None:
@@ -270,13 +277,19 @@ def _method(config: Mapping[str, Any]) -> tuple[type[Adapter], dict[str, Any]]:
         if method.peft.peft_type != kind:
             continue
         read = _Read(config)
-        own = method.peft.read(read)
+        try:
+            own = method.peft.read(read)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            value = f"got {config[read.seen[-1]]!r}" if read.seen[-1] in config else "it is missing"
+            raise CheckpointError(
+                f"{source}: {read.seen[-1]}: is not what PEFT writes there; {value}."
+            ) from error
         if own is None:
             continue
         patterns = {name for name in ("rank_pattern", "alpha_pattern") if name in _fields(method)}
         if method.peft.ranks(dict(config)):
             patterns.add("rank_pattern")
-        for name in sorted(config.keys() - read.seen - HARMLESS - patterns):
+        for name in sorted(config.keys() - {*read.seen} - HARMLESS - patterns):
             if config[name]:
                 raise IncompatibleError(
                     f"{name}: {config[name]!r} of the PEFT config has no counterpart in lora_lab."

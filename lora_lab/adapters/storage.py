@@ -177,7 +177,7 @@ def load_adapter(
 def _load(model: nn.Module, folder: Path, any_base: bool) -> AdapterSet:
     shapes = read_shapes(folder)
     foreign: PeftFolder | None = None
-    if (folder / OWN).is_file():
+    if (folder / OWN).exists():
         own = _read_own(folder / OWN)
         spec = _own_spec(own, folder / OWN)
         names = _label_names(own, folder / OWN)
@@ -268,7 +268,7 @@ def read_label_names(folder: str | os.PathLike[str]) -> list[str]:
         CheckpointError: if `lora_lab.yaml` cannot be read, or holds something else there.
     """
     path = Path(folder) / OWN
-    return _label_names(_read_own(path), path) if path.is_file() else []
+    return _label_names(_read_own(path), path) if path.exists() else []
 
 
 def _label_names(own: Mapping[str, Any], path: Path) -> list[str]:

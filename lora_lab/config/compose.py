@@ -41,8 +41,8 @@ COMMAND_LINE = "command line"
 
 logger = logging.getLogger(__name__)
 
-DEEPEST_EXTENDS = 50
-"""Files that may extend each other in a chain."""
+MOST_EXTENDED = 50
+"""Files that one may extend, those of the files in between counted as often as they are read."""
 
 UNIONS: dict[str, tuple[str, Callable[[], Mapping[str, type]]]] = {
     "adapter": ("method", lambda: {name: method.Spec for name, method in METHODS.items()}),
@@ -71,14 +71,8 @@ def compose(path: str | Path, overrides: Sequence[str] = (), stored: bool = Fals
     Raises:
         ConfigError: with one line per fault: file, key, what is wrong, what is allowed.
     """
-    layers = read_layers(Path(path))
+    layers = read_layers(Path(path), stored=stored)
     if stored:
-        # It may come from an unknown source, and `${oc.env:…}` would read the environment.
-        if len(layers) > 1 or references(layers[0].settings):
-            raise ConfigError(
-                f"{path}: a stored config cannot extend another and cannot hold `${{…}}`. Write the values "
-                "instead."
-            )
         controllers = layers[0].settings.get("controllers")
         if isinstance(controllers, dict):
             layers[0].settings["controllers"] = renamed(controllers)
@@ -174,22 +168,21 @@ def _cross_checks(config: ExperimentConfig) -> list[str]:
     return found
 
 
-def read_layers(path: Path, trail: tuple[Path, ...] = ()) -> list[Layer]:
+def read_layers(path: Path, trail: tuple[Path, ...] = (), stored: bool = False) -> list[Layer]:
     """Reads a file and all files that it extends, the most distant first.
 
     Args:
         path: the file.
         trail: the chain of files that extend each other up to it.
+        stored: whether a run wrote the file; see `compose`.
 
     Raises:
         ConfigError: if a file is missing or not a mapping, or files extend each other in a circle.
     """
     if any(path.resolve() == earlier.resolve() for earlier in trail):
         raise ConfigError(f"{trail[-1]}: extends: {path} is extended in a circle; remove one of them.")
-    if len(trail) > DEEPEST_EXTENDS:
-        raise ConfigError(
-            f"{trail[0]}: extends: goes through more than {DEEPEST_EXTENDS} files, down to {path}."
-        )
+    if len(trail) > MOST_EXTENDED:
+        raise _too_many(trail[0])
     if not path.exists():
         asker = f"{trail[-1]}: extends: " if trail else ""
         raise ConfigError(f"{asker}no file '{path}'. Paths in extends count from the file that names them.")
@@ -200,11 +193,23 @@ def read_layers(path: Path, trail: tuple[Path, ...] = ()) -> list[Layer]:
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: must hold keys and values, not a {type(plain(settings)).__name__}.")
+    # It may come from an unknown source: `${oc.env:…}` would read the environment, `extends` any file.
+    if stored and ("extends" in settings or references(settings)):
+        raise ConfigError(
+            f"{path}: a stored config cannot extend another and cannot hold `${{…}}`. Write the values "
+            "instead."
+        )
     extended = texts(settings.pop("extends", []))
     if not isinstance(extended, list) or not all(isinstance(name, str) for name in extended):
         raise ConfigError(f"{path}: extends: must be a list of paths; got {extended!r}.")
     layers = [layer for name in extended for layer in read_layers(path.parent / name, (*trail, path))]
+    if len(layers) > MOST_EXTENDED:
+        raise _too_many(path)
     return [*layers, Layer(str(path), settings)]
+
+
+def _too_many(path: Path) -> ConfigError:
+    return ConfigError(f"{path}: extends: goes through more than {MOST_EXTENDED} files.")
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Layer]:

@@ -45,6 +45,9 @@ class Scalar:
 Tree = dict[str, Any] | list[Any] | Scalar | str | None
 """A document: mappings with text keys, lists, and leaves that keep their text."""
 
+COLLECTIONS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+"""Tags of plain mappings and lists."""
+
 _RESOLVERS: list[tuple[str, re.Pattern[str], str]] = [
     ("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), "~nN\0"),
     ("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF"),
@@ -207,6 +210,8 @@ def _tree(
     if any(node is outer for outer in within):
         raise DocumentError(f"{source}: the alias in line {_line(node)} holds itself.")
     within = (*within, node)
+    if not isinstance(node, yaml.ScalarNode) and node.tag not in COLLECTIONS:
+        raise _unread_tag(node, source)
     if isinstance(node, yaml.SequenceNode):
         return [_tree(loader, item, source, left, within) for item in node.value]
     if isinstance(node, yaml.MappingNode):
@@ -242,7 +247,11 @@ def _leaf(loader: _Loader, node: yaml.ScalarNode, source: str) -> Scalar | str |
     if kind == "float":
         bare = text.lower().replace(".inf", "inf").replace(".nan", "nan")
         return Scalar(float(bare), text)
-    raise DocumentError(
+    raise _unread_tag(node, source)
+
+
+def _unread_tag(node: yaml.Node, source: str) -> DocumentError:
+    return DocumentError(
         f"{source}: the tag '{node.tag}' in line {_line(node)} is not read; write plain values."
     )
 

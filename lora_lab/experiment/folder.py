@@ -34,6 +34,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from lora_lab.adapters.storage import CONFIG, OWN, TENSORS
 from lora_lab.callbacks.test_examples import NAME as EXAMPLES
 from lora_lab.config.schema import ExperimentConfig
+from lora_lab.documents.reading import DocumentError, read_json
 from lora_lab.documents.writing import clean_unfinished, writable, write_text
 from lora_lab.errors import CheckpointError
 
@@ -118,10 +119,10 @@ class RunFolder:
         if not self.record.is_file():
             return None
         try:
-            record = json.loads(self.record.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            record = read_json(self.record)
+        except DocumentError as error:
             raise CheckpointError(
-                f"{self.record}: cannot be read ({error}). Delete it and the other files of the run to start "
+                f"{error} Delete it and the other files of the run to start "
                 "it again, or choose another name with run=…"
             ) from error
         if not isinstance(record, dict) or not record.keys() >= {"schema_version", "config_hash", "status"}:

@@ -8,7 +8,6 @@
 `parse_source` reads the name once; everything else comes from the source.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,7 +32,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lora_lab.assets import ASSETS, fetch, hub_reachable
-from lora_lab.documents.reading import read_json
+from lora_lab.documents.reading import DocumentError, read_json
 from lora_lab.errors import CheckpointError, ConfigError, LabError, suggest
 from lora_lab.models.architectures import find_roles
 from lora_lab.models.perceptron import MLP
@@ -165,7 +164,15 @@ class Source(ABC):
                 f"model.name: the weights of '{self.name}' do not fit ({_one_line(error)}); remove the sizes"
                 " from model.config, or use data with as many classes as the model was trained for"
             ) from error
-        except (OSError, ValueError, KeyError, TypeError, ImportError, ZeroDivisionError) as error:
+        except (
+            OSError,
+            ArithmeticError,
+            AttributeError,
+            ImportError,
+            LookupError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise ConfigError(
                 f"model.name: no {what} can be built from '{self.name}'{self._absence()}: {_one_line(error)}."
                 f" Check name, revision and model.config. Allowed: embedded:{'|'.join(EMBEDDED)},"
@@ -259,8 +266,10 @@ class PretrainedSource(Source):
         with self._translated("tokenizer"):
             location = self._location()
             tokenizer = AutoTokenizer.from_pretrained(location, **self._options())
-        # Without its files transformers builds a tokenizer of special tokens: every word would be unknown.
-        if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        # Without its files transformers builds a tokenizer of special tokens, added ones and marks such as
+        # T5's word start: every word would be unknown.
+        known = set(tokenizer.get_vocab()) - {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+        if not any(word.strip("▁Ġ#").isalnum() for word in known):
             files = sorted(set(tokenizer.vocab_files_names.values()))
             raise ConfigError(
                 f"model.name: '{self.name}' has no tokenizer with a vocabulary: none of {', '.join(files)} is"
@@ -331,12 +340,12 @@ class FolderSource(PretrainedSource):
         if (self.path / "adapter_config.json").exists():
             fault = "holds an adapter, not a model; give the model that it was trained on"
             return [f"name: '{self.path}' {fault}"]
+        if not (self.path / "config.json").exists():
+            return [f"name: '{self.path}' has no config.json, so it is not a model folder"]
         try:
             self._read_config()
-        except FileNotFoundError:
-            return [f"name: '{self.path}' has no config.json, so it is not a model folder"]
-        except (OSError, ValueError) as error:
-            return [f"name: {self.path / 'config.json'} cannot be read: {error}"]
+        except DocumentError as error:
+            return [f"name: {error}"]
         if not any(self.path.glob("*.safetensors")):
             pickles = sorted(path.name for path in self.path.glob("*.bin"))
             reason = f"only {pickles[0]}, a pickle that may run code" if pickles else "no weights"
@@ -348,7 +357,7 @@ class FolderSource(PretrainedSource):
         """Returns what the file holds; empty if it cannot be read."""
         try:
             return self._read_config()
-        except (OSError, ValueError):
+        except DocumentError:
             return {}
 
     @property
@@ -362,9 +371,10 @@ class FolderSource(PretrainedSource):
         return self.path
 
     def _read_config(self) -> dict[str, Any]:
-        stored = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        path = self.path / "config.json"
+        stored = read_json(path)
         if not isinstance(stored, dict):
-            raise ValueError("it does not hold settings")
+            raise DocumentError(f"{path}: does not hold settings.")
         return stored
 
     def _location(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import pyarrow.parquet
 import yaml
 from numpy.typing import NDArray
 
-from lora_lab.documents.reading import flat
+from lora_lab.documents.reading import flat, read_json
 from lora_lab.errors import CheckpointError
 from lora_lab.tasks import TASKS
 
@@ -332,12 +331,7 @@ def _record(folder: Path) -> Mapping[str, Any]:
 
 def _json(path: Path) -> Any:
     """Reads a JSON file; None if there is none."""
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}).") from error
+    return read_json(path) if path.is_file() else None
 
 
 def _yaml(path: Path) -> dict[str, Any]:

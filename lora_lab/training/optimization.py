@@ -50,15 +50,16 @@ class OptimizationConfig:
     def faults(self) -> list[str]:
         """Returns every fault, as `field: what is wrong and what is allowed`."""
         rules = {
-            "learning_rate: must be above 0": self.learning_rate > 0,
-            "head_learning_rate: must be above 0, or null": self.head_learning_rate is None
-            or self.head_learning_rate > 0,
-            "loraplus_ratio: must be at least 1": self.loraplus_ratio >= 1,
-            "weight_decay: must be 0 or more": self.weight_decay >= 0,
+            "learning_rate: must be above 0 and finite": 0 < self.learning_rate < math.inf,
+            "head_learning_rate: must be above 0 and finite, or null": self.head_learning_rate is None
+            or 0 < self.head_learning_rate < math.inf,
+            "loraplus_ratio: must be at least 1 and finite": 1 <= self.loraplus_ratio < math.inf,
+            "weight_decay: must be 0 or more, and finite": 0 <= self.weight_decay < math.inf,
             "beta1: must lie in [0, 1)": 0 <= self.beta1 < 1,
             "beta2: must lie in [0, 1)": 0 <= self.beta2 < 1,
             "warmup: must lie in [0, 1)": 0 <= self.warmup < 1,
-            "gradient_clip: must be above 0, or null": self.gradient_clip is None or self.gradient_clip > 0,
+            "gradient_clip: must be above 0 and finite, or null": self.gradient_clip is None
+            or 0 < self.gradient_clip < math.inf,
         }
         return [
             f"{rule}; got {getattr(self, rule.partition(':')[0])}"

@@ -228,11 +228,17 @@ def test_folder_without_any_config_is_refused(folder):
     refused(folder, "adapter_config.json: is missing or not a PEFT config")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"peft_type": "LORA"}', "\x00"])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "\x00"])
 def test_broken_config_of_peft_is_refused(folder, text):
     (folder / OWN).unlink()
     (folder / CONFIG).write_text(text)
     refused(folder, "adapter_config.json: is missing or not a PEFT config")
+
+
+def test_a_field_of_peft_that_is_missing_is_named(folder):
+    (folder / OWN).unlink()
+    (folder / CONFIG).write_text('{"peft_type": "LORA"}')
+    refused(folder, "adapter_config.json: r: is not what PEFT writes there; it is missing")
 
 
 @pytest.mark.parametrize(
