@@ -60,6 +60,7 @@ OVERRIDES = {
     "dropout 1": ("adapter.dropout=1.0", "adapter.dropout: must lie in [0, 1); got 1.0"),
     "alpha 0": ("adapter.alpha=0", "adapter.alpha: must be finite and not 0"),
     "learning rate below 0": ("optimization.learning_rate=-1", "learning_rate: must be above 0"),
+    "infinite learning rate": ("optimization.learning_rate=.inf", "must be above 0 and finite; got inf"),
     "no such choice": ("optimization.schedule=stairs", "optimization.schedule: "),
     "no such model": ("model.name=random:brt", "did you mean 'bert'?"),
     "no such embedded model": ("model.name=embedded:minlm", "did you mean 'minilm'?"),

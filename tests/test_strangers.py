@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from lora_lab import load_adapter, save_adapter
+from lora_lab.adapters.storage import OWN
 from lora_lab.cli import main
 from lora_lab.errors import CheckpointError, LabError
 from lora_lab.models.build import ModelConfig, build_model, build_tokenizer
@@ -142,52 +143,51 @@ def test_no_secret_gets_into_anything_that_is_written(place, capfd):
 def refusals(place: Path, run: Path, model: torch.nn.Module, adapters) -> None:
     """What must be refused, since a field with a meaning asks for a secret."""
     adapters.remove()
-    for asking in ASKING[:4]:
-        for file, field in (("config.yaml", "name"), ("config.yaml", "model"), ("lora_lab.yaml", "alpha")):
-            copy = place / "copy"
+    copy = place / "copy"
+    for asking in ASKING[:3]:
+        for field, file in (("name", "config.yaml"), ("model", "config.yaml"), ("alpha", f"adapter/{OWN}")):
             shutil.copytree(run, copy)
-            path = copy / file if file == "config.yaml" else copy / "adapter" / file
-            text = path.read_text()
+            text = (copy / file).read_text()
             old = next(line for line in text.splitlines() if line.strip().startswith(f"{field}:"))
-            path.write_text(text.replace(old, f"{old.partition(':')[0]}: {json.dumps(asking)}", 1))
-            for command in (["evaluate", str(copy)], ["merge", str(copy), "--out", "no"]):
-                assert main(command) == 2
+            new = f"{old.partition(':')[0]}: {json.dumps(asking)}"
+            (copy / file).write_text(text.replace(old, new, 1))
+            command = ["evaluate", str(copy)] if field == "name" else ["merge", str(copy), "--out", "no"]
+            assert main(command) == 2
             assert not (place / "no").exists()
             shutil.rmtree(copy)
     for outward in (os.environ["NETRC"], "../../home/notes.yaml", "~/.env"):
-        shutil.copytree(run, place / "copy")
-        config = place / "copy" / "config.yaml"
+        shutil.copytree(run, copy)
+        config = copy / "config.yaml"
         config.write_text(f"extends: [{outward}]\n" + config.read_text())
-        assert main(["evaluate", str(place / "copy")]) == 2
-        shutil.rmtree(place / "copy")
+        assert main(["evaluate", str(copy)]) == 2
+        shutil.rmtree(copy)
     for field in ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "bias", "peft_type"):
-        for asking in ASKING[:3]:
-            shutil.copytree(place / "again", place / "copy")
-            (place / "copy" / "lora_lab.yaml").unlink()
-            path = place / "copy" / "adapter_config.json"
-            path.write_text(json.dumps(json.loads(path.read_text()) | {field: asking}))
-            with pytest.raises(LabError) as caught:
-                load_adapter(model, place / "copy")
-            print(caught.value)
-            shutil.rmtree(place / "copy")
+        shutil.copytree(place / "again", copy)
+        (copy / OWN).unlink()
+        path = copy / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {field: ASKING[1]}))
+        with pytest.raises(LabError) as caught:
+            load_adapter(model, copy)
+        print(caught.value)
+        shutil.rmtree(copy)
     for text in ("!!python/object/apply:os.getenv [PLANTED_TEXT]", "!!python/name:os.environ ''", "!env X"):
-        shutil.copytree(place / "again", place / "copy")
-        (place / "copy" / "lora_lab.yaml").write_text(f"adapter: {{method: lora, targets: {text}}}\n")
+        shutil.copytree(place / "again", copy)
+        (copy / OWN).write_text(f"adapter: {{method: lora, targets: {text}}}\n")
         with pytest.raises(CheckpointError, match="the tag"):
-            load_adapter(model, place / "copy")
-        shutil.rmtree(place / "copy")
+            load_adapter(model, copy)
+        shutil.rmtree(copy)
     for file in ("../../home/vocab.txt", str(place.parent / "home" / "vocab.txt")):
-        shutil.copytree(place / "model", place / "copy")
-        path = place / "copy" / "tokenizer_config.json"
+        shutil.copytree(place / "model", copy)
+        path = copy / "tokenizer_config.json"
         path.write_text(
             json.dumps(json.loads(path.read_text()) | {"vocab_file": file, "tokenizer_file": file})
         )
-        (place / "copy" / "tokenizer.json").unlink()
+        (copy / "tokenizer.json").unlink()
         try:
-            build_tokenizer(ModelConfig(name=str(place / "copy"))).save_pretrained(place / "tokenizer")
+            build_tokenizer(ModelConfig(name=str(copy))).save_pretrained(place / "tokenizer")
         except LabError as error:
             print(error)
-        shutil.rmtree(place / "copy")
+        shutil.rmtree(copy)
 
 
 def check(place: Path, printed: str) -> None:

@@ -169,10 +169,11 @@ def _warn_of_frozen_head(model: nn.Module, spec: AdapterSpec, adapters: Mapping[
     last = children[-1][0] if children else ""
     for name, child in children:
         reached = any(path == name or path.startswith(f"{name}.") for path in adapters)
-        if (name == last or name in USUAL_NAMES) and is_linear(child) and not reached:
+        maps = [module for module in child.modules() if is_linear(module)]
+        if (name == last or name in USUAL_NAMES) and maps and not reached:
             warnings.warn(
-                f"{name}, a {type(child).__name__} of {child.out_features} outputs, stays frozen. If it is "
-                f"a new head, train it: adapter.modules_to_save: [{name}]; if not, say so with [].",
+                f"{name}, a {type(child).__name__} of {maps[-1].out_features} outputs, stays frozen. If it "
+                f"is a new head, train it: adapter.modules_to_save: [{name}]; if not, say so with [].",
                 stacklevel=3,
             )
 

@@ -261,7 +261,7 @@ def _method(config: Mapping[str, Any], source: str) -> tuple[type[Adapter], dict
     """Returns the method that a config means, and the fields of its spec that the config gives."""
     for name, value in config.items():
         if found := references({name: value}):  # OmegaConf would read the environment for it
-            raise CheckpointError(f"{source}: {name}: '{found[0]}' is no value; write the value itself.")
+            raise CheckpointError(f"{source}: {name}: '{found[0]}' is not a value; write the value itself.")
     bias = config.get("bias", "none")
     if not isinstance(bias, str | None) or not re.fullmatch(r"none|all|\w+_only", bias or "none"):
         raise IncompatibleError(f"bias: must be none, all or lora_only, as in PEFT; got {bias!r}.")

@@ -18,6 +18,7 @@ trims factor by factor or matrix by matrix; its `linear` adds A and B, which is 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -38,8 +39,8 @@ State = Mapping[str, Tensor]
 
 
 def combine(
-    paths: Sequence[Path],
-    out: Path,
+    paths: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
     weights: Sequence[float] | None = None,
     method: Method = "weighted",
     rank: int | None = None,
@@ -119,11 +120,11 @@ def combine(
     made = {"by": "combine", "method": method, "weights": [*weights], **options, "errors": errors}
     lora.lineage = {"base": lineages[0]["base"]} if "base" in lineages[0] else {}
     store(lora, out, sources[0], {"made": made, "sources": lineages})
-    return Converted(out, ranks, errors)
+    return Converted(Path(out), ranks, errors)
 
 
 def _checked(
-    paths: Sequence[Path],
+    paths: Sequence[str | os.PathLike[str]],
     weights: Sequence[float] | None,
     method: str,
     rank: int | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -34,8 +35,8 @@ class Converted:
 
 
 def export(
-    path: Path,
-    out: Path,
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     form: Literal["peft", "lora"] = "lora",
     rank: int | None = None,
     energy: float = 1.0,
@@ -74,11 +75,11 @@ def export(
             )
         store(adapters, out, source, {"made": {"by": "export"}})
         ranks = {name: adapter.rank or 0 for name, adapter in adapters.items()}
-        return Converted(out, ranks, dict.fromkeys(ranks, 0.0))
+        return Converted(Path(out), ranks, dict.fromkeys(ranks, 0.0))
     found, ranks, errors = cut(adapters, rank, energy)
     made = {"by": "export", "method": adapters.spec.method, "rank": rank, "energy": energy, "errors": errors}
     store(as_lora(adapters, found), out, source, {"made": made})
-    return Converted(out, ranks, errors)
+    return Converted(Path(out), ranks, errors)
 
 
 def cut(
@@ -161,7 +162,9 @@ def as_lora(adapters: AdapterSet, found: Mapping[str, Update]) -> AdapterSet:
     return lora
 
 
-def store(adapters: AdapterSet, folder: Path, source: Source, lineage: Mapping[str, Any]) -> None:
+def store(
+    adapters: AdapterSet, folder: str | os.PathLike[str], source: Source, lineage: Mapping[str, Any]
+) -> None:
     """Writes adapters with the names of their base and of its classes."""
     name, task = source.model.source().public_name, TASKS[source.model.task]
     save_adapter(adapters, folder, name, task.peft_type, read_label_names(source.adapter), lineage)

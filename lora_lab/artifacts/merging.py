@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
@@ -23,8 +24,8 @@ STORED: dict[str, Dtype] = {"BF16": "bfloat16", "F16": "float16"}
 
 
 def merge(
-    path: Path,
-    out: Path,
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     base: str | None = None,
     dtype: str | None = None,
     shard_size: str = "5GB",
@@ -54,6 +55,7 @@ def merge(
         ConfigError: if a setting is out of range.
         IncompatibleError: if the method cannot be merged, or has no update to cut to a rank.
     """
+    out = Path(out)
     check_size(rank, 1.0)
     check_shard_size(shard_size)
     if dtype is not None and dtype not in (*STORED.values(), "float32"):

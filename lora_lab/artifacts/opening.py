@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -64,7 +65,7 @@ class Source:
         return cast(PreTrainedModel, build_parts(replace(self.config, model=self.model))[0])
 
 
-def open_source(path: Path, base: str | None = None, any_base: bool = False) -> Source:
+def open_source(path: str | os.PathLike[str], base: str | None = None, any_base: bool = False) -> Source:
     """Finds a stored adapter and its model; neither is loaded yet.
 
     Args:
@@ -77,6 +78,7 @@ def open_source(path: Path, base: str | None = None, any_base: bool = False) -> 
         ConfigError: if nothing says which model it belongs to.
     """
     quiet_libraries()
+    path = Path(path)
     run = next((folder for folder in (path, path.parent) if (folder / "run.json").is_file()), None)
     if run is None and not (path / CONFIG).is_file():
         raise CheckpointError(f"{path}: holds neither a run nor an adapter ({CONFIG}). Name such a folder.")

@@ -17,6 +17,7 @@ names one, and null removes one that an earlier layer added. Text fields get a v
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,9 @@ class Layer:
     """Key → value; values may be `documents.Scalar`, which keeps the text of the file."""
 
 
-def compose(path: str | Path, overrides: Sequence[str] = (), stored: bool = False) -> ExperimentConfig:
+def compose(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), stored: bool = False
+) -> ExperimentConfig:
     """Composes an experiment's config and checks everything that can be checked before anything is loaded.
 
     Args:

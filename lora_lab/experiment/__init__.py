@@ -6,6 +6,7 @@ The other modules: the run's folder and its owner, its record, its callbacks.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,9 @@ def run_all(configs: Iterable[ExperimentConfig]) -> Iterator[tuple[ExperimentCon
         yield config, run(config)
 
 
-def evaluate(path: Path, overrides: Sequence[str] = (), any_base: bool = False) -> dict[str, float]:
+def evaluate(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), any_base: bool = False
+) -> dict[str, float]:
     """Loads a finished run's adapter into its base model and evaluates it.
 
     Args:
@@ -124,7 +127,7 @@ def evaluate(path: Path, overrides: Sequence[str] = (), any_base: bool = False) 
         LabError: if the folder holds no finished run, or a setting is invalid.
     """
     quiet_libraries()
-    folder = RunFolder(path)
+    folder = RunFolder(Path(path))
     record = folder.finished()
     config = compose(folder.config, overrides, stored=True)
     own = compose(folder.config, stored=True)

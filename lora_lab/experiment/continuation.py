@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ LENGTHS = ("max_epochs", "max_steps")
 MORE = re.compile(rf"trainer\.({'|'.join(LENGTHS)})=\+(\d+)")
 
 
-def compose_run(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+def compose_run(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Composes a run's config, as `compose` does.
 
     `trainer.max_epochs=+2` (or `max_steps`) makes it a continuation, two epochs longer, of the run with the

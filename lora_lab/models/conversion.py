@@ -1,6 +1,7 @@
 """One kind of linear layer for every model: `nn.Linear` in memory, the architecture's own layout on disk."""
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -97,7 +98,7 @@ def _layout(model: nn.Module, path: str) -> tuple[int, dict[str, int]]:
 
 def save_model(
     model: PreTrainedModel,
-    folder: str | Path,
+    folder: str | os.PathLike[str],
     shard_size: str = "50GB",
     dtype: torch.dtype | None = None,
     changed: Mapping[str, Tensor] | None = None,

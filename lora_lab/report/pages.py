@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,7 +126,12 @@ class Report:
             parts += section.notes
         return "\n\n".join(parts) + "\n"
 
-    def write(self, html: Path | None = None, markdown: Path | None = None, csv: Path | None = None) -> None:
+    def write(
+        self,
+        html: str | os.PathLike[str] | None = None,
+        markdown: str | os.PathLike[str] | None = None,
+        csv: str | os.PathLike[str] | None = None,
+    ) -> None:
         """Writes the files that are named; with the Markdown also its figures, `<name>.svg` and more.
 
         Raises:
@@ -136,6 +142,7 @@ class Report:
         if html:
             write_text(html, page)
         if markdown:
+            markdown = Path(markdown)
             for name, drawing in self.pictures(markdown.stem).items():
                 write_text(markdown.with_name(name), alone(drawing))
             write_text(markdown, self.markdown(markdown.stem))
@@ -165,7 +172,7 @@ def report(paths: Sequence[Path]) -> Report:
     Raises:
         LabError: if there is nothing to report, or a file cannot be read.
     """
-    gathered = gather(paths)
+    gathered = gather([Path(path) for path in paths])
     analysis = judge(gathered)
     answer = [figures.forest(analysis, width) for width in (WIDE, 4.2)]
     wide, narrow = (one.svg(f"answer{place}-") if one else None for place, one in enumerate(answer))

@@ -169,7 +169,7 @@ class Study:
         return {"method": cell.config.adapter.method, "keys": cell.keys, "match": match}
 
 
-def read_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
+def read_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Study:
     """Reads a study and composes all its cells; nothing is written.
 
     Args:

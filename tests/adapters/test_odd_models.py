@@ -117,14 +117,26 @@ def test_one_module_under_two_names_is_told_and_adapted_at_both():
     with adapters.merged():
         merged = model(x)
     torch.testing.assert_close(merged, model(x))
+    adapters.remove()
+    with pytest.raises(TargetError, match="'again' is the same module as 'first'"):
+        inject(model, LoRA(rank=2, targets=["again"], modules_to_save=[]))
 
 
-@pytest.mark.parametrize("name", ["head", "fc", "anything"])
-def test_a_head_that_stays_frozen_is_told(name):
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("head", nn.Linear(8, 3)),
+        ("fc", nn.Linear(8, 3)),
+        ("anything", nn.Linear(8, 3)),
+        ("top", nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3))),
+    ],
+    ids=["head", "fc", "anything", "Sequential"],
+)
+def test_a_head_that_stays_frozen_is_told(name, head):
     model = nn.Sequential()
     model.add_module("body", nn.Linear(8, 8))
-    model.add_module(name, nn.Linear(8, 3))
-    with pytest.warns(UserWarning, match=rf"{name}, a Linear of 3 outputs, stays frozen"):
+    model.add_module(name, head)
+    with pytest.warns(UserWarning, match=rf"{name}, a \w+ of 3 outputs, stays frozen"):
         inject(model, LoRA(rank=2, targets=["body"])).remove()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

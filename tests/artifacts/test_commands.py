@@ -6,11 +6,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from lora_lab import evaluate
 from lora_lab.adapters.storage import CONFIG, OWN, TENSORS, load_adapter, stored_lineage
+from lora_lab.artifacts import combine, export, merge
 from lora_lab.cli import main
 from lora_lab.models.build import ModelConfig, build_model, build_tokenizer
 from lora_lab.models.conversion import save_model
 from lora_lab.models.tiny import character_tokenizer
+from lora_lab.report.pages import report
 from tests.wandb_file import offline_folders, read_offline_run
 
 TEXTS = ["a good film", "what a bore", "well made and moving", "not worth the time", "fine", "no"]
@@ -117,6 +120,17 @@ def test_exports_and_mixtures_are_the_functions_that_they_claim(base, runs, tmp_
         out = tmp_path / f"mixed{weights[0]}"
         assert main(["combine", *map(str, runs), "--out", str(out), "--weights", *weights]) == 0
         torch.testing.assert_close(stored_logits(base, out), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_python_takes_paths_as_text(runs, tmp_path):
+    run, other = map(str, runs)
+    assert merge(run, str(tmp_path / "merged")).folder == tmp_path / "merged"
+    assert export(run, str(tmp_path / "lora")).folder == tmp_path / "lora"
+    assert combine([run, other], str(tmp_path / "mixed")).folder == tmp_path / "mixed"
+    assert evaluate(run, ["trainer.progress_bar=false"])
+    files = {name: str(tmp_path / name) for name in ("html", "markdown", "csv")}
+    report([run, other]).write(**files)
+    assert all((tmp_path / name).is_file() for name in files)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,8 @@ def test_numbers_of_every_usual_form_reach_fields_for_numbers(tmp_path):
         ("seed: &s [*s]", "holds itself"),
         ("seed: " + "[" * 5000, "nests more than"),
         ("seed: !!python/name:os.system", "tag"),
+        ("seed: !!python/object/apply:os.getenv [HOME]", "tag"),
+        ("tracking: !!python/object:os.environ {wandb: disabled}", "tag"),
         ("<<: {seed: 1}", "<<: no such key"),
         ("seed: 4294967296", "seed: must lie from 0 to 4294967295"),
         ("run: ${oc.env:NO_SUCH_NAME_HERE}", "NO_SUCH_NAME_HERE"),
@@ -240,6 +242,15 @@ def test_a_circle_of_extends_is_refused(tmp_path):
     write(tmp_path / "b.yaml", "extends: [a.yaml]")
     with pytest.raises(ConfigError, match="in a circle"):
         compose(tmp_path / "a.yaml")
+
+
+def test_files_that_extend_one_twice_each_are_counted(tmp_path):
+    for place in range(20):
+        write(tmp_path / f"{place}.yaml", f"extends: [{place + 1}.yaml, {place + 1}.yaml]")
+    write(tmp_path / "20.yaml", TOY + "adapter: {method: lora}")
+    assert compose(tmp_path / "17.yaml").adapter.method == "lora"
+    with pytest.raises(ConfigError, match="goes through more than 50 files"):
+        compose(tmp_path / "0.yaml")
 
 
 def test_the_hash_depends_on_what_decides_the_result_and_on_nothing_else(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pickle
 import shutil
 import time
@@ -465,7 +466,7 @@ def test_widths_that_do_not_divide_are_one_message():
     ("files", "expected"),
     [
         ({}, "has no config.json"),
-        ({"config.json": "{"}, "config.json cannot be read"),
+        ({"config.json": "{"}, "config.json: is not valid JSON"),
         ({"config.json": '{"model_type": "bert"}'}, "holds no weights"),
         ({"config.json": '{"model_type": "bert"}', "pytorch_model.bin": ""}, "a pickle that may run code"),
         ({"adapter_config.json": "{}"}, "holds an adapter, not a model"),
@@ -496,6 +497,19 @@ def test_a_folder_without_a_vocabulary_is_refused(name, files, tmp_path):
     shutil.copy(tmp_path / "tokenizer" / "tokenizer.json", tmp_path / "model")
     shutil.copy(tmp_path / "tokenizer" / "tokenizer_config.json", tmp_path / "model")
     assert build_tokenizer(ModelConfig(name=str(tmp_path / "model")))("ab")["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["T5Tokenizer", "MBartTokenizer", "NougatTokenizer", "PhobertTokenizer"])
+def test_a_tokenizer_of_marks_and_added_tokens_is_refused(kind, tmp_path):
+    saved_bert(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(f'{{"tokenizer_class": "{kind}", "pad_token": "<pad>"}}')
+    with pytest.raises(ConfigError, match="^model.name: .*tokenizer"):
+        build_tokenizer(ModelConfig(name=str(tmp_path)))
+
+
+def test_a_config_that_is_not_a_plain_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    assert "is not a plain file" in fault_of(ModelConfig(name=str(tmp_path)))
 
 
 @pytest.mark.parametrize(

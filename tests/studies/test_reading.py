@@ -153,7 +153,7 @@ BAD = {
     ),
     "a value that does not fit": (
         {"tune": TUNE | {"values": [-1.0, 1.0]}},
-        "learning_rate: must be above 0; got -1.0",
+        "learning_rate: must be above 0 and finite; got -1.0",
     ),
     "one value": ({"tune": TUNE | {"values": [0.1]}}, "tune.values: a search needs at least two values"),
     "values and a range": ({"tune": TUNE | {"low": 0.1}}, "tune.values: excludes low, high and trials"),
