@@ -120,7 +120,7 @@ OVERRIDES = {
     ),
     "budget above what there is": (
         "controllers.importance_pruning.target_rank=3",
-        "3 for each of 4 adapters are 12 components; they start with 8",
+        "3 for each of 4 adapters makes 12 components; they start with 8",
     ),
     "a list within a list": (
         "adapter.targets=[[query]]",
