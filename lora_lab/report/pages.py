@@ -140,14 +140,14 @@ class Report:
         """
         page = self.html() if html else ""
         if html:
-            write_text(html, page)
+            write_text(Path(html), page)
         if markdown:
             markdown = Path(markdown)
             for name, drawing in self.pictures(markdown.stem).items():
                 write_text(markdown.with_name(name), alone(drawing))
             write_text(markdown, self.markdown(markdown.stem))
         if csv:
-            write_text(csv, self.cells.to_csv(index=False, lineterminator="\n"))
+            write_text(Path(csv), self.cells.to_csv(index=False, lineterminator="\n"))
 
     def terminal(self) -> RenderableType:
         """Returns verdict and table for a terminal."""
