@@ -178,6 +178,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="key=value",
         help="a parameter of submitit's, timeout_min=60 or slurm_partition=gpu; may be repeated",
     )
+    ablate.add_argument(
+        "--sweep", type=Path, metavar="FILE", help="write the study as a sweep for `wandb agent`, and stop"
+    )
+    ablate.add_argument(
+        "--run", nargs="+", metavar="key=value", help="make one run alone, cell=NAME seed=N; agents do this"
+    )
     ablate.set_defaults(command=_ablate)
 
     methods = commands.add_parser("methods", help="list methods and controllers")
@@ -314,7 +320,23 @@ def _ablate(options: argparse.Namespace) -> None:
 
     study = read_study(options.study, options.overrides)
     console = Console()
-    for part in plan(Progress(study, None), options.workers):
+    if options.run:
+        from lora_lab.studies.sweep import run_one
+
+        console.print(f"Run folder: {run_one(study, options.run).folder.path}", soft_wrap=True)
+        return
+    if options.sweep:
+        from lora_lab.studies.sweep import write_sweep
+
+        write_sweep(study, options.sweep, options.overrides)
+        console.print(f"Written: {options.sweep}. Start it: wandb sweep {options.sweep}", soft_wrap=True)
+        return
+    progress, probed = Progress(study, None), None
+    if options.plan and not progress.records:
+        from lora_lab.studies.probe import probe
+
+        probed = probe(study)
+    for part in plan(progress, options.workers, probed):
         console.print(part, soft_wrap=isinstance(part, str), highlight=False)
     if not options.plan:
         ablate(study, lambda logs: _executor(options, logs), console)

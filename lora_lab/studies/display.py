@@ -130,8 +130,14 @@ class Board:
         return text
 
 
-def plan(progress: Progress, slots: int) -> Iterator[Any]:
-    """Yields what `--plan` prints: cells, runs, expected time, resets and differences."""
+def plan(progress: Progress, slots: int, probed: float | None = None) -> Iterator[Any]:
+    """Yields what `--plan` prints: cells, runs, expected time, resets and differences.
+
+    Args:
+        progress: the study's runs.
+        slots: how many are made at once.
+        probed: seconds of a run by `probe`; None where there are finished runs, or nothing was probed.
+    """
     study = progress.study
     spec, tuning = study.spec, study.tuning
     yield f"{study.name}: {spec.question}"
@@ -168,11 +174,12 @@ def plan(progress: Progress, slots: int) -> Iterator[Any]:
     yield from differences(study)
     left = progress.total() - len(progress.outcomes)
     seconds = [record["wall_seconds"] for record in progress.records.values() if record.get("wall_seconds")]
-    time_text = (
-        f"about {duration(statistics.fmean(seconds) * left / slots)}, as {len(seconds)} finished runs took"
-        if seconds
-        else "unknown before the first run has finished"
-    )
+    time_text = "unknown before the first run has finished"
+    if seconds:
+        mean = statistics.fmean(seconds)
+        time_text = f"about {duration(mean * left / slots)}, as {len(seconds)} finished runs took"
+    elif probed is not None:
+        time_text = f"about {duration(probed * left / slots)}, by two steps of {spec.baseline}"
     yield f"{left} of {progress.total()} runs to make, {slots} at once; expected time: {time_text}."
 
 

@@ -7,6 +7,7 @@ continues.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import threading
 import time
@@ -122,7 +123,7 @@ def build_loggers(
         loggers: list[Logger] = [MetricsFile(folder)]
     if mode == "disabled":
         return loggers
-    own_id = run_id(config, experiment, run)
+    own_id = _agents_id() or run_id(config, experiment, run)
     # W&B's service keeps the id of a run that it could not start.
     attempts: list[tuple[Mode, str]] = [(mode, own_id)]
     if mode == "online":
@@ -197,6 +198,11 @@ def run_id(config: TrackingConfig, experiment: str, run: str) -> str:
     """Returns W&B's id of a run: a function of the names, with characters that W&B allows."""
     names = "/".join([config.entity or "", config.project, experiment, run])
     return hashlib.sha256(names.encode()).hexdigest()[:16]
+
+
+def _agents_id() -> str | None:
+    """Returns the id that `wandb agent` gave the run of a sweep; None if no agent started this process."""
+    return os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
 
 
 @rank_zero_only

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -289,6 +290,8 @@ def test_a_plan_writes_nothing(tmp_path, capsys, monkeypatch):
     assert "Which method learns a sum?" in out
     assert "lora (baseline)" in out
     assert "ia3: adapter: what was set for lora is reset, as ia3 does not have the same: rank." in out
-    assert "14 of 14 runs to make, 2 at once" in out
+    assert re.search(
+        r"14 of 14 runs to make, 2 at once; expected time: about [1-9]\d* s, by two steps of lora", out
+    )
     assert not found.folder.exists()
     assert main(["ablate", str(found.source), "--workers", "0"]) == 2

@@ -18,7 +18,7 @@ needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="
 needs_submitit = pytest.mark.skipif(
     importlib.util.find_spec("submitit") is None, reason="submitit is not installed"
 )
-TRAINER = {"max_epochs": 40, "checkpoint_every": 1, "log_every": 8}
+TRAINER = {"max_epochs": 12, "checkpoint_every": 1, "log_every": 8}
 """Some seconds for a run, in which it can be interrupted."""
 
 
