@@ -133,6 +133,21 @@ class MeanLoss(Metric):
         return self.total / divisor(self.count)
 
 
+class Correlation(PearsonCorrCoef):
+    """Pearson's correlation, also where each process has too few rows to differ among themselves.
+
+    torchmetrics scales by the largest deviation from a process's own mean, which is 0 then.
+    """
+
+    def compute(self) -> Tensor:
+        """Returns the correlation."""
+        if self.mean_x.numel() > 1:  # states of several processes
+            apart_x, apart_y = (means.max() - means.min() for means in (self.mean_x, self.mean_y))
+            self.max_abs_dev_x = self.max_abs_dev_x.maximum(apart_x)
+            self.max_abs_dev_y = self.max_abs_dev_y.maximum(apart_y)
+        return super().compute()
+
+
 def _classes(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> tuple[Tensor, Tensor]:
     return logits.float(), labels
 
@@ -207,7 +222,7 @@ TASKS: dict[str, Task] = {
             total=_squared_total,
             examples=_value_examples,
             metrics=lambda classes: MetricCollection(
-                {"mse": MeanSquaredError(), "mae": MeanAbsoluteError(), "pearson": PearsonCorrCoef()}
+                {"mse": MeanSquaredError(), "mae": MeanAbsoluteError(), "pearson": Correlation()}
             ),
             monitor="mse",
             mode="min",

@@ -12,7 +12,7 @@ from lora_lab.config import compose
 from lora_lab.data import ToyConfig, build_data
 from lora_lab.errors import ConfigError, DataError
 from lora_lab.experiment import evaluate, run
-from lora_lab.tasks import IGNORED, TASKS
+from lora_lab.tasks import IGNORED, TASKS, Correlation
 from lora_lab.testing import tiny_model
 from lora_lab.training.module import FineTuner
 
@@ -37,6 +37,23 @@ def test_perplexity_is_the_exponential_of_the_loss():
     metrics.update(*task.align(logits, labels))
     loss = task.loss(*task.align(logits, labels)).item()
     assert metrics.compute()["perplexity"].item() == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+def test_correlation_does_not_depend_on_how_processes_share_the_rows():
+    """Each of three has one row, or two equal ones; torchmetrics' own class returns NaN."""
+    x, y = (
+        torch.tensor([[1.0, 1.0], [3.0, 3.0], [4.0, 4.0]]),
+        torch.tensor([[2.0, 2.0], [1.0, 1.0], [5.0, 5.0]]),
+    )
+    for width in (1, 2):
+        parts = [Correlation() for _ in x]
+        for part, own, label in zip(parts, x[:, :width], y[:, :width], strict=True):
+            part.update(own, label)
+        joined = Correlation()
+        for name in joined._defaults:  # as torchmetrics joins the states of processes
+            setattr(joined, name, torch.stack([getattr(part, name) for part in parts]))
+        expected = torch.corrcoef(torch.stack([x[:, :width].flatten(), y[:, :width].flatten()]))[0, 1]
+        assert float(joined.compute()) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_regression_compares_plain_columns():

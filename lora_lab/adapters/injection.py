@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_lab.adapters.base import Adapter
-from lora_lab.adapters.liveness import Liveness, conclude, unwatch, watch
+from lora_lab.adapters.liveness import Liveness, conclude, listed, unwatch, watch
 from lora_lab.adapters.maps import is_linear
 from lora_lab.adapters.methods import METHODS
 from lora_lab.adapters.protocols import Growable, Prunable, Shareable
 from lora_lab.adapters.sites import Site, find_sites, saved_modules, site_seed
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.adapters.trained import TrainedCopy
-from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError, LabError, suggest
+from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError, LabError, TargetError, suggest
 from lora_lab.linalg.lazy import LazyTensor
 from lora_lab.linalg.norms import nonfinite
 from lora_lab.linalg.rank import narrows
@@ -491,6 +491,19 @@ class AdapterSet:
             TargetError: if an adapter had no gradient; see `liveness`.
         """
         conclude(self)
+
+    def check_reached(self, output: Tensor) -> None:
+        """Makes sure that what the model computed in training depends on something that is trained.
+
+        Raises:
+            TargetError: if there is nothing to differentiate.
+        """
+        if not output.requires_grad:
+            raise TargetError(
+                f"adapter.targets: the model's output has no gradient for {listed(self.adapters)}: either it "
+                "calls none of them, or it goes on without gradients where its embeddings are frozen, as "
+                "Reformer does. Choose targets that reach its output, such as 'all'."
+            )
 
     def _leave(self) -> None:
         for hook in self._hooks:

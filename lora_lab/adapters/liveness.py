@@ -118,7 +118,7 @@ class Liveness:
         rare = [path for path in dead if self._skipped(path, living)]
         if rare:
             warnings.warn(
-                f"no gradient came to {_listed(rare)} in {self.steps} optimizer steps, though one came to "
+                f"no gradient came to {listed(rare)} in {self.steps} optimizer steps, though one came to "
                 "others of their list: experts that no token chose, or layers left out at random. They count "
                 "as trained.",
                 stacklevel=2,
@@ -164,7 +164,7 @@ class Liveness:
         count = self.steps or self.empty
         steps = "the first optimizer step" if count == 1 else f"{count} optimizer steps"
         raise TargetError(
-            f"adapter.targets: {_listed(paths, most=8)} learned nothing in {steps}: {why}. The adapters "
+            f"adapter.targets: {listed(paths, most=8)} learned nothing in {steps}: {why}. The adapters "
             "there count as trained and never will be. Name these modules in adapter.exclude."
         )
 
@@ -212,7 +212,8 @@ def _any(gradient: Tensor) -> bool:
     return bool(values.any())
 
 
-def _listed(names: Iterable[str], most: int = 3) -> str:
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """Returns the first names, and how many more there are."""
     names = list(names)
     more = f" (and {len(names) - most} more)" if len(names) > most else ""
     return ", ".join(names[:most]) + more

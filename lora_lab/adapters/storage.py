@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
@@ -111,6 +112,7 @@ def save_adapter(
         with new_folder(folder) as fresh:
             save_file(tensors, fresh / TENSORS, metadata={"format": "pt"})
             (fresh / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            shutil.copymode(fresh / CONFIG, fresh / TENSORS)  # safetensors' files are their owner's alone
             own = {"adapter": asdict(spec)} | {name: value for name, value in structure.items() if value}
             # Added here, because a name may look like a reference to another value.
             apart = {LINEAGE: origin} | ({CLASSES: list(label_names)} if label_names else {})

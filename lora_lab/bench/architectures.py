@@ -31,6 +31,8 @@ from lora_lab.errors import LabError
 from lora_lab.models.architectures import roles_of
 
 TARGETS: dict[str, str | None] = {"default": None, "all-linear": "all-linear", "all": "all"}
+TRAINS_ONLY = {"reformer"}
+"""Architectures that compute no gradients in evaluation."""
 SECONDS = 60
 """Time limit for one model: some cannot be made small."""
 
@@ -79,10 +81,13 @@ def _after_one_step(
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     optimizer = torch.optim.SGD(adapters.trainable_parameters(), lr=1.0)
+    model.train(model.config.model_type in TRAINS_ONLY)
     logits = _logits(model, inputs)
+    adapters.check_reached(logits)
     answers = torch.randint(logits.shape[-1], logits.shape[:-1], generator=generator)
     F.cross_entropy(logits.flatten(0, -2), answers.flatten()).backward()
     optimizer.step()
+    model.eval()
     adapters.check_alive()
     dead = [name for name, parameter in parameters.items() if torch.equal(before[name], parameter)]
     if dead:

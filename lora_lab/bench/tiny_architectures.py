@@ -124,18 +124,52 @@ SIZES: dict[str, Any] = {
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
+    "blt": {
+        "encoder_hash_byte_group_size": [3],
+        "encoder_hash_byte_group_vocab": 97,
+        "encoder_config": {"hidden_size_global": 32},
+        "decoder_config": {"hidden_size_global": 32},
+    },
     "codegen": {"rotary_dim": 4},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+    },
     "dots3_note_text": {"num_key_value_heads": 4},
     "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
     "esmc": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 64},
+    "gemma3n_text": {
+        "activation_sparsity_pattern": [0.5, 0.0],
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 0,
+        "vocab_size_per_layer_input": VOCABULARY,
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "kimi_linear": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+        "mlp_layer_types": ["dense", "sparse"],
+        "num_experts_per_token": 2,
+        "qk_head_dim": 16,
+    },
     "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "lilt": {"hidden_size": 48},
+    "longcat_flash": {"head_dim": 8, "moe_topk": 2, "qk_head_dim": 16, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
+    "perceiver": {
+        "d_latents": 32,
+        "num_cross_attention_heads": 4,
+        "num_latents": 8,
+        "num_self_attends_per_block": 2,
+        "num_self_attention_heads": 4,
+    },
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {
@@ -146,6 +180,22 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "t5": {"decoder_start_token_id": 1},
     "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "attention_head_dim": 16,
+        "attention_hidden_size": 64,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "mamba_dt_rank": 4,
+        "num_hidden_layers": 3,
+    },
+    "zamba2": {
+        "adapter_rank": 4,
+        "attention_head_dim": 16,
+        "attention_hidden_size": 64,
+        "hybrid_layer_ids": [1],
+        "layers_block_type": ["linear_attention", "hybrid"],
+        "mamba_headdim": 8,
+        "num_query_groups": 4,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -163,16 +213,13 @@ def _shrunk(config_class: type[PretrainedConfig], special: Mapping[str, Any]) ->
         changes.pop("head_dim", None)
         changes["num_key_value_heads"] = 4
     changes = {config_class.attribute_map.get(name, name): size for name, size in changes.items()}
-    for name in getattr(config_class, "sub_configs", {}):
+    inside = getattr(config_class, "sub_configs", {})
+    for name in inside:
         inner = getattr(default, name, None)
         if isinstance(inner, PretrainedConfig):
             changes[name] = _shrunk(type(inner), special.get(name, {}))
-    return config_class(**{**changes, **_flat(special)})
-
-
-def _flat(special: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of the config itself, without those of nested configs."""
-    return {name: value for name, value in special.items() if not isinstance(value, dict)}
+    own = {name: value for name, value in special.items() if name not in inside}
+    return config_class(**{**changes, **own})
 
 
 def tiny_model(task: str, model_type: str, seed: int = 0) -> PreTrainedModel:

@@ -31,6 +31,8 @@ def compose_run(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     config = compose(path, [text for text in overrides if not MORE.fullmatch(text)])
     if not more:
         return config
+    if len({found[1] for found in more}) < len(more):
+        raise ConfigError(f"trainer.{more[0][1]}: a length to add stands twice; give their sum once.")
     trainer, suffix = config.trainer, ""
     for found in more:
         name, count = found[1], int(found[2])

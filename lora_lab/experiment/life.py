@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -177,9 +177,15 @@ class OpenRun:
     def fail(self, error: BaseException) -> None:
         """Records how the run has ended, and closes the loggers."""
         self.stop.ending = True
+        asked = self.stop.received or isinstance(error, KeyboardInterrupt | SystemExit)
+        if asked and not self.record and process_rank() == 0:
+            with suppress(CheckpointError):  # it cannot be read
+                found = self.folder.read() or {}
+                # A process that was killed has left this; the one that ends now has not begun to train.
+                self.record = found if found.get("status") == "running" else {}
         if not self.record:
             return
-        if self.stop.received or isinstance(error, KeyboardInterrupt | SystemExit):
+        if asked:
             name = self.stop.received.name if self.stop.received else "the process was asked to end"
             self.record |= {"status": "interrupted", "error": f"interrupted: {name}"}
         else:
@@ -216,9 +222,10 @@ def open_run(config: ExperimentConfig, resume: bool, overwrite: bool) -> Iterato
         return
     with folder.owned() if first else nullcontext(), stop.watched():
         # Other processes of the run are started after the first one has prepared the folder.
-        before = _earlier(folder, config, resume, overwrite) if first else folder.read()
-        this = OpenRun(config, folder, before, source_of(config), stop)
+        this = OpenRun(config, folder, None, None, stop)
         try:
+            this.before = _earlier(folder, config, resume, overwrite) if first else folder.read()
+            this.source = source_of(config)
             yield this
         except BaseException as error:
             this.fail(error)

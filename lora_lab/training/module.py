@@ -126,8 +126,12 @@ class FineTuner(L.LightningModule):
         The number of labels in a step is only known at its last batch. Until then losses are divided by the
         number in the first batch, which keeps them in the range of half precision; then the gradients so far
         are corrected.
+
+        Raises:
+            TargetError: if the model's output depends on nothing that is trained.
         """
         predictions, labels = self.task.align(self(batch), batch["labels"])
+        self.adapters.check_reached(predictions)
         total, count = self.task.sums(predictions, labels, self.class_weights)
         self._losses.append(total.detach())
         self._counts.append(count)

@@ -134,7 +134,11 @@ def test_a_step_without_any_gradient_judges_nobody():
     assert not train(model, adapters, {"x": torch.randn(4, 6)}, 3)
 
 
-def test_a_run_of_one_step_stops_as_well():
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [("all-linear", r"unused\.0 learned nothing"), (["unused.0"], r"no gradient for unused\.0: either it")],
+)
+def test_a_run_of_one_step_stops_as_well(targets, message):
     class Branches(nn.Module):
         def __init__(self):
             super().__init__()
@@ -144,7 +148,7 @@ def test_a_run_of_one_step_stops_as_well():
             return type("Output", (), {"logits": self.used(x)})
 
     model = Branches()
-    adapters = inject(model, LoRA(rank=1, targets="all-linear"))
+    adapters = inject(model, LoRA(rank=1, targets=targets))
     data = DataLoader([{"x": torch.randn(6), "labels": torch.randn(())} for _ in range(4)], batch_size=4)
     trainer = L.Trainer(
         max_steps=1,
@@ -154,7 +158,7 @@ def test_a_run_of_one_step_stops_as_well():
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    with pytest.raises(TargetError, match=r"unused\.0 learned nothing"):
+    with pytest.raises(TargetError, match=message):
         trainer.fit(FineTuner(model, adapters, "regression"), data)
 
 

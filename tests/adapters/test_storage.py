@@ -55,6 +55,10 @@ def folder(tmp_path):
     return tmp_path / "adapter"
 
 
+def test_whoever_may_read_one_file_may_read_the_others(folder):
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
 def refused(folder, message, error=CheckpointError, model=tiny_bert):
     """Loads what must be refused, and checks that the model is as it was."""
     model = model()
