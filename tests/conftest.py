@@ -8,6 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import torch._dynamo.guards as guards  # noqa: E402
 from lightning.pytorch.trainer.connectors import callback_connector  # noqa: E402
 
 from lora_lab.testing import tiny_batch, tiny_model  # noqa: E402
@@ -33,10 +34,15 @@ def no_network():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def no_callbacks_of_other_packages():
-    """Lightning would look for them in the metadata of every installed package, for every Trainer."""
+def nothing_aside():
+    """Leaves out what libraries do beside their work, time and again.
+
+    Lightning looks for callbacks in the metadata of every installed package, for every Trainer. torch empties
+    the processor's cache after every compilation, to note how long its guards take.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(callback_connector, "_load_external_callbacks", lambda group: [])
+        patch.setattr(guards, "profile_guard_manager", lambda *_: 0.0, raising=False)
         yield
 
 
