@@ -335,10 +335,11 @@ def _no_match(target: str, model: nn.Module, modules: Mapping[str, nn.Module]) -
         known_roles += f"; {target} is a part of {held[0]}: name that, or try model.split_fused: true"
     if target in ("all", "all-linear"):
         return f"adapter.targets: {kind} has no module that the method can edit with '{target}'; name others."
+    first = {id(module): path for path, module in modules.items()}
     for path, module in model.named_modules(remove_duplicate=False):
-        if path not in modules and ends_with(path, target):
-            first = next(own for own, other in modules.items() if other is module)
-            return f"adapter.targets: '{target}' is the same module as '{first}'; name it by that."
+        if path not in modules and id(module) in first and ends_with(path, target):
+            own = first[id(module)]
+            return f"adapter.targets: '{target}' is the same module as '{own}'; name it by that."
     known = suggest(target, names | set(roles) | {"all-linear"})
     fault = f"adapter.targets: {kind} has no '{target}' ({known_roles}); name what it has{known}"
     fused = any(isinstance(module, nn.MultiheadAttention) for module in model.modules())

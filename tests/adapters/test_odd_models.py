@@ -120,6 +120,8 @@ def test_one_module_under_two_names_is_told_and_adapted_at_both():
     adapters.remove()
     with pytest.raises(TargetError, match="'again' is the same module as 'first'"):
         inject(model, LoRA(rank=2, targets=["again"], modules_to_save=[]))
+    with pytest.raises(TargetError, match="Twice has no ''"):
+        inject(model, LoRA(rank=2, targets=[""], modules_to_save=[]))
 
 
 @pytest.mark.parametrize(
