@@ -2,17 +2,17 @@
 
     lineage:
       base: {name, revision, dtype, weights}
-      data: sha256 of the data        config: sha256 of what decides the run
+      data: sha256 of the data        config: sha256 of the settings that decide the run
       versions: {lora_lab, torch, transformers}
-      made: how a mixture or another form came of it: command, options, relative error of each module
+      made: how a mixture or another form was made: command, options, relative error of each module
       sources: of a mixture, the lineage of each source
-      loaded_onto: bases other than its own that it was put onto on purpose, in their order
+      loaded_onto: other bases onto which it was loaded on purpose, in their order
 
 The fingerprint `weights` is of some numbers of each tensor, 64 at its start, middle and end, rounded to
-bfloat16: reading takes three pages of a file for each tensor, whatever the model's size. It is the same for
+bfloat16: reading takes three pages of a file for each tensor, for any size of the model. It is the same for
 a base in float32 and in bfloat16, in one file or several, quantised or not, with adapters or without; task
-heads, which belong to no base, are left out. A base of which a few numbers elsewhere differ is not told from
-this one.
+heads, which belong to no base, are left out. It does not detect a base in which only a few other numbers
+differ.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def fingerprint(model: nn.Module, places: Iterable[str] = (), left_out: Iterable
 
     Args:
         model: with adapters or without.
-        places: paths of the adapters that stand in it.
-        left_out: paths of modules that belong to no base, beside the task heads.
+        places: paths of the adapters in it.
+        left_out: paths of modules that belong to no base, besides the task heads.
 
     Returns:
         The hashes; None for a model without values.
@@ -86,7 +86,7 @@ def _sample(tensor: Tensor) -> bytes:
 
 
 def base_lineage(model: nn.Module, places: Iterable[str] = (), left_out: Iterable[str] = ()) -> Lineage:
-    """Returns what a base says of itself; arguments as for `fingerprint`."""
+    """Returns the lineage of a base; arguments as for `fingerprint`."""
     config = getattr(model, "config", None)
     found = {
         "name": getattr(config, "_name_or_path", None) or type(model).__name__,
@@ -97,7 +97,7 @@ def base_lineage(model: nn.Module, places: Iterable[str] = (), left_out: Iterabl
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of what computes."""
+    """Returns the versions of the libraries that compute."""
     found = {}
     for name in ("lora_lab", "torch", "transformers"):
         try:
@@ -124,10 +124,10 @@ def read_lineage(own: Mapping[str, Any], source: str) -> Lineage:
 
 
 def same_base(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Returns whether two bases may be one, as far as both are known."""
+    """Returns whether two bases can be the same, as far as both are known."""
     weights = [base.get("weights") for base in (one, other)]
     dtypes = {one.get("dtype"), other.get("dtype")}
-    # Numbers rounded to float16 and then to bfloat16 are others than those rounded once.
+    # Numbers rounded to float16 and then to bfloat16 differ from those rounded once.
     if None in weights or (len(dtypes) > 1 and "float16" in dtypes):
         return True
     pairs = zip(*(str(text).split(":") for text in weights), strict=False)

@@ -77,7 +77,7 @@ def save_adapter(
         base_model: hub name or path of the base, for PEFT's Auto classes.
         task_type: PEFT's `SEQ_CLS` or `CAUSAL_LM`, also for these.
         label_names: names of a classifier's classes in the order of its outputs.
-        lineage: what is known beside the base's weights; it adds to what the adapters were loaded with.
+        lineage: what is known besides the base's weights; it is added to the lineage of loaded adapters.
 
     Raises:
         CheckpointError: if the folder cannot be written to, or holds anything but an adapter.
@@ -235,7 +235,7 @@ def _texts(own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stored_lineage(folder: str | os.PathLike[str]) -> Lineage:
-    """Returns the lineage of an adapter folder; {} where it has none, as PEFT's and those of before.
+    """Returns the lineage of an adapter folder; {} if it has none, as PEFT's folders and older ones.
 
     Raises:
         CheckpointError: if `lora_lab.yaml` cannot be read, or holds something else there.
@@ -245,7 +245,7 @@ def stored_lineage(folder: str | os.PathLike[str]) -> Lineage:
 
 
 def _checked_lineage(adapters: AdapterSet, lineage: Lineage, folder: Path, any_base: bool) -> Lineage:
-    """Makes sure that a model is the base of a folder's lineage; with `any_base` adds that it is none."""
+    """Checks that a model is the base of a folder's lineage; with `any_base` records if it is not."""
     base = lineage.get("base") or {}
     if "weights" not in base:
         return lineage

@@ -20,7 +20,7 @@ from lora_lab.models.conversion import check_shard_size, save_model
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 STORED: dict[str, Dtype] = {"BF16": "bfloat16", "F16": "float16"}
-"""Half precision as safetensors calls it, and as we do."""
+"""Half precision in safetensors' names and in ours."""
 
 
 def merge(
@@ -37,9 +37,9 @@ def merge(
     The merged weights are computed in float32 or wider and rounded once. A quantised base is written
     dequantised, a split projection joined.
 
-    Where the base lies in safetensors files, memory holds one file of the new folder and the adapter: each
-    weight is read, merged and written in turn. In memory as a whole are bases that are drawn, quantised or
-    cast to fewer bits, GPT-2's transposed maps, and experts that the files hold one by one.
+    If the base is in safetensors files, memory holds only one file of the new folder and the adapter: each
+    weight is read, merged and written in turn. Completely in memory are random bases, bases that are
+    quantised or cast to fewer bits, GPT-2's transposed maps, and experts that the files hold one by one.
 
     Args:
         path: the folder of a finished run, or of an adapter of a language model.
@@ -47,7 +47,7 @@ def merge(
         base: the base model, as `model.name`; None takes the one that the adapter was trained on.
         dtype: the type of the weights, `float32`, `bfloat16` or `float16`; None keeps the run's.
         shard_size: the size of the largest file, `500MB`.
-        rank: the most components of a module's update, the rest of which is left out; None keeps it whole.
+        rank: largest number of components of a module's update; None keeps all.
         any_base: whether it may have other weights than the one that was trained on.
 
     Raises:
@@ -83,7 +83,7 @@ def merge(
 
 
 def _as_stored(model: ModelConfig) -> ModelConfig:
-    """Returns the model in the half precision of its files, which holds the same numbers in fewer bytes."""
+    """Returns the model in the half precision of its files, with the same numbers in fewer bytes."""
     if model.quantization != "none" or model.dtype != "float32":
         return model
     stored = model.source().stored_dtypes()

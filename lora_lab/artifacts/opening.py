@@ -43,7 +43,7 @@ class Source:
 
     @property
     def data(self) -> str:
-        """Which data it was trained on, as far as that is known."""
+        """The data that it was trained on, if known."""
         data: Any = None if self.config is None else self.config.data
         names = (getattr(data, field, None) for field in ("name", "train"))
         return " ".join(str(part) for part in (getattr(data, "source", ""), *names) if part)
@@ -55,9 +55,7 @@ class Source:
             LabError: if the model cannot be loaded, or the data that give its number of classes.
         """
         if self.config is not None:
-            torch.manual_seed(
-                self.config.seed
-            )  # random bases, and heads that are drawn, are those of the run
+            torch.manual_seed(self.config.seed)  # random bases and heads are those of the run
         if names := read_label_names(self.adapter):
             return build_model(self.model, len(names), label_names=names)
         if self.config is None or TASKS[self.model.task].causal:

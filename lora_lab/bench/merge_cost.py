@@ -1,12 +1,12 @@
-"""What a merge costs beside copying the base's files, and what is left of one that is killed.
+"""What a merge costs compared with copying the base's files, and what a killed merge leaves.
 
     python -m lora_lab.bench.merge_cost OUTPUT.csv
 
 The base has Llama's shapes and random float32 weights, 2 GB in files of 500 MB; the adapter is a LoRA of
 rank 16 on all linear maps of its blocks. Each round copies the base's folder, adds up W + ΔW of all modules
-without writing anything (the arithmetic), and merges in a process of its own. Files are flushed to the disk
-in all of them. Memory is what the process takes at most above what it takes when all modules are imported.
-Then ten merges are killed, at ten moments of their way.
+without writing anything (the arithmetic), and merges in a separate process. All of them flush files to the
+disk. Memory is the peak of the process minus its memory after all imports. Then ten merges are killed, at ten
+different times.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def opened(base: Path) -> Any:
 
 
 def child(adapter: Path, out: Path) -> subprocess.Popen[str]:
-    """Starts a merge in a process of its own and returns when everything is imported."""
+    """Starts a merge in a separate process and returns when everything is imported."""
     command = [sys.executable, "-c", CHILD, str(adapter), str(out), SHARD]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -108,7 +108,7 @@ def copied(base: Path, out: Path) -> float:
 
 
 def added(base: Path, adapter: Path) -> float:
-    """Returns the seconds of W + ΔW for all modules, the weights in memory already."""
+    """Returns the seconds of W + ΔW for all modules, with the weights already in memory."""
     model = opened(base)
     adapters = load_adapter(model, adapter)
     total = 0.0
@@ -136,7 +136,7 @@ def merged(adapter: Path, out: Path) -> dict[str, float]:
 
 
 def killed(adapter: Path, out: Path, after: float, whole: int) -> str:
-    """Kills a merge so many seconds after its start; returns what its folder looks like then."""
+    """Kills a merge this many seconds after its start; returns the state of its folder."""
     process = child(adapter, out)
     time.sleep(after)
     process.send_signal(signal.SIGKILL)

@@ -145,7 +145,7 @@ class OpenRun:
         return self.loggers
 
     def lineage(self, data: TaskData) -> dict[str, Any]:
-        """Returns what the adapter's folder says of its origin, beside its base's weights."""
+        """Returns what the adapter's folder says about its origin, besides its base's weights."""
         model = self.config.model
         base = {"name": model.source().public_name or model.name} | (
             {"revision": model.revision} if model.revision else {}

@@ -12,7 +12,7 @@ from torch import Tensor
 class LazyTensor(Tensor):
     """Shape and type of a tensor, and how its values are computed; operations on it are lazy too.
 
-    Nothing is kept: each call of `now` computes anew.
+    Nothing is kept: each call of `now` computes again.
     """
 
     make: Callable[[], Tensor]
@@ -37,7 +37,7 @@ class LazyTensor(Tensor):
         arguments: tuple[Any, ...] = (),
         options: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Applies an operation to shape and type alone, and to the values when those are asked for."""
+        """Applies an operation to shape and type, and to the values only when they are needed."""
         options = options or {}
         with torch._C.DisableTorchFunctionSubclass():
             found = function(*_each(_shape_of, arguments), **_each(_shape_of, options))
@@ -56,7 +56,7 @@ class LazyTensor(Tensor):
 
 
 def now(tensor: Any) -> Any:
-    """Returns a tensor with its values; what is not lazy passes."""
+    """Returns a tensor with its values; other values are returned unchanged."""
     return tensor.now() if isinstance(tensor, LazyTensor) else tensor
 
 

@@ -109,15 +109,15 @@ def save_model(
     layout of its checkpoints; saved as linear layers, its square matrices would be read transposed without an
     error.
 
-    Memory holds one file's tensors at a time beside the model; a model that transformers has mapped from
-    safetensors files takes none.
+    Memory holds one file's tensors at a time in addition to the model; a model that transformers has mapped
+    from safetensors files takes none.
 
     Args:
         model: A model from `build_model` without adapters (merged or never injected).
         folder: Created if it does not exist.
         shard_size: Size of the largest file, "500MB".
         dtype: Type of the floating numbers; None keeps each tensor's.
-        changed: Tensors by name, in place of the model's own or beside them; lazy ones are computed when
+        changed: Tensors by name, instead of the model's or in addition to them; lazy ones are computed when
             their file is written.
 
     Raises:
@@ -168,7 +168,7 @@ def check_shard_size(text: str) -> None:
 
 
 def _weights(model: PreTrainedModel, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns a model's tensors by their names on the disk, lazy where they are computed."""
+    """Returns a model's tensors by their names on the disk, lazy if they are computed."""
     weights: dict[str, Tensor] = model.state_dict()
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantizedLinear):

@@ -161,7 +161,7 @@ def summarise(loggers: Iterable[Logger], values: Mapping[str, Any]) -> None:
 
 @rank_zero_only
 def log_adapter(loggers: Iterable[Logger], folder: Path, lineage: Mapping[str, Any]) -> None:
-    """Makes an adapter's folder an artifact of type `adapter` that the W&B run has put out.
+    """Logs an adapter's folder as an output artifact of type `adapter` of the W&B run.
 
     Args:
         loggers: what `build_loggers` made.
