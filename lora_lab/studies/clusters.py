@@ -210,7 +210,8 @@ class SlurmExecutor(Executor):
         for task in [task for task in self._running if task.paths.result_pickle.exists()]:
             job, error = self._running.pop(task), task.exception()
             outcome = Outcome(*task.result()) if error is None else Outcome("failed", _last_line(error))
-            ended.append((job, outcome))
+            if outcome.status != "interrupted" or not self._again(job):  # preempted, or its time was over
+                ended.append((job, outcome))
         if time.monotonic() - self._looked < POLL:
             return ended
         self._looked = time.monotonic()
@@ -219,14 +220,18 @@ class SlurmExecutor(Executor):
             self._unseen[task] = 0 if task.job_id in alive else self._unseen.get(task, 0) + 1
             if self._unseen[task] >= UNSEEN:
                 job = self._running.pop(task)
-                self._tries[job] = self._tries.get(job, 0) + 1
-                if self._tries[job] <= RETRIES:
-                    self._pending.append(job)
-                else:
+                if not self._again(job):
                     what = f"its job {task.job_id} was lost {self._tries[job]} times; see {task.paths.stderr}"
                     ended.append((job, Outcome("failed", what)))
         self._start()
         return ended
+
+    def _again(self, job: Job) -> bool:
+        """Makes a lost run once more, if it may be."""
+        self._tries[job] = self._tries.get(job, 0) + 1
+        if self._tries[job] <= RETRIES:
+            self._pending.append(job)
+        return self._tries[job] <= RETRIES
 
 
 def slurm_options(texts: Sequence[str]) -> dict[str, Any]:
