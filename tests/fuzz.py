@@ -1,6 +1,7 @@
 """Breaks configs, adapter folders, data files and targets at random: nothing but LabErrors may come of it.
 
     python -m tests.fuzz --cases 20000 --seed 0
+    python -m tests.fuzz --cases 3000 --kind artifact
 
 Case n of a seed is always the same, so that `--first n --cases 1` shows it again. A case is at fault if it
 raises what is no LabError, computes for more than 5 s, or takes more than 1 GB.
@@ -27,15 +28,17 @@ import torch
 import yaml
 
 from lora_lab import METHODS, inject, load_adapter, save_adapter
+from lora_lab.artifacts import combine, export, merge
 from lora_lab.bench.tiny_architectures import tiny_config
 from lora_lab.config import compose
 from lora_lab.data import FilesConfig, build_data
 from lora_lab.errors import LabError
+from lora_lab.models.conversion import save_model
 from lora_lab.models.tiny import character_tokenizer
 from tests.adapters.tiny import mixtral, tiny_llama
 
-KINDS = {"config": 1, "overrides": 1, "folder": 4, "data": 3, "targets": 2}
-"""What is broken, with how often; a case of the first two takes ten times as long as one of the others."""
+KINDS = {"config": 1, "overrides": 1, "folder": 4, "data": 3, "targets": 2, "artifact": 1}
+"""What is broken, with how often; a case of the first two and the last takes ten times as long as another."""
 
 SECONDS, BYTES = 5.0, 1 << 30
 
@@ -149,9 +152,11 @@ def written(value) -> str:
 class Fuzzer:
     """The good files and models, and one method for each kind of case."""
 
-    def __init__(self, place: Path):
-        self.place = place
+    def __init__(self, place: Path, kinds: dict[str, int]):
+        self.place, self.kinds = place, kinds
         self.models = [tiny_llama(), mixtral()]
+        save_model(self.models[0], place / "base")
+        character_tokenizer(self.models[0].config).save_pretrained(place / "base")
         self.tokenizer = character_tokenizer(tiny_config("bert"))
         self.good = CONFIG.format(output=place / "runs", train=place / "train.csv")
         rows = [(f"a {word} film", f"{i % 2}") for i, word in enumerate(["good", "bad", "fine", "dull"] * 4)]
@@ -186,7 +191,7 @@ class Fuzzer:
                 adapters = inject(self.models[0], METHODS[method].Spec(**options.get(method, {})))
             except LabError:
                 continue
-            save_adapter(adapters, place / method)
+            save_adapter(adapters, place / method, str(place / "base"), "CAUSAL_LM")
             adapters.remove()
             self.folders.append((0, place / method))
 
@@ -196,7 +201,7 @@ class Fuzzer:
 
     def run(self, rng: random.Random) -> str:
         """Runs one case; returns its kind and what became of it."""
-        (kind,) = rng.choices(list(KINDS), list(KINDS.values()))
+        (kind,) = rng.choices(list(self.kinds), list(self.kinds.values()))
         try:
             getattr(self, kind)(rng)
         except LabError as error:
@@ -228,6 +233,35 @@ class Fuzzer:
         compose(self.config_file(self.good), settings)
 
     def folder(self, rng: random.Random) -> None:
+        number, folder = self._broken_folder(rng)
+        load_adapter(self.models[number], folder).remove()
+
+    def artifact(self, rng: random.Random) -> None:
+        """Merges, exports or mixes a broken folder; nothing but the target may be written."""
+        _, folder = self._broken_folder(rng)
+        out = self.place / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        before = _listing(self.place)
+        base, any_base = str(self.place / "base"), rng.random() < 0.5
+        try:
+            what = rng.choice(["merge", "export", "combine"])
+            if what == "merge":
+                merge(folder, out, base, rank=rng.choice([None, None, 1]), any_base=any_base)
+            elif what == "export":
+                export(folder, out, rank=rng.choice([None, 1]), base=base, any_base=any_base)
+            else:
+                _, good = rng.choice([own for own in self.folders if own[0] == 0])
+                method = rng.choice(["weighted", "cat", "ties", "magnitude_prune"])
+                density = 0.5 if method in ("ties", "magnitude_prune") else None
+                paths = [folder, good] if rng.random() < 0.5 else [good, folder]
+                combine(paths, out, method=method, density=density, base=base, any_base=any_base)
+        except LabError:
+            assert not out.exists(), "a refused folder left something"
+            raise
+        finally:
+            assert _listing(self.place) == before, "something else was written"
+
+    def _broken_folder(self, rng: random.Random) -> tuple[int, Path]:
         number, good = rng.choice(self.folders)
         folder = self.place / "broken"
         shutil.rmtree(folder, ignore_errors=True)
@@ -246,8 +280,7 @@ class Fuzzer:
             elif path.suffix == ".yaml":
                 tree = broken_tree(yaml.safe_load(path.read_text()) or {}, rng)
                 path.write_bytes(written(tree).encode("utf-8", "surrogatepass"))
-        model = self.models[number]
-        load_adapter(model, folder).remove()
+        return number, folder
 
     def _broken_tensors(self, data: bytes, rng: random.Random) -> bytes:
         if rng.random() < 0.4:
@@ -315,6 +348,15 @@ class Fuzzer:
         inject(rng.choice(self.models), spec).remove()
 
 
+def _listing(place: Path) -> dict[str, int]:
+    """Returns the files of a folder but the target's, with the time of their last change."""
+    return {
+        str(path): path.stat().st_mtime_ns
+        for path in place.rglob("*")
+        if path.is_file() and path.relative_to(place).parts[0] != "out"
+    }
+
+
 def run_case(fuzzer: Fuzzer, seed: int, number: int) -> tuple[str, str]:
     """Runs one case under its limits; returns what became of it, and the fault's traceback or ""."""
     rng = random.Random(f"{seed}:{number}")
@@ -339,7 +381,9 @@ def _too_long(number, frame):
     raise TimeoutError(f"computed longer than {SECONDS} s")
 
 
-def fuzz(seed: int, first: int, cases: int, place: Path) -> tuple[dict[str, int], list[str], float]:
+def fuzz(
+    seed: int, first: int, cases: int, place: Path, kinds: dict[str, int] = KINDS
+) -> tuple[dict[str, int], list[str], float]:
     """Runs cases; returns how often what happened, the faults, and the longest case in CPU seconds."""
     counts: dict[str, int] = {}
     faults, longest = [], 0.0
@@ -347,7 +391,7 @@ def fuzz(seed: int, first: int, cases: int, place: Path) -> tuple[dict[str, int]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            fuzzer = Fuzzer(place)
+            fuzzer = Fuzzer(place, kinds)
             for number in range(first, first + cases):
                 start = time.process_time()
                 outcome, fault = run_case(fuzzer, seed, number)
@@ -366,10 +410,12 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", choices=list(KINDS), help="this kind alone")
     given = parser.parse_args()
+    kinds = {given.kind: 1} if given.kind else KINDS
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
-        counts, faults, longest = fuzz(given.seed, given.first, given.cases, Path(place))
+        counts, faults, longest = fuzz(given.seed, given.first, given.cases, Path(place), kinds)
     print(counts, f"longest case {longest:.2f} s; {len(faults)} faults")
     sys.exit(bool(faults))
 

@@ -114,13 +114,18 @@ def read_lineage(own: Mapping[str, Any], source: str) -> Lineage:
         CheckpointError: if it is something else.
     """
     found = own.get("lineage") or {}
-    base = found.get("base") or {} if isinstance(found, Mapping) else None
-    if not isinstance(base, Mapping) or not all(isinstance(value, str) for value in base.values()):
+    whole = isinstance(found, Mapping)
+    bases = [found.get("base") or {}, *(found.get("loaded_onto") or [])] if whole else [None]
+    if not all(_is_base(base) for base in bases):
         raise CheckpointError(
             f"{source}: `lineage` must say base, data, config and versions; copy the folder again, or delete "
             "the lineage to load the adapter onto any base."
         )
-    return dict(found)
+    return {name: value for name, value in found.items() if value}
+
+
+def _is_base(base: object) -> bool:
+    return isinstance(base, Mapping) and all(isinstance(value, str) for value in base.values())
 
 
 def same_base(one: Mapping[str, str], other: Mapping[str, str]) -> bool:

@@ -44,6 +44,7 @@ from lora_lab.documents.structured import fill
 from lora_lab.documents.writing import new_folder
 from lora_lab.errors import CheckpointError
 from lora_lab.linalg.norms import nonfinite
+from lora_lab.models.pooled_encoder import PooledEncoder
 from lora_lab.tasks import name_classes
 
 CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", "lora_lab.yaml"
@@ -75,7 +76,8 @@ def save_adapter(
         adapters: the adapters, with their saved modules.
         folder: where; an older folder of this name is replaced.
         base_model: hub name or path of the base, for PEFT's Auto classes.
-        task_type: PEFT's `SEQ_CLS` or `CAUSAL_LM`, also for these.
+        task_type: PEFT's `SEQ_CLS` or `CAUSAL_LM`, also for these; left out for mean pooling: the Auto
+            classes would build another head, and refuse the folder without it.
         label_names: names of a classifier's classes in the order of its outputs.
         lineage: what is known besides the base's weights; it is added to the lineage of loaded adapters.
 
@@ -93,6 +95,9 @@ def save_adapter(
     }
     layout = _layout(adapters)
     _warn_of_experts_names(adapters)
+    if isinstance(adapters.model, PooledEncoder):
+        task_type = None
+        _warn_of_pooling(layout.peft_type)
     dropped = [path for path, own in adapters.implementing(Droppable).items() if own.dropped]
     structure = {"shared": adapters.owners, "dropped": dropped}
     config = {
@@ -415,6 +420,17 @@ def _apart(model: nn.Module, spec: AdapterSpec, tensors: Mapping[str, Tensor]) -
             if given is not None and not torch.equal(first.setdefault(id(parameter), given), given):
                 return True
     return False
+
+
+def _warn_of_pooling(peft_type: str | None) -> None:
+    """Warns of a head that PEFT's Auto classes cannot build."""
+    if peft_type is not None:
+        warnings.warn(
+            "the classifier reads the mean of the tokens, a model that PEFT's Auto classes cannot build: "
+            "they refuse this folder. In PEFT, build the model with lora_lab.build_model (pooling: mean) and "
+            "call PeftModel.from_pretrained(model, folder).",
+            stacklevel=3,
+        )
 
 
 def _warn_of_experts_names(adapters: AdapterSet) -> None:

@@ -19,6 +19,7 @@ from lora_lab.adapters.sites import exact_targets
 from lora_lab.adapters.storage import read_label_names, save_adapter
 from lora_lab.artifacts.opening import Source, open_adapter, open_source
 from lora_lab.errors import ConfigError, IncompatibleError
+from lora_lab.linalg.norms import nonfinite
 from lora_lab.linalg.updates import Update
 from lora_lab.tasks import TASKS
 
@@ -112,14 +113,22 @@ def updates(adapters: AdapterSet) -> dict[str, Update]:
     """Returns what each adapter adds to its map, by path.
 
     Raises:
-        IncompatibleError: if one of them edits no linear map.
+        IncompatibleError: if one of them edits no linear map, or a number of it is not finite.
     """
-    found = {}
+    found: dict[str, Update] = {}
     for path, adapter in adapters.items():
         try:
             found[path] = adapter.update()
         except IncompatibleError as error:
             raise IncompatibleError(f"{path}: {error}") from error
+        except torch.linalg.LinAlgError:
+            found[path] = Update(torch.full((1, 1), torch.nan), torch.ones(1, 1))
+        parts = (found[path].left, found[path].right, found[path].bias)
+        if nonfinite({str(number): part for number, part in enumerate(parts) if part is not None}):
+            raise IncompatibleError(
+                f"{path}: a number of the update is not finite; the adapter's training has diverged. Train "
+                "again with a smaller learning rate, or take an earlier checkpoint."
+            )
     return found
 
 

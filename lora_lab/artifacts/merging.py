@@ -117,7 +117,7 @@ def model_card(source: Source, adapters: AdapterSet, method: dict[str, object], 
     if others := adapters.lineage.get("loaded_onto"):
         lines += [
             "",
-            f"The adapter was trained on other weights of its base than those of {others[-1]['name']}.",
+            f"The adapter was trained on other weights of its base than those of {others[-1].get('name')}.",
         ]
     if source.record is not None:
         record = source.record

@@ -108,9 +108,10 @@ def _named_base(path: Path, base: str | None) -> ModelConfig:
     if base is None and not isinstance(named, str):
         raise ConfigError(f"{path}: does not name its base model. Name it: --base MODEL")
     kinds = {task.peft_type: name for name, task in TASKS.items() if task.causal}
-    if config.get("task_type") not in kinds:
+    kind = config.get("task_type")
+    if not isinstance(kind, str) or kind not in kinds:
         raise ConfigError(
             f"{path}: is an adapter of a classifier or an unknown task by itself, and does not say how its "
             "model was built. Name the folder of the run that trained it."
         )
-    return ModelConfig(name=base or str(named), task=kinds[config["task_type"]])
+    return ModelConfig(name=base or str(named), task=kinds[kind])

@@ -5,8 +5,8 @@
 The base has Llama's shapes and random float32 weights, 2 GB in files of 500 MB; the adapter is a LoRA of
 rank 16 on all linear maps of its blocks. Each round copies the base's folder, adds up W + ΔW of all modules
 without writing anything (the arithmetic), and merges in a separate process. All of them flush files to the
-disk. Memory is the peak of the process minus its memory after all imports. Then ten merges are killed, at ten
-different times.
+disk. Seconds are those of the clock and of the CPU. Memory is the peak of the process minus its memory after
+all imports. Then ten merges are killed, at ten different times.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def megabytes(name):
 Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
 before = megabytes("VmRSS")
 print("ready", flush=True)
-start = time.perf_counter()
+start = time.perf_counter(), time.process_time()
 merge(Path(sys.argv[1]), Path(sys.argv[2]), shard_size=sys.argv[3])
-seconds = time.perf_counter() - start
-print(json.dumps({"seconds": seconds, "megabytes": megabytes("VmHWM") - before}))
+seconds = time.perf_counter() - start[0], time.process_time() - start[1]
+print(json.dumps({"seconds": seconds[0], "cpu": seconds[1], "megabytes": megabytes("VmHWM") - before}))
 """
 
 
@@ -98,27 +98,27 @@ def child(adapter: Path, out: Path) -> subprocess.Popen[str]:
     return process
 
 
-def copied(base: Path, out: Path) -> float:
-    """Returns the seconds of a copy of the base's files."""
-    start = time.perf_counter()
+def copied(base: Path, out: Path) -> tuple[float, float]:
+    """Returns the seconds of a copy of the base's files, and those of the CPU."""
+    start = time.perf_counter(), time.process_time()
     with new_folder(out) as fresh:
         for path in base.iterdir():
             shutil.copy(path, fresh)
-    return time.perf_counter() - start
+    return time.perf_counter() - start[0], time.process_time() - start[1]
 
 
-def added(base: Path, adapter: Path) -> float:
-    """Returns the seconds of W + ΔW for all modules, with the weights already in memory."""
+def added(base: Path, adapter: Path) -> tuple[float, float]:
+    """Returns the seconds of W + ΔW for all modules, with the weights already in memory, and the CPU's."""
     model = opened(base)
     adapters = load_adapter(model, adapter)
-    total = 0.0
+    wall = cpu = 0.0
     for own in adapters:
         weight: Any = own.base
         weight.weight.sum()  # reads the file
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         own.merged_module()
-        total += time.perf_counter() - start
-    return total
+        wall, cpu = wall + time.perf_counter() - start[0], cpu + time.process_time() - start[1]
+    return wall, cpu
 
 
 def fresh(action: Callable[[Path], Any], out: Path) -> Any:
@@ -174,10 +174,14 @@ def main() -> None:
                 {
                     "round": number + 1,
                     "base_megabytes": round(size(base) / 1e6, 1),
-                    "copy_seconds": round(copy, 3),
-                    "arithmetic_seconds": round(arithmetic, 3),
+                    "copy_seconds": round(copy[0], 3),
+                    "arithmetic_seconds": round(arithmetic[0], 3),
                     "merge_seconds": round(cost["seconds"], 3),
-                    "ratio": round(cost["seconds"] / (copy + arithmetic), 4),
+                    "ratio": round(cost["seconds"] / (copy[0] + arithmetic[0]), 4),
+                    "copy_cpu_seconds": round(copy[1], 3),
+                    "arithmetic_cpu_seconds": round(arithmetic[1], 3),
+                    "merge_cpu_seconds": round(cost["cpu"], 3),
+                    "cpu_ratio": round(cost["cpu"] / (copy[1] + arithmetic[1]), 4),
                     "merge_peak_megabytes": round(cost["megabytes"], 1),
                 }
             )

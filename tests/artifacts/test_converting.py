@@ -14,6 +14,8 @@ from lora_lab.artifacts.combining import _sparse_mixture, elected_mean, largest
 from lora_lab.artifacts.converting import as_lora, updates
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.updates import Update
+from lora_lab.models.build import ModelConfig, build_model
+from lora_lab.models.conversion import save_model
 from tests.adapters.test_storage import OPTIONS
 from tests.adapters.tiny import linear, logits, relative, shake, tiny_bert, tiny_llama
 
@@ -142,3 +144,22 @@ def test_dare_keeps_the_expectation_and_a_share_of_density():
     assert shares == pytest.approx(0.4, abs=0.01)
     kept = draws.abs() > 1e-4
     assert torch.allclose(draws[kept], (whole / 0.4).expand_as(draws)[kept], atol=1e-4)
+
+
+def test_peft_refuses_a_head_that_it_cannot_build_and_opens_it_on_the_same_model(tmp_path):
+    config = ModelConfig(name="random:bert", pooling="mean")
+
+    def pooled():
+        torch.manual_seed(0)
+        return build_model(config, 3).eval()
+
+    model = pooled()
+    save_model(model, tmp_path / "base")
+    adapters = inject(model, METHODS["lora"].Spec(rank=2))
+    shake(adapters)
+    with pytest.warns(UserWarning, match="reads the mean of the tokens"):
+        save_adapter(adapters, tmp_path / "adapter", str(tmp_path / "base"), "SEQ_CLS")
+    with pytest.raises(ValueError, match="Cannot infer the auto class"):
+        peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(pooled(), tmp_path / "adapter").eval()
+    assert relative(logits(theirs), logits(model)) < 1e-6

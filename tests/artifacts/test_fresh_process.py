@@ -1,0 +1,84 @@
+"""Every method's folder in a process of its own: load, merge, export, open in PEFT."""
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lora_lab.adapters import METHODS, inject
+from lora_lab.adapters.storage import load_adapter, save_adapter
+from lora_lab.artifacts import export, merge
+from lora_lab.models.conversion import save_model
+from lora_lab.models.tiny import character_tokenizer
+from tests.adapters.test_storage import OPTIONS
+from tests.adapters.tiny import logits, relative, shake, tiny_llama
+
+LINEAR = [name for name in METHODS if name not in ("reft", "head", "full")]
+
+
+def opened(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def check(place: Path) -> dict[str, dict[str, float]]:
+    """Returns the relative errors of every method, for the other process."""
+    found = {}
+    for path in sorted((place / "adapters").iterdir()):
+        name = path.name
+        expected = torch.load(place / f"{name}.pt", weights_only=True)
+        model = opened(place / "base")
+        load_adapter(model, path)
+        errors = {"load": relative(logits(model), expected)}
+        if METHODS[name].mergeable:
+            merge(path, place / "merged" / name)
+            errors["merge"] = relative(logits(opened(place / "merged" / name)), expected)
+        if name in LINEAR:
+            errors["stated"] = max(export(path, place / "lora" / name).errors.values())
+            theirs = peft.AutoPeftModelForCausalLM.from_pretrained(place / "lora" / name)
+            errors["peft"] = relative(logits(theirs), expected)
+        found[name] = errors
+    return found
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory):
+    place = tmp_path_factory.mktemp("fresh")
+    base = tiny_llama()
+    save_model(base, place / "base")
+    character_tokenizer(base.config).save_pretrained(place / "base")
+    for name in METHODS:
+        if name == "head":  # a language model has none to train
+            continue
+        model = opened(place / "base")
+        spec = METHODS[name].Spec(**OPTIONS.get(name, {}))
+        if name == "road":
+            spec.group_size = 6
+        adapters = inject(model, spec)
+        shake(adapters)
+        save_adapter(adapters, place / "adapters" / name, str(place / "base"), "CAUSAL_LM")
+        torch.save(logits(model), place / f"{name}.pt")
+    program = (
+        f"from tests.artifacts.test_fresh_process import *; print(json.dumps(check(Path({str(place)!r}))))"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_it_loads_merges_and_opens_in_peft(errors):
+    assert errors.keys() == METHODS.keys() - {"head"}
+    for name, found in errors.items():
+        # ReFT's R is made orthonormal once more; all others come back bit for bit.
+        assert found["load"] <= (1e-6 if name == "reft" else 0), name
+        assert found.get("merge", 0) < 1e-5, name
+        assert found.get("stated", 0) < 1e-5, name
+        assert found.get("peft", 0) < 1e-5 + found.get("stated", 0), name
