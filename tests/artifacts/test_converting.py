@@ -134,6 +134,20 @@ def test_ties_dare_and_pruning_give_the_numbers_worked_out_by_hand():
     assert torch.allclose(pruned, torch.tensor([[0.0, 3.0], [0.0, 4.0]]), atol=1e-5)
 
 
+def test_rank_stabilised_scales_count_in_full_and_a_density_of_0_leaves_nothing():
+    model = linear()
+    adapters = inject(model, LoRASpec(rank=4, alpha=3.0, rslora=True, targets=["0"], modules_to_save=[]))
+    shake(adapters)
+    (adapter,) = adapters
+    found = updates(adapters)
+    exact = 3.0 / 2 * (adapter.B @ adapter.A)
+    assert relative(Update.sum([found["0"]] * 2, [0.3, 0.4]).matrix(), 0.7 * exact) < 1e-6
+    for method in ("ties", "magnitude_prune"):
+        empty = _sparse_mixture([found, found], [1.0, 1.0], method, 0.0, 0)["0"]
+        assert not empty.matrix().any()
+        assert empty.truncated(2)[1] == 0
+
+
 def test_dare_keeps_the_expectation_and_a_share_of_density():
     update = Update.of_matrix(torch.randn(60, 50, generator=torch.Generator().manual_seed(4)))
     draws = torch.stack(
