@@ -45,7 +45,7 @@ def write_pages(folder: Path) -> None:
         path = folder / f"{name}.md"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    copied = shutil.ignore_patterns("*.py", "*.yaml")
+    copied = shutil.ignore_patterns("*.py")
     shutil.copytree(ROOT / "experiments", folder / "experiments", ignore=copied)
     overview = folder / "experiments" / "README.md"
     names = sorted(path.parent.name for path in (folder / "experiments").glob("*/README.md"))
