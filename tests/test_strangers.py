@@ -155,6 +155,14 @@ def refusals(place: Path, run: Path, model: torch.nn.Module, adapters) -> None:
             assert main(command) == 2
             assert not (place / "no").exists()
             shutil.rmtree(copy)
+    for command in (["evaluate"], ["merge", "--out", "no"], ["export", "--out", "no"]):
+        shutil.copytree(run, copy)
+        config = copy / "config.yaml"
+        text = config.read_text()
+        assert "trust_remote_code: false" in text
+        config.write_text(text.replace("trust_remote_code: false", "trust_remote_code: true"))
+        assert main([command[0], str(copy), *command[1:]]) == 2
+        shutil.rmtree(copy)
     for outward in (os.environ["NETRC"], "../../home/notes.yaml", "~/.env"):
         shutil.copytree(run, copy)
         config = copy / "config.yaml"

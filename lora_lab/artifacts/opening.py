@@ -11,7 +11,6 @@ import torch
 from transformers import PreTrainedModel
 
 from lora_lab.adapters.storage import CONFIG, load_adapter, read_label_names
-from lora_lab.config.compose import compose
 from lora_lab.config.schema import ExperimentConfig
 from lora_lab.documents.reading import DocumentError, read_json
 from lora_lab.errors import CheckpointError, ConfigError
@@ -84,7 +83,7 @@ def open_source(path: str | os.PathLike[str], base: str | None = None, any_base:
     if run is not None:
         folder = RunFolder(run)
         record, adapter = folder.finished(), folder.adapter
-        config = compose(folder.config, stored=True)
+        config = folder.stored_config()
         model = config.model
     else:
         adapter, model = path, _named_base(path, base)

@@ -102,7 +102,7 @@ def main() -> None:
         for number in range(ROUNDS):
             rows.append(origin | measure(number))
             print(rows[-1], flush=True)
-    print(f"median ratio {statistics.median(row['ratio'] for row in rows):.1f}")
+    print(f"median ratio {statistics.median(float(row['ratio']) for row in rows):.1f}")
     write_rows(output, rows)
 
 

@@ -129,7 +129,7 @@ def evaluate(
     quiet_libraries()
     folder = RunFolder(Path(path))
     record = folder.finished()
-    config = compose(folder.config, overrides, stored=True)
+    config = folder.stored_config(overrides)
     own = compose(folder.config, stored=True)
     for part in ("adapter", "controllers", "optimization", "tracking"):
         if getattr(config, part) != getattr(own, part):

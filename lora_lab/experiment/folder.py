@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -33,10 +33,11 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from lora_lab.adapters.storage import CONFIG, OWN, TENSORS
 from lora_lab.callbacks.test_examples import NAME as EXAMPLES
+from lora_lab.config.compose import compose
 from lora_lab.config.schema import ExperimentConfig
 from lora_lab.documents.reading import DocumentError, read_json
 from lora_lab.documents.writing import clean_unfinished, writable, write_text
-from lora_lab.errors import CheckpointError
+from lora_lab.errors import CheckpointError, ConfigError
 
 Record = dict[str, Any]
 """What `run.json` holds: plain values by name."""
@@ -140,6 +141,25 @@ class RunFolder:
             state = "no run" if record is None else f"a run whose status is '{record['status']}'"
             raise CheckpointError(f"{self.path}: holds {state}. Name the folder of a finished run.")
         return record
+
+    def stored_config(self, overrides: Sequence[str] = ()) -> ExperimentConfig:
+        """Returns the config of the run, which may be somebody else's: it alone cannot ask to run code.
+
+        Args:
+            overrides: settings that win over it, such as `model.trust_remote_code=true`.
+
+        Raises:
+            ConfigError: if it is invalid, or would run code that `overrides` do not allow.
+        """
+        config = compose(self.config, overrides, stored=True)
+        key = "model.trust_remote_code"
+        if config.model.trust_remote_code and not any(text.startswith(f"{key}=") for text in overrides):
+            raise ConfigError(
+                f"{self.config}: {key}: is true, which would run Python code that comes with the model. If "
+                f"you trust it, `lora-lab evaluate` takes {key}=true on the command line; to merge or "
+                "export, build the model in Python and call lora_lab.load_adapter."
+            )
+        return config
 
     def write(self, record: Record) -> None:
         """Writes the record, completely or not at all; numbers that are not finite are null in JSON.

@@ -174,7 +174,7 @@ class SplitMultiheadAttention(nn.Module):
         """
         given = dict(self.state_dict() if own is None else own)
         weights = [given[f"{part}.weight"] for part in ("query", "key", "value")]
-        tensors = {name: given[name] for name in ("bias_k", "bias_v") if name in given}
+        tensors: dict[str, Tensor] = {name: given[name] for name in ("bias_k", "bias_v") if name in given}
         tensors["out_proj.weight"] = given["output.weight"]
         if "output.bias" in given:
             tensors["out_proj.bias"] = given["output.bias"]

@@ -119,9 +119,9 @@ class RayExecutor(Executor):
             status, error = self._ray.get(task)
         except TaskCancelledError:
             return Outcome("interrupted", "the process was asked to end")
-        except RayError as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            return Outcome("failed", f"{type(error).__name__}: {lines[0]}")
+        except RayError as fault:
+            lines = str(fault).strip().splitlines() or [type(fault).__name__]
+            return Outcome("failed", f"{type(fault).__name__}: {lines[0]}")
         return Outcome(status, error)
 
 

@@ -176,7 +176,7 @@ def log_adapter(loggers: Iterable[Logger], folder: Path, lineage: Mapping[str, A
 
     for logger in loggers:
         if isinstance(logger, TolerantWandbLogger):
-            logger.attempt(lambda logger=logger: log(logger.experiment))  # type: ignore[misc]
+            logger.attempt(lambda logger=logger: log(logger.experiment))
 
 
 @rank_zero_only
