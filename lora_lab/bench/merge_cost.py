@@ -36,7 +36,7 @@ from lora_lab.models.build import ModelConfig, build_model
 from lora_lab.models.conversion import save_model
 from lora_lab.models.tiny import character_tokenizer
 
-SHARD, RANK, ROUNDS, KILLS = "500MB", 16, 5, 10
+SHARD, RANK, ROUNDS, KILLS = "500MB", 16, 3, 10
 CHILD = """
 import json, sys, time
 from pathlib import Path
