@@ -138,6 +138,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_base(export)
     export.set_defaults(command=_export)
 
+    imported = commands.add_parser("import", help="write an adapter file of kohya-ss or LyCORIS as a folder")
+    imported.add_argument("file", metavar="FILE", type=Path, help="the safetensors file")
+    imported.add_argument("--base", metavar="MODEL", required=True, help="the base model, as model.name")
+    imported.add_argument("--out", type=Path, required=True, help="the new adapter's folder")
+    imported.add_argument("--prefix", metavar="NAME", help="of this base's keys, lora_te (the only one)")
+    imported.set_defaults(command=_import)
+
     combine = commands.add_parser("combine", help="mix several adapters of one base into one LoRA")
     combine.add_argument("sources", metavar="RUN|ADAPTER", type=Path, nargs="+", help=source)
     combine.add_argument("--out", type=Path, required=True, help="the new adapter's folder")
@@ -285,6 +292,14 @@ def _export(options: argparse.Namespace) -> None:
 
     form, limits = options.form, (options.rank, options.energy, options.active_rank)
     made = export(options.source, options.out, form, *limits, options.base, options.any_base)
+    Console().print(conversion_table(str(made.folder), made.ranks, made.errors))
+
+
+def _import(options: argparse.Namespace) -> None:
+    from lora_lab.artifacts import import_file
+    from lora_lab.report.terminal import conversion_table
+
+    made = import_file(options.file, options.out, options.base, options.prefix)
     Console().print(conversion_table(str(made.folder), made.ranks, made.errors))
 
 

@@ -194,7 +194,7 @@ def _load(model: nn.Module, folder: Path, any_base: bool) -> AdapterSet:
         spec = foreign.spec
     _check_size(model, spec, shapes, folder)
     lineage = read_lineage(_texts(own), str(folder / OWN))
-    tensors = _read_tensors(folder)
+    tensors = read_tensors(folder / TENSORS)
     if foreign is not None:
         foreign.check_copies(model, tensors, str(folder))
         tensors |= foreign.missing(model)
@@ -311,14 +311,19 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         raise _unreadable(path, error) from error
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file of an adapter.
+
+    Raises:
+        CheckpointError: if it cannot be read, or a number in it is not finite.
+    """
     try:
-        tensors = load_file(folder / TENSORS)
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise _unreadable(folder / TENSORS, error) from error
+        raise _unreadable(path, error) from error
     if found := nonfinite(tensors):
         raise CheckpointError(
-            f"{folder / TENSORS}: {len(found)} of {len(tensors)} tensors have numbers that are not finite "
+            f"{path}: {len(found)} of {len(tensors)} tensors have numbers that are not finite "
             f"({found[0]}); its training has diverged, or the file is damaged. Load an adapter of an earlier "
             "step, or train again with a smaller learning rate."
         )
