@@ -22,10 +22,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_lab.adapters.families.lycoris import factorization
 from lora_lab.adapters.injection import AdapterSet, load_tensors, place
 from lora_lab.adapters.maps import is_convolution, is_linear, sizes
 from lora_lab.adapters.methods import METHODS
-from lora_lab.adapters.methods.lokr import factorization
 from lora_lab.adapters.sites import exact_targets
 from lora_lab.adapters.storage import read_tensors
 from lora_lab.artifacts.converting import Converted, store

@@ -115,6 +115,19 @@ def core_shape(base: nn.Module, spec: LycorisSpec) -> tuple[int, ...] | None:
     return (spec.rank, spec.rank, *kernel, 1)[:4] if has_core else None
 
 
+def factorization(dimension: int, factor: int) -> tuple[int, int]:
+    """Returns two numbers with the product `dimension`, for W1 and W2 of LoKr.
+
+    If `factor` divides `dimension`, it is used, even above the root; else the first number is the largest
+    divisor up to the root and to `factor`; -1 means no bound.
+    """
+    if factor > 0 and dimension % factor == 0:
+        return factor, dimension // factor
+    most = math.isqrt(dimension) if factor < 0 else min(factor, math.isqrt(dimension))
+    small = next(number for number in range(most, 0, -1) if dimension % number == 0)
+    return small, dimension // small
+
+
 def product(a: Tensor, b: Tensor, core: Tensor | None) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:
     """Returns L and R of one product."""
     if core is None:

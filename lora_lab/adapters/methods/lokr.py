@@ -30,6 +30,7 @@ from lora_lab.adapters.families.lycoris import (
     LycorisAdapter,
     LycorisSpec,
     core_shape,
+    factorization,
     product,
     read_lycoris_config,
     recomputed,
@@ -61,19 +62,6 @@ class LoKrSpec(LycorisSpec):
         if self.decompose_factor != -1 and self.decompose_factor < 1:
             found.append(f"decompose_factor: must be at least 1, or -1; got {self.decompose_factor}")
         return found
-
-
-def factorization(dimension: int, factor: int) -> tuple[int, int]:
-    """Returns two numbers with the product `dimension`, for W1 and W2.
-
-    If `factor` divides `dimension`, it is used, even above the root; else the first number is the largest
-    divisor up to the root and to `factor`; -1 means no bound.
-    """
-    if factor > 0 and dimension % factor == 0:
-        return factor, dimension // factor
-    most = math.isqrt(dimension) if factor < 0 else min(factor, math.isqrt(dimension))
-    small = next(number for number in range(most, 0, -1) if dimension % number == 0)
-    return small, dimension // small
 
 
 class LoKr(LycorisAdapter[LoKrSpec]):
