@@ -100,6 +100,16 @@ def test_what_a_page_shows_runs(page, tmp_path, monkeypatch):
                 run_command(words, settings)
 
 
+def test_from_a_csv_file_to_a_report_it_takes_twelve_lines_and_two_commands():
+    found = [
+        block for block in blocks(ROOT / "docs" / "guides" / "studies.md") if block.kind in ("yaml", "bash")
+    ]
+    (study,) = [block.code for block in found if block.code.startswith("# which.yaml\n")]
+    assert len(study.splitlines()) <= 12
+    made = [words for block in found if "not run" not in block.mark for words in commands(block)]
+    assert [words[1] for words in made if "--plan" not in words] == ["ablate", "report"]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_block_that_is_not_run_says_why_and_every_command_is_in_one(page):
     for block in blocks(page):

@@ -10,7 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
-from lora_lab.errors import DataError, StudyError
+from lora_lab.documents.reading import read_yaml
+from lora_lab.errors import ConfigError, DataError, StudyError
 from lora_lab.experiment.folder import Record, RunFolder
 from lora_lab.experiment.loaded import LoadedData
 from lora_lab.studies.cells import Cell, Job, Study, jobs_of
@@ -150,6 +151,7 @@ def ablate(study: Study, executor: Callable[[Path], Executor], console: Console 
     stop = StopRequest()
     with RunFolder(study.folder).owned("give the study another name=…"), stop.watched():
         progress = Progress(study, study.folder)
+        check_folder(study)
         check_data(progress)
         write_study(study)
         workers = executor(study.folder / "logs")
@@ -171,6 +173,23 @@ def ablate(study: Study, executor: Callable[[Path], Executor], console: Console 
             + "\n".join(lines)
         )
     return progress
+
+
+def check_folder(study: Study) -> None:
+    """Checks that the study's folder is not that of another study, whose results it would replace.
+
+    Raises:
+        ConfigError: if it is.
+    """
+    stored = study.folder / "study.yaml"
+    if not stored.is_file():
+        return
+    source = read_yaml(stored).get("source")
+    if source != study.resolved()["source"]:
+        raise ConfigError(
+            f"{study.folder}: holds the results of another study, {source}. Give this one another name=… or "
+            f"output=…; if its file was only moved, delete {stored}"
+        )
 
 
 def check_data(progress: Progress) -> None:

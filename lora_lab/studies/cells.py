@@ -7,6 +7,7 @@ the cell's own settings. They are composed by `config.compose`, as every run is.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -21,7 +22,7 @@ from lora_lab.documents.reading import flat, plain, references, texts
 from lora_lab.documents.structured import fill
 from lora_lab.errors import ConfigError, LabError, suggest
 from lora_lab.experiment.folder import RunFolder
-from lora_lab.studies.matching import Match, Matcher
+from lora_lab.studies.matching import TOLERANCE, Match, Matcher
 from lora_lab.studies.spec import StudySpec
 from lora_lab.studies.tuning import Tuning, read_tuning
 from lora_lab.tasks import TASKS
@@ -32,6 +33,8 @@ OWN_KEYS = ("seed", "run", "name", "continues")
 """Settings of a run that only the study sets."""
 STUDY_NAMES = tuple(field.name for field in fields(StudySpec))
 MOST_CELLS = 1000
+LONGEST_NAME = 200
+"""Most bytes of a name that becomes a part of a folder's; file systems allow 255 for the whole."""
 
 
 @dataclass(frozen=True)
@@ -205,12 +208,16 @@ def read_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
     for key in sorted(OmegaConf.missing_keys(schema)):
         if not any(f": {key}: " in fault for fault in faults):
             faults.append(f"{path}: {key}: is required and has no default; set it in the file")
-            schema[key] = ""
+        schema[key] = ""
     spec: StudySpec = OmegaConf.to_object(schema)  # type: ignore[assignment]
+    if not spec.question.strip() and not any(": question: " in fault for fault in faults):
+        faults.append(f"{path}: question: is empty; ask what the study answers")
     if spec.name is None:
         spec.name = path.resolve().parent.name if path.stem == "study" else path.stem
     if not spec.name or spec.name in (".", "..") or set(spec.name) & set("/\0\n"):
         faults.append(f"{path}: name: must be a plain folder name; got {spec.name!r}")
+    elif len(os.fsencode(spec.name)) > LONGEST_NAME:
+        faults.append(f"{path}: name: must have at most {LONGEST_NAME} bytes; got {spec.name!r}")
     experiment = _mapping(raw["experiment"], f"{path}: experiment", faults)
     base = [*base, Layer(f"{path}: experiment", experiment), *command_line]
     _check_own_keys(base, faults)
@@ -227,8 +234,8 @@ def read_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
     if tuning:
         faults += _tuning_faults(tuning, composed, path)
     faults += _study_faults(spec, composed, [name for name, _, _ in cells], tuning, path)
-    if spec.match_parameters is not None and composed:
-        composed = _matched(composed, spec.match_parameters, path, faults)
+    if spec.match_parameters is not None and spec.match_parameters > 0 and composed:
+        composed = _matched(composed, spec.match_parameters, tuning, path, faults)
     if faults:
         raise ConfigError("\n".join(dict.fromkeys(faults)))
     plain_grid = {key: [plain(value) for value in values] for key, values in grid.items()}
@@ -308,8 +315,13 @@ def _cells(
     for name in _twice([name for name, _, _ in found]):
         faults.append(f"{path}: list.{name}: a cell of the grid has the same name; rename it")
     for name, _, layer in found:
-        if not name.strip() or set(name) & set("\0\n"):
+        if not name.strip() or not name.isprintable():
             faults.append(f"{path}: list: the name of a cell must be plain text; got {name!r}")
+        elif len(os.fsencode(name)) > LONGEST_NAME:
+            faults.append(
+                f"{path}: a cell's name must have at most {LONGEST_NAME} bytes; got {name!r}. "
+                "Name it yourself, under `list`"
+            )
         for key in OWN_KEYS:
             if key in layer.settings:
                 faults.append(f"{path}: {key}: is set by the study itself, see seeds and name (cell {name})")
@@ -341,6 +353,11 @@ def _composed(
         faults.append(f"{line} ({which})")
     alike: dict[str, list[str]] = {}
     for cell in found:
+        for key in ("cell", "job_type"):
+            if getattr(cell.config.tracking, key) is not None:
+                faults.append(
+                    f"{cell.layers[-1].source}: tracking.{key}: is set by the study itself; remove it"
+                )
         alike.setdefault(cell.config.hash(), []).append(cell.name)
         if cell.config.trainer.devices != 1:
             faults.append(
@@ -390,7 +407,8 @@ def _tuning_faults(tuning: Tuning, cells: Sequence[Cell], path: Path) -> list[st
         found.append(f"{path}: tune.by: no run logs '{tuning.by}'{suggest(tuning.by, known)}")
     else:
         tuning.higher_is_better = better_when_higher(tuning.by, task)
-    if tuning.key in OWN_KEYS or tuning.key.partition(".")[0] in ("tracking", "output", "data", "model"):
+    untuned = (*OWN_KEYS, "tracking", "output", "data", "model", "trainer.devices")
+    if under(tuning.key, untuned):
         return [
             *found,
             f"{path}: tune.key: '{tuning.key}' is not a setting that a search on validation can choose",
@@ -409,6 +427,11 @@ def _tuning_faults(tuning: Tuning, cells: Sequence[Cell], path: Path) -> list[st
             except ConfigError as error:
                 for line in str(error).split("\n"):
                     found_in.setdefault(line, []).append(cell.name)
+    if tuning.values is not None and not found and not found_in:
+        runs = [cells[0].tuned(tuning.key, value).hash() for value in tuning.values]
+        if twice := _twice(runs):
+            same = [repr(value) for value, run in zip(tuning.values, runs, strict=True) if run == twice[0]]
+            found.append(f"{path}: tune.values: {few(same)} are the same run; keep one of them")
     return found + [f"{line} (cell {few(list(dict.fromkeys(names)))})" for line, names in found_in.items()]
 
 
@@ -418,8 +441,8 @@ def _study_faults(
     found = []
     if spec.baseline and spec.baseline not in names and names:
         found.append(f"{path}: baseline: no cell '{spec.baseline}'{suggest(spec.baseline, names)}")
-    if spec.equivalence is not None and not spec.equivalence > 0:
-        found.append(f"{path}: equivalence: must be above 0; got {spec.equivalence}")
+    if spec.equivalence is not None and not 0 < spec.equivalence < math.inf:
+        found.append(f"{path}: equivalence: must be above 0 and finite; got {spec.equivalence}")
     if spec.match_parameters is not None and spec.match_parameters < 1:
         found.append(f"{path}: match_parameters: must be at least 1; got {spec.match_parameters}")
     if not cells:
@@ -451,7 +474,9 @@ def _study_faults(
     return found
 
 
-def _matched(cells: list[Cell], count: int, path: Path, faults: list[str]) -> list[Cell]:
+def _matched(
+    cells: list[Cell], count: int, tuning: Tuning | None, path: Path, faults: list[str]
+) -> list[Cell]:
     """Gives each cell's method the size at which it trains nearest to `count` parameters."""
     matcher = Matcher(count)
     found = []
@@ -464,6 +489,10 @@ def _matched(cells: list[Cell], count: int, path: Path, faults: list[str]) -> li
             faults.append(
                 f"{where}: sets adapter.{spec.size_field} itself, which the match would choose; remove it"
             )
+        elif tuning and under(f"adapter.{spec.size_field}", [tuning.key]):
+            faults.append(
+                f"{where}: tune.key sets its size, which the match would choose; keep one of the two"
+            )
         else:
             try:
                 match = matcher.match(cell.config)
@@ -473,6 +502,12 @@ def _matched(cells: list[Cell], count: int, path: Path, faults: list[str]) -> li
                 found.append(replace(cell, layers=layers, config=config, match=match, _tuned={}))
             except LabError as error:
                 faults.append(f"{where}: {error}")
+    if found and all(cell.match and cell.match.misses for cell in found):
+        sizes = few([f"{cell.name} {cell.match.parameters:,}" for cell in found if cell.match])
+        faults.append(
+            f"{path}: match_parameters: no cell comes within {TOLERANCE:.0%} of {count:,}; the nearest are "
+            f"{sizes}. Name a number that they can reach"
+        )
     return found
 
 

@@ -53,13 +53,16 @@ class Matcher:
         """Returns the size of a config's method with the nearest count; of two equally near, the smaller.
 
         Raises:
-            LabError: if the method has no size that fits the model, or cannot edit its targets.
+            LabError: if the method has no size that fits the model, or cannot edit its targets, or the model
+                itself has fewer parameters.
         """
         spec = config.adapter
         field = spec.size_field
         if field is None:
             raise ConfigError(f"{spec.method} has no field that sets its size")
         model = self._built(config)
+        if self.wanted > (own := sum(p.numel() for p in model.parameters())):
+            raise ConfigError(f"the model itself has {own:,} parameters; {self.wanted:,} were to be trained")
         widest = max((size for p in model.parameters() for size in p.shape if p.dim() == 2), default=1)
         counts = parameter_counts(model, spec, field, self._candidates(model, widest))
         # The best size may be between those tried, so all around it are tried.

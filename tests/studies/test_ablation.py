@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from lora_lab.cli import main
-from lora_lab.errors import CheckpointError, DataError, StudyError
+from lora_lab.errors import CheckpointError, ConfigError, DataError, StudyError
 from lora_lab.studies import ablate, read_study
 from lora_lab.studies.ablation import Progress
 from lora_lab.studies.executors import Executor, LocalExecutor
@@ -280,6 +280,19 @@ def test_ctrl_c_leaves_all_resumable(tmp_path):
     assert folder.read()["status"] == "interrupted"
     assert folder.checkpoint.is_file()
     assert "interrupted" in set(results(found)["status"])
+
+
+def test_a_folder_of_another_study_is_refused(tmp_path):
+    found = study(tmp_path, experiment=STUDY["experiment"] | QUICK, seeds=[0])
+    ablate(found, Inline)
+    before = (found.folder / "results.csv").read_text()
+    other = tmp_path / "elsewhere" / "methods.yaml"
+    other.parent.mkdir()
+    other.write_text(found.source.read_text())
+    executor = Inline(tmp_path)
+    with pytest.raises(ConfigError, match=r"holds the results of another study, \S*methods.yaml"):
+        ablate(read_study(other, ["seeds=[1]"]), lambda logs: executor)
+    assert (executor.made, (found.folder / "results.csv").read_text()) == ([], before)
 
 
 def test_a_plan_writes_nothing(tmp_path, capsys, monkeypatch):

@@ -130,7 +130,7 @@ BAD = {
     "run in the experiment": ({"experiment": EXPERIMENT | {"run": "one"}}, "run: is set by the study itself"),
     "tune on test data": (
         {"tune": TUNE | {"by": "test/mse"}},
-        "tune.by: test/mse is of test data, which decide",
+        "tune.by: test/mse is of test data, which must not decide",
     ),
     "tune by what is not logged": (
         {"tune": TUNE | {"by": "validation/f1"}},
@@ -173,6 +173,55 @@ BAD = {
     "a size to match in addition to its own": (
         {"match_parameters": 500},
         "sets adapter.rank itself, which the match would",
+    ),
+    "a size that all methods miss": (
+        {"grid": {"adapter.method": ["lora", "dora"]}, "match_parameters": 1, "baseline": "lora"},
+        "no cell comes within 10% of 1; the nearest are lora 267, dora 396",
+    ),
+    "a size beyond the model": (
+        {"grid": {"adapter.method": ["lora", "dora"]}, "match_parameters": 10**9, "baseline": "lora"},
+        "cell 'dora': the model itself has 4,929 parameters",
+    ),
+    "a size to match and to tune": (
+        {
+            "grid": {"adapter.method": ["lora", "dora"]},
+            "match_parameters": 500,
+            "baseline": "lora",
+            "tune": TUNE | {"key": "adapter.rank", "values": [1, 2]},
+        },
+        "cell 'dora': tune.key sets its size",
+    ),
+    "seeds no list": ({"seeds": 3}, "seeds: must be a list; write [3]"),
+    "seeds no whole numbers": ({"seeds": [0.5]}, "seeds: Value '0.5'"),
+    "seed in the experiment": ({"experiment": EXPERIMENT | {"seed": 3}}, "seed: is set by the study itself"),
+    "cell in the experiment": (
+        {"experiment": EXPERIMENT | {"tracking": {"cell": "x"}}},
+        "tracking.cell: is set by the study itself",
+    ),
+    "extends what is missing": ({"extends": ["nothing.yaml"]}, "extends: no file"),
+    "metric no text": ({"metric": ["test/mse"]}, "metric: "),
+    "baseline of nothing": ({"baseline": None}, "baseline: "),
+    "no question": ({"question": " "}, "question: is empty"),
+    "endless margin": ({"equivalence": float("inf")}, "equivalence: must be above 0 and finite"),
+    "cell name no file name": (
+        {"list": {"a\a": {"adapter.rank": 7}}},
+        "the name of a cell must be plain text",
+    ),
+    "cell name too long": ({"list": {"a" * 201: {"adapter.rank": 7}}}, "a cell's name must have at most 200"),
+    "study name no folder": ({"name": "a/b"}, "name: must be a plain folder name"),
+    "grid key within another": (
+        {"grid": {"adapter": ["lora"], "adapter.rank": [1]}},
+        "grid.adapter.rank: lies within grid.adapter",
+    ),
+    "what only tracking sees": ({"grid": {"tracking.project": ["a", "b"]}}, "cells a, b are the same run"),
+    "tuned value of another type": (
+        {"tune": TUNE | {"values": ["fast", 0.1]}},
+        "optimization.learning_rate: Value 'fast'",
+    ),
+    "one tuned value in two ways": ({"tune": TUNE | {"values": [1, 1.0]}}, "1, 1.0 are the same run"),
+    "tuned devices": (
+        {"tune": TUNE | {"key": "trainer.devices", "values": [1, 2]}},
+        "'trainer.devices' is not a setting that a search",
     ),
     "margin of nothing": ({"equivalence": 0.0}, "equivalence: must be above 0"),
     "several devices": (
