@@ -261,8 +261,8 @@ def _checked_lineage(adapters: AdapterSet, lineage: Lineage, folder: Path, any_b
         return lineage | {"loaded_onto": [*lineage.get("loaded_onto", []), here]}
     raise CheckpointError(
         f"{folder}: was trained on {base.get('name')} with weights {base['weights']}, and this model is "
-        f"{here['name']} with weights {here.get('weights')}. Load it onto that base; to put it onto this one "
-        "all the same: --any-base, in Python any_base=True."
+        f"{here['name']} with weights {here.get('weights')}. Load it onto that base, or onto this one "
+        "with --any-base (in Python any_base=True)."
     )
 
 

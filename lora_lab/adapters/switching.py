@@ -147,7 +147,7 @@ class Switch(nn.Module):
         own = {name: index for name, index in rows.items() if name and name in self.adapters}
         if not own:
             return self.base(*arguments, **options)
-        edits = {name for name in own if isinstance(self.adapters[cast(str, name)], HiddenStateAdapter)}
+        edits = {name for name in own if isinstance(self.adapters[name], HiddenStateAdapter)}
         others = own.keys() - edits
         if others:
             self._check_rows_part((*arguments, *options.values()))
@@ -159,15 +159,15 @@ class Switch(nn.Module):
             if name not in own:
                 parts.append(cast(Tensor, hidden)[index])
                 continue
-            adapter = self.adapters[cast(str, name)]
+            adapter = self.adapters[name]
             positions = getattr(adapter, "positions", None)
             with positions.of_rows(index) if isinstance(positions, Positions) else nullcontext():
                 if name in edits:
-                    parts.append(self._with(cast(str, name), cast(Tensor, hidden)[index], (), {}))
+                    parts.append(self._with(name, cast(Tensor, hidden)[index], (), {}))
                 else:
                     taken = [_rows(value, index, len(given[0])) for value in arguments]
                     named = {key: _rows(value, index, len(given[0])) for key, value in options.items()}
-                    parts.append(self._with(cast(str, name), None, taken, named))
+                    parts.append(self._with(name, None, taken, named))
         order = torch.cat(list(rows.values())).argsort()
         return _joined(torch.cat(parts)[order], rest)
 

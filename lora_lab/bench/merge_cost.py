@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_lab.adapters import LoRASpec, inject
@@ -135,15 +136,22 @@ def merged(adapter: Path, out: Path) -> dict[str, float]:
     return {name: float(value) for name, value in json.loads(text).items()}
 
 
-def killed(adapter: Path, out: Path, after: float, whole: int) -> str:
-    """Kills a merge this many seconds after its start; returns the state of its folder."""
+def killed(adapter: Path, out: Path, after: float, whole: dict[str, list[int]]) -> str:
+    """Kills a merge this many seconds after its start; returns the state of its folder.
+
+    Args:
+        adapter: the adapter's folder.
+        out: the folder of the merge.
+        after: seconds.
+        whole: the shapes of a complete model.
+    """
     process = child(adapter, out)
     time.sleep(after)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     left = "none"
     if out.exists():
-        left = "whole" if size(out) == whole and (out / "README.md").is_file() else "broken"
+        left = "whole" if shapes(out) == whole and (out / "README.md").is_file() else "broken"
     for path in out.parent.glob(f"*{out.name}*"):
         shutil.rmtree(path)
     return left
@@ -152,6 +160,18 @@ def killed(adapter: Path, out: Path, after: float, whole: int) -> str:
 def size(folder: Path) -> int:
     """Returns the bytes of a model's weights."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def shapes(folder: Path) -> dict[str, list[int]]:
+    """Returns the shapes of a model's tensors, or of none if one of its files is not complete."""
+    found: dict[str, list[int]] = {}
+    try:
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                found |= {name: file.get_slice(name).get_shape() for name in file.keys()}
+    except SafetensorError:
+        return {}
+    return found
 
 
 def main() -> None:
@@ -187,7 +207,7 @@ def main() -> None:
             )
             print(rows[-1], flush=True)
         typical = statistics.median(row["merge_seconds"] for row in rows)
-        whole = size(base)  # as many numbers, of the same type, in files of the same size
+        whole = shapes(base)
         left = [
             killed(adapter, folder / "killed", typical * (number + 0.5) / KILLS, whole)
             for number in range(KILLS)

@@ -367,7 +367,7 @@ def test_calibration_by_one_kind_weighs_sizes_by_singular_values_and_leaves_padd
 
 def test_calibration_needs_enough_tokens():
     model, adapters = reader(rank=4)
-    with pytest.raises(DataError, match="inner.0: 3 tokens are too few to choose 4 directions by"):
+    with pytest.raises(DataError, match="inner.0: 3 tokens are too few to choose 4 directions"):
         calibrate(adapters, [rows({0: 1.0}, {1: 1.0}, {2: 1.0})])
     with pytest.raises(DataError, match="inner.0: 4 and 0 tokens are too few"):
         calibrate(adapters, [rows(*[{0: 1.0}] * 4)], [])
@@ -441,7 +441,7 @@ def test_folder_means_the_same_where_singular_vectors_have_other_signs(save_basi
     assert relative(fresh(x), model(x)) < TOLERANCE
     if not save_basis:
         with pytest.raises(CheckpointError, match="antipasto: the folder holds no singular vectors"):
-            load_adapter(linear(seed=1), tmp_path / "adapter")
+            load_adapter(linear(seed=1), tmp_path / "adapter", any_base=True)
 
 
 # Refusals -----------------------------------------------------------------------------------------------

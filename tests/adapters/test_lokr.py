@@ -125,7 +125,9 @@ def test_convolution_keeps_its_kernel_in_the_second_factor():
 
 def test_sides_without_a_divisor_are_told_once():
     model = nn.ModuleDict({"one": nn.Linear(7, 13), "two": nn.Linear(13, 7), "three": nn.Linear(7, 12)})
-    with pytest.warns(UserWarning, match="-1 splits no side of one, two: W1 is a single number") as told:
+    with pytest.warns(
+        UserWarning, match="-1 splits no side of one, two: there W1 is a single number"
+    ) as told:
         inject(model, LoKrSpec(targets=["one", "two", "three"], rank=2))
     assert len(told) == 1
 

@@ -382,7 +382,7 @@ def test_a_rank_that_is_the_target_already_prunes_nothing(tmp_path):
 
 
 def test_a_target_above_the_start_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="target_rank: 7 for each of 3 adapters are 21 components; .* 18"):
+    with pytest.raises(ConfigError, match="target_rank: 7 for each of 3 adapters makes 21 components; .* 18"):
         fit(tmp_path, target_rank=7)
     assert (
         fit(tmp_path, adapter={"rank_pattern": {"layer1": 9}}, target_rank=7, stop_at=1).controller.target

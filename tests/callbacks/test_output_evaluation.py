@@ -676,7 +676,7 @@ def test_subtracted_starts_cannot_share_and_quantised_ones_not_restart(bert, mon
         OutputEvaluation(OutputEvaluationSpec(), adapters)
     OutputEvaluation(OutputEvaluationSpec(share=False), adapters).decide(torch.ones(8))
     adapters.spec = LoRASpec(init="loftq")
-    with pytest.raises(IncompatibleError, match="reinit: lora starts from weights that are gone"):
+    with pytest.raises(IncompatibleError, match="reinit: lora starts from weights that no longer exist"):
         OutputEvaluation(OutputEvaluationSpec(share=False), adapters)
     OutputEvaluation(OutputEvaluationSpec(share=False, reinit=False), adapters)
 

@@ -491,7 +491,7 @@ def test_faulty_options_show_without_a_model(fields, message):
 
 def test_a_model_without_blocks_is_refused():
     (fault,) = check_model(tiny("mlp", quantization="nf4"))
-    assert fault.startswith("quantization: mlp has no blocks whose maps could become codes")
+    assert fault.startswith("quantization: mlp has no blocks with maps to quantise")
 
 
 def test_an_unknown_kind_is_refused_by_the_config(tmp_path):

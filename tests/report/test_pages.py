@@ -263,7 +263,7 @@ def test_what_cannot_be_reported_is_refused(folder, tmp_path):
         report([twice])
     unread = runs(tmp_path / "unread", 1)
     (unread / "lora-0" / "run.json").write_text("{")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="is not valid JSON"):
         report([unread])
 
 
