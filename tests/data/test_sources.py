@@ -40,14 +40,14 @@ def test_toy_refuses_other_tasks_and_sizes():
     faults = check_data(ToyConfig(size=0, features=1), "regression")
     assert [fault.split(":")[0] for fault in faults] == ["data.size", "data.features"]
     assert check_data(ToyConfig(), "sequence_classification") == [
-        "data.source: 'toy' serves regression, not sequence_classification"
+        "data.source: 'toy' is for regression, not for sequence_classification"
     ]
 
 
 def test_embedded_refuses_tasks_without_labels():
     assert check_data(EmbeddedConfig(name="vader"), "regression") == []
     assert (
-        "serves regression or causal_lm"
+        "is for regression or causal_lm"
         in check_data(EmbeddedConfig(name="vader"), "sequence_classification")[0]
     )
 

@@ -341,7 +341,7 @@ def test_names_of_classes_are_stored_with_the_adapter_and_written_into_the_model
     assert read_label_names(tmp_path / "adapter") == names
     other = build_model(config, len(names))
     assert other.config.id2label[0] == "LABEL_0"
-    load_adapter(other, tmp_path / "adapter")
+    load_adapter(other, tmp_path / "adapter", any_base=True)  # both are random
     assert other.config.id2label == dict(enumerate(names))
     save_adapter(adapters, tmp_path / "adapter")
     assert read_label_names(tmp_path / "adapter") == []

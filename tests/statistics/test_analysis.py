@@ -175,7 +175,7 @@ def test_an_analysis_uses_examples_that_fit_and_says_why_others_do_not():
     assert "on different ones" in analyse(runs, "test/accuracy", "lora", examples=rows).notes[0]
     del rows["dora", 1]
     without = analyse(runs, "test/accuracy", "lora", examples=rows)
-    assert without.notes == ("Test examples are not resampled: dora, seed 1, stores none.",)
+    assert without.notes == ("Test examples are not resampled: dora, seed 1, has none.",)
     assert without.comparisons["dora"].resampled is None
 
 
