@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 NO_CONFIG = """train: needs the YAML file of an experiment.
 
-One that comes with the repository; settings after it override those of the file:
+One comes with the repository; settings after it override those of the file:
 
   lora-lab train experiments/quickstart/experiment.yaml adapter.rank=4 seed=1
 
