@@ -96,11 +96,14 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--overwrite", action="store_true", help="delete an earlier run of the same name first")
     train.set_defaults(command=_train)
 
-    evaluate = commands.add_parser("evaluate", help="evaluate a finished run's adapter again")
-    evaluate.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
+    evaluate = commands.add_parser("evaluate", help="evaluate a finished run's adapter again, or a mixture")
+    evaluate.add_argument(
+        "run", metavar="RUN[+RUN…]", help="the run's folder; or several: their mixture, on the data of each"
+    )
     evaluate.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings over the run's own config"
     )
+    evaluate.add_argument("--weights", type=float, nargs="+", help="of a mixture, one for each (a mean)")
     evaluate.add_argument("--any-base", action="store_true", help=ANY_BASE)
     evaluate.set_defaults(command=_evaluate)
 
@@ -254,12 +257,20 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    runs = options.run.split("+")
+    if len(runs) > 1 and not Path(options.run).exists():
+        from lora_lab.experiment.mixtures import evaluate_mixture
+        from lora_lab.report.terminal import mixture_table
+
+        settings = options.weights, options.overrides, options.any_base
+        Console().print(mixture_table(evaluate_mixture(runs, *settings)))
+        return
+    if options.weights is not None:
+        raise ConfigError("--weights: belong to a mixture, RUN+RUN; one run has none.")
     from lora_lab.experiment import evaluate
     from lora_lab.report.terminal import metrics_table
 
-    Console().print(
-        metrics_table(evaluate(options.run, options.overrides, options.any_base), str(options.run))
-    )
+    Console().print(metrics_table(evaluate(options.run, options.overrides, options.any_base), options.run))
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ import lightning as L
 from rich.progress import track
 from torch import Tensor, nn
 
-from lora_lab.adapters import inject
+from lora_lab.adapters import AdapterSet, inject
 from lora_lab.adapters.storage import load_adapter, read_label_names, save_adapter
 from lora_lab.config.compose import compose
 from lora_lab.config.schema import ExperimentConfig
@@ -65,7 +65,7 @@ def run(
         this.check_data(data)
         if this.finished:
             return this.finished
-        model = _build_model(config, data, keep_weights=config.adapter.reads_full_weights)
+        model = build_base(config, data, keep_weights=config.adapter.reads_full_weights)
         adapters = inject(model, config.adapter, config.seed)
         forget_weights(model)
         module = FineTuner(
@@ -127,8 +127,24 @@ def evaluate(
         LabError: if the folder holds no finished run, or a setting is invalid.
     """
     quiet_libraries()
+    folder, config = open_evaluation(path, overrides)
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    data = evaluation_data(folder, config)
+    model = build_base(config, data)
+    adapters = load_adapter(model, folder.adapter, any_base)
+    return measure(model, adapters, config, data)
+
+
+def open_evaluation(
+    path: str | os.PathLike[str], overrides: Sequence[str] = ()
+) -> tuple[RunFolder, ExperimentConfig]:
+    """Returns a finished run's folder, and its config with settings for an evaluation.
+
+    Raises:
+        LabError: if the folder holds no finished run, or a setting is invalid or cannot act.
+    """
     folder = RunFolder(Path(path))
-    record = folder.finished()
+    folder.finished()
     config = folder.stored_config(overrides)
     own = compose(folder.config, stored=True)
     for part in ("adapter", "controllers", "optimization", "tracking"):
@@ -137,15 +153,30 @@ def evaluate(
                 f"command line: {part}: an evaluation uses the stored adapter as it is and trains and logs "
                 f"nothing, so no setting of {part} can act; remove it, or train another run with it."
             )
-    L.seed_everything(config.seed, workers=True, verbose=False)
-    model, data = build_parts(config, label_names=read_label_names(folder.adapter))
-    if config.data == own.data and data.fingerprint != record.get("data_fingerprint"):
+    return folder, config
+
+
+def evaluation_data(folder: RunFolder, config: ExperimentConfig) -> TaskData:
+    """Builds the data that a finished run is evaluated on. Warns if they have changed since its training.
+
+    Raises:
+        LabError: if data or tokenizer are at fault.
+    """
+    data = LoadedData().of(config, read_label_names(folder.adapter))
+    own = compose(folder.config, stored=True)
+    if config.data == own.data and data.fingerprint != folder.finished().get("data_fingerprint"):
         log.warning(
             "%s: its data, or their splits, have changed since it was trained. Scores on rows that it was "
             "trained on mean little.",
-            path,
+            folder.path,
         )
-    adapters = load_adapter(model, folder.adapter, any_base)
+    return data
+
+
+def measure(
+    model: nn.Module, adapters: AdapterSet, config: ExperimentConfig, data: TaskData
+) -> dict[str, float]:
+    """Returns an adapted model's metrics on the validation and test data."""
     module = FineTuner(
         model.eval(),
         adapters,
@@ -174,10 +205,20 @@ def build_parts(
         label_names: as in `build_data`.
     """
     data = LoadedData().of(config, label_names)
-    return _build_model(config, data, keep_weights), data
+    return build_base(config, data, keep_weights), data
 
 
-def _build_model(config: ExperimentConfig, data: TaskData, keep_weights: bool) -> nn.Module:
+def build_base(config: ExperimentConfig, data: TaskData, keep_weights: bool = False) -> nn.Module:
+    """Builds the model of a run, not yet adapted.
+
+    Args:
+        config: of the run.
+        data: of the run.
+        keep_weights: as in `build_model`.
+
+    Raises:
+        ConfigError: if the model has no positions for the data's length.
+    """
     model = build_model(config.model, data.num_labels, keep_weights, data.label_names)
     length, name = config.data.max_length, config.model.name
     limit, meant = position_limit(model), getattr(model.config, "max_position_embeddings", None)

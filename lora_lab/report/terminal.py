@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
 from rich.console import Group, RenderableType
@@ -16,6 +16,9 @@ from rich.text import Text
 from lora_lab.adapters import METHODS
 from lora_lab.callbacks import CONTROLLERS
 from lora_lab.report.descriptions import REQUIRED, describe, known
+
+if TYPE_CHECKING:  # importing it takes seconds
+    from lora_lab.experiment.mixtures import Judged
 
 
 def record_table(record: Mapping[str, Any]) -> Table:
@@ -46,6 +49,19 @@ def metrics_table(metrics: Mapping[str, float], title: str) -> Table:
     """Shows metrics by name."""
     table = _facts(title)
     _add_metrics(table, metrics)
+    return table
+
+
+def mixture_table(judged: Sequence[Judged]) -> Table:
+    """Shows, on the data of each run, its own adapter alone and the mixture of all."""
+    table = Table(box=SIMPLE)
+    table.add_column("data of", overflow="fold")
+    table.add_column("metric")
+    table.add_column("alone", justify="right")
+    table.add_column("mixture", justify="right")
+    for source in judged:
+        for name, value in sorted(source.alone.items()):
+            table.add_row(str(source.path), name, f"{value:.4g}", f"{source.mixture[name]:.4g}")
     return table
 
 

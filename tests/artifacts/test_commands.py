@@ -1,6 +1,7 @@
 """merge, export and combine on the folders of real runs."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from lora_lab import evaluate
 from lora_lab.adapters.storage import CONFIG, OWN, TENSORS, load_adapter, stored_lineage
 from lora_lab.artifacts import combine, export, merge
 from lora_lab.cli import main
+from lora_lab.experiment.mixtures import evaluate_mixture
 from lora_lab.models.build import ModelConfig, build_model, build_tokenizer
 from lora_lab.models.conversion import save_model
 from lora_lab.models.tiny import character_tokenizer
@@ -120,6 +122,38 @@ def test_exports_and_mixtures_are_the_functions_that_they_claim(base, runs, tmp_
         out = tmp_path / f"mixed{weights[0]}"
         assert main(["combine", *map(str, runs), "--out", str(out), "--weights", *weights]) == 0
         torch.testing.assert_close(stored_logits(base, out), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_mixture_is_judged_on_the_data_of_each_run(runs, tmp_path, capsys):
+    quiet = "trainer.progress_bar=false"
+    judged = evaluate_mixture(runs, [3.0, -2.0], [quiet])
+    combine(runs, tmp_path / "mixed", [3.0, -2.0])
+    for run, found in zip(runs, judged, strict=True):
+        assert found.alone == pytest.approx(evaluate(run, [quiet]), rel=1e-6)
+        copy = tmp_path / run.name
+        shutil.copytree(run, copy)
+        shutil.rmtree(copy / "adapter")
+        shutil.copytree(tmp_path / "mixed", copy / "adapter")
+        assert found.mixture == pytest.approx(evaluate(copy, [quiet]), rel=1e-5)
+        assert found.mixture["validation/loss"] != pytest.approx(found.alone["validation/loss"], rel=1e-4)
+    assert main(["evaluate", "+".join(map(str, runs)), quiet]) == 0
+    assert "mixture" in capsys.readouterr().out
+
+
+def test_heads_mix_if_they_are_of_one_kind_and_nothing_of_the_untrained_one_stays(runs, tmp_path, capsys):
+    run = trained(tmp_path, "random:bert", "one", "adapter.targets=[query]", "data.max_length=12")
+    (found, _) = evaluate_mixture([run, run], None, ["trainer.progress_bar=false"])
+    assert found.mixture == pytest.approx(found.alone, rel=1e-5)
+    for words, message in (
+        ([f"{run}+{run}", "--weights", "0.3", "0.3"], "must add up to 1 where classifier is mixed"),
+        ([f"{run}+{runs[0]}"], "differ in model.name"),
+        ([f"{run}+{run}", "--weights", "1"], "a finite number for each run, 2"),
+        ([str(run), "--weights", "1"], "belong to a mixture"),
+        ([f"{run}+{run}", "adapter.rank=2"], "no setting of adapter can act"),
+        ([f"{run}+{run.parent}"], "holds no run"),
+    ):
+        assert main(["evaluate", *words]) == 2
+        assert message in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_python_takes_paths_as_text(runs, tmp_path):
