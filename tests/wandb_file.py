@@ -25,6 +25,7 @@ class OfflineRun:
     id: str = ""
     name: str = ""
     group: str = ""
+    job_type: str = ""
     project: str = ""
     tags: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
@@ -90,6 +91,7 @@ def _add(run: OfflineRun, record: Record) -> None:
     kind = record.WhichOneof("record_type")
     if kind == "run":
         run.id, run.name, run.group = record.run.run_id, record.run.display_name, record.run.run_group
+        run.job_type = record.run.job_type
         run.project, run.tags = record.run.project, list(record.run.tags)
         run.config |= _items(record.run.config.update)
     elif kind == "config":

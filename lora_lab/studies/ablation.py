@@ -18,6 +18,7 @@ from lora_lab.studies.cells import Cell, Job, Study, jobs_of
 from lora_lab.studies.display import Board, end_lines
 from lora_lab.studies.executors import Executor
 from lora_lab.studies.results import state_of, write_results, write_study, write_tuning
+from lora_lab.studies.summary import NAME as SUMMARY, log_summary
 from lora_lab.studies.worker import Outcome
 from lora_lab.training.stopping import StopRequest
 
@@ -151,6 +152,7 @@ def ablate(study: Study, executor: Callable[[Path], Executor], console: Console 
     stop = StopRequest()
     with RunFolder(study.folder).owned("give the study another name=…"), stop.watched():
         progress = Progress(study, study.folder)
+        before = len(progress.outcomes)
         check_folder(study)
         check_data(progress)
         write_study(study)
@@ -160,6 +162,8 @@ def ablate(study: Study, executor: Callable[[Path], Executor], console: Console 
         finally:
             workers.cancel()
             _write(progress)
+        if len(progress.outcomes) > before or not (study.folder / SUMMARY).exists():
+            log_summary(study)
     console.print(*end_lines(progress), sep="\n", soft_wrap=True, highlight=False)
     failed = {
         job: outcome

@@ -2,7 +2,7 @@
 
 from lora_lab.tracking.config import TrackingConfig, wandb_mode
 from lora_lab.tracking.history import replay
-from lora_lab.tracking.loggers import build_loggers, close_loggers, log_adapter, summarise
+from lora_lab.tracking.loggers import build_loggers, close_loggers, log_adapter, log_page, summarise
 from lora_lab.tracking.metrics_file import MetricsFile, read_metrics
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "build_loggers",
     "close_loggers",
     "log_adapter",
+    "log_page",
     "read_metrics",
     "replay",
     "summarise",

@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,7 @@ def summarise(loggers: Iterable[Logger], values: Mapping[str, Any]) -> None:
 
     Args:
         loggers: what `build_loggers` made.
-        values: name → number; None is left out.
+        values: name → number or text; None is left out.
     """
     known = {name: value for name, value in values.items() if value is not None}
     for logger in loggers:
@@ -177,6 +177,28 @@ def log_adapter(loggers: Iterable[Logger], folder: Path, lineage: Mapping[str, A
     for logger in loggers:
         if isinstance(logger, TolerantWandbLogger):
             logger.attempt(lambda logger=logger: log(logger.experiment))
+
+
+@rank_zero_only
+def log_page(
+    loggers: Iterable[Logger], page: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
+) -> None:
+    """Logs a table as `cells` and a page of HTML as `report`.
+
+    Args:
+        loggers: what `build_loggers` made.
+        page: the page, which needs no other files.
+        columns: names of the table's columns.
+        rows: its rows of plain values.
+    """
+
+    def log(run: Any) -> None:
+        table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+        run.log({"cells": table, "report": wandb.Html(page, inject=False)})
+
+    for logger in loggers:
+        if isinstance(logger, TolerantWandbLogger):
+            logger.attempt(log, logger.experiment)
 
 
 @rank_zero_only

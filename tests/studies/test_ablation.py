@@ -1,5 +1,6 @@
 """Running a study: real runs, really killed."""
 
+import json
 import os
 import random
 import re
@@ -13,11 +14,13 @@ import yaml
 
 from lora_lab.cli import main
 from lora_lab.errors import CheckpointError, ConfigError, DataError, StudyError
+from lora_lab.report.pages import report
 from lora_lab.studies import ablate, read_study
 from lora_lab.studies.ablation import Progress
 from lora_lab.studies.executors import Executor, LocalExecutor
 from lora_lab.studies.worker import execute
 from tests.forks import Fork, fork
+from tests.wandb_file import offline_folders, read_offline_run
 
 STUDY = {
     "question": "Which method learns a sum?",
@@ -295,6 +298,36 @@ def test_a_folder_of_another_study_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"holds the results of another study, \S*methods.yaml"):
         ablate(read_study(other, ["seeds=[1]"]), lambda logs: executor)
     assert (executor.made, (found.folder / "results.csv").read_text()) == ([], before)
+
+
+def test_a_tracked_study_has_a_group_of_runs_and_one_summary(tmp_path):
+    tracked = {"tracking": {"wandb": "offline", "tags": ["trial"]}}
+    tune = TUNE | {"values": [0.001, 0.01], "seeds": [100]}
+    experiment = STUDY["experiment"] | QUICK | tracked
+    found = study(tmp_path, experiment=experiment, seeds=[0], grid={"adapter.method": ["lora"]}, tune=tune)
+    ablate(found, Inline)
+    for folder, job_type in (("lora-seed0-*", "compare"), ("lora-tune-seed100-*", "tune")):
+        for path in found.folder.glob(folder):
+            one = read_offline_run(*offline_folders(path))
+            assert (one.group, one.job_type, one.tags) == ("methods", job_type, ["trial"])
+            assert one.config["tracking"]["cell"] == one.config["adapter"]["method"] == "lora"
+    (own,) = offline_folders(found.folder / "summary")
+    summary = read_offline_run(own)
+    assert (summary.name, summary.group, summary.job_type) == ("summary", "methods", "summary")
+    assert summary.tags == ["trial"]
+    assert (summary.config["metric"], summary.config["baseline"]) == ("test/mse", "lora")
+    made = report([found.folder])
+    assert summary.summary["verdict"] == made.verdict
+    (table,) = [path for path in summary.media if path.name.endswith(".table.json")]
+    stored = json.loads(table.read_text())
+    assert (
+        dict(zip(stored["columns"], stored["data"][0], strict=True))["mean"]
+        == results(found).iloc[-1]["test/mse"]
+    )
+    (page,) = [path for path in summary.media if path.suffix == ".html"]
+    assert page.read_text() == made.html()
+    ablate(read_study(found.source), Inline)  # makes no run, and no second summary
+    assert offline_folders(found.folder / "summary") == [own]
 
 
 def test_a_plan_writes_nothing(tmp_path, capsys, monkeypatch):
