@@ -14,6 +14,7 @@ import torch
 
 from lora_lab.adapters import LoRASpec
 from lora_lab.adapters.injection import AdapterSet, place
+from lora_lab.adapters.maps import stacked
 from lora_lab.adapters.protocols import NestedRank
 from lora_lab.adapters.sites import exact_targets
 from lora_lab.adapters.storage import read_label_names, save_adapter
@@ -68,6 +69,14 @@ def export(
     _, adapters = open_adapter(source)
     if active_rank is not None:
         _activate(adapters, active_rank)
+    experts = [name for name, adapter in adapters.items() if stacked(adapter.base)]
+    if experts and form == "lora" and adapters.spec.method == "lora":
+        if rank is not None or energy < 1:
+            raise IncompatibleError(
+                f"{experts[0]}: --rank and --energy cut updates of single maps, and this is a stack of "
+                "experts. Leave them out: the adapter is a LoRA already."
+            )
+        form = "peft"
     if form == "peft":
         layout = type(next(iter(adapters))).peft if len(adapters) else None
         if layout is None or layout.peft_type is None:

@@ -11,13 +11,13 @@ from lora_lab.adapters import METHODS, inject
 from lora_lab.adapters.methods.lora import LoRASpec
 from lora_lab.adapters.storage import load_adapter, save_adapter
 from lora_lab.artifacts.combining import _sparse_mixture, elected_mean, largest
-from lora_lab.artifacts.converting import as_lora, updates
+from lora_lab.artifacts.converting import as_lora, export, updates
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.updates import Update
 from lora_lab.models.build import ModelConfig, build_model
 from lora_lab.models.conversion import save_model
 from tests.adapters.test_storage import OPTIONS
-from tests.adapters.tiny import linear, logits, relative, shake, tiny_bert, tiny_llama
+from tests.adapters.tiny import linear, logits, mixtral, relative, shake, tiny_bert, tiny_llama
 
 LINEAR = [name for name in METHODS if name not in ("reft", "head")]
 
@@ -60,6 +60,21 @@ def test_what_edits_no_linear_map_is_refused_by_its_path():
         adapters = inject(tiny_bert(), spec)
         with pytest.raises(IncompatibleError, match=r"bert\.\S+: .*no matrix update"):
             updates(adapters)
+
+
+def test_a_lora_of_stacked_experts_is_exported_as_it_is(tmp_path):
+    model = mixtral()
+    save_model(model, tmp_path / "base")
+    adapters = inject(model, LoRASpec(rank=2, targets=["experts", "query"]))
+    shake(adapters)
+    expected = logits(model)
+    save_adapter(adapters, tmp_path / "adapter", str(tmp_path / "base"), "CAUSAL_LM")
+    export(tmp_path / "adapter", tmp_path / "lora")
+    fresh = mixtral()
+    load_adapter(fresh, tmp_path / "lora")
+    assert torch.equal(logits(fresh), expected)
+    with pytest.raises(IncompatibleError, match=r"experts: --rank and --energy cut"):
+        export(tmp_path / "adapter", tmp_path / "small", rank=1)
 
 
 def test_factors_are_the_update_for_layers_of_every_kind():
