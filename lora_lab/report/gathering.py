@@ -17,7 +17,7 @@ import pyarrow.parquet
 import yaml
 from numpy.typing import NDArray
 
-from lora_lab.documents.reading import flat, read_json
+from lora_lab.documents.reading import DocumentError, flat, parse_yaml, plain, read_json, read_text
 from lora_lab.errors import CheckpointError
 from lora_lab.tasks import TASKS
 
@@ -29,6 +29,8 @@ COSTS = ("trained_parameters", "peak_megabytes", "step_seconds")
 """Costs against which the metric is drawn."""
 RANK = "rank/"
 CURVE_COLUMNS = ["cell", "seed", "step", "metric", "value"]
+MOST_FLOW = 1000
+"""Brackets in a file beyond which it may be nested deeply."""
 APART = ("seed", "name", "run", "output", "continues", "tracking")
 """Keys in which runs of one cell may differ."""
 
@@ -335,10 +337,16 @@ def _json(path: Path) -> Any:
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        found = yaml.load(path.read_text(encoding="utf-8"), loader)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        text = read_text(path)
+        # The strict reader is too slow for 1,000 runs, and what a run writes has no aliases.
+        if "*" in text or text.count("[") + text.count("{") > MOST_FLOW:
+            found = plain(parse_yaml(text, str(path)))
+        else:
+            found = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except DocumentError as error:
+        raise CheckpointError(str(error)) from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}).") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: holds no settings.")

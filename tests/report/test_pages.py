@@ -265,6 +265,12 @@ def test_what_cannot_be_reported_is_refused(folder, tmp_path):
     (unread / "lora-0" / "run.json").write_text("{")
     with pytest.raises(CheckpointError, match="is not valid JSON"):
         report([unread])
+    levels = [f"a{n}: &a{n} {{x: *a{n - 1}, y: *a{n - 1}}}" for n in range(1, 40)]
+    for bomb in ("\n".join(["a0: &a0 {x: 1}", *levels]), "adapter: " + "[" * 5000 + "]" * 5000):
+        bombs = runs(tmp_path / f"bombs-{len(bomb)}", 1)
+        (bombs / "lora-0" / "config.yaml").write_text(bomb)
+        with pytest.raises(CheckpointError, match="config.yaml"):
+            report([bombs])
 
 
 def test_without_scipy_one_message_says_what_to_install(monkeypatch):
