@@ -71,7 +71,9 @@ class Board:
     def _table(self) -> Table:
         progress, study = self.progress, self.progress.study
         running = self.executor.running()
-        table = Table(box=SIMPLE, title=study.name, caption=self._caption(len(running)))
+        # On top, because a terminal with fewer lines than cells cuts the table's end.
+        title = f"{study.name}: {self._counts(len(running))}"
+        table = Table(box=SIMPLE, title=title, title_justify="left")
         table.add_column("cell")
         if study.tuning:
             table.add_column("tuned", justify="right")
@@ -121,7 +123,7 @@ class Board:
         what = _short(job.value) if job.phase == "tune" else f"seed {job.seed}"
         return f"{what}: {text}"
 
-    def _caption(self, running: int) -> str:
+    def _counts(self, running: int) -> str:
         done, total = len(self.progress.outcomes), self.progress.total()
         text = f"{done} of {total} runs done, {running} running"
         if self._ended:
