@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lora_lab.documents.reading import read_yaml
+from lora_lab.documents.reading import plain, read_yaml
 from lora_lab.errors import ConfigError, DataError, StudyError
 from lora_lab.experiment.folder import Record, RunFolder
 from lora_lab.experiment.loaded import LoadedData
@@ -188,7 +188,8 @@ def check_folder(study: Study) -> None:
     stored = study.folder / "study.yaml"
     if not stored.is_file():
         return
-    source = read_yaml(stored).get("source")
+    found = plain(read_yaml(stored))
+    source = found.get("source") if isinstance(found, dict) else None
     if source != study.resolved()["source"]:
         raise ConfigError(
             f"{study.folder}: holds the results of another study, {source}. Give this one another name=… or "
