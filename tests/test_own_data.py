@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from lora_lab.adapters.storage import load_adapter, read_label_names
-from lora_lab.artifacts.opening import open_source
+from lora_lab.artifacts.opening import find_adapter
 from lora_lab.config import compose
 from lora_lab.errors import ConfigError, DataError
 from lora_lab.experiment import build_parts, evaluate, run
@@ -130,6 +130,6 @@ def test_an_artifact_needs_no_rows_to_know_its_classes(folder, tmp_path):
     config = elsewhere / "config.yaml"
     empty = write(tmp_path / "empty.csv", [])
     config.write_text(config.read_text().replace(str(folder / "a.csv"), empty))
-    model = open_source(elsewhere).build()
+    model = find_adapter(elsewhere).build()
     assert [model.config.id2label[n] for n in range(4)] == CLASSES
     assert model.config.num_labels == 4

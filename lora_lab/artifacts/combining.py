@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lora_lab.adapters.storage import load_adapter
 from lora_lab.artifacts.converting import Converted, as_lora, check_size, store, updates
-from lora_lab.artifacts.opening import Source, open_source
+from lora_lab.artifacts.opening import StoredAdapter, find_adapter
 from lora_lab.errors import ConfigError, IncompatibleError
 from lora_lab.linalg.updates import Update
 
@@ -75,7 +75,7 @@ def combine(
     """
     check_size(rank, energy)
     weights = _checked(paths, weights, method, rank, energy, density)
-    sources = [open_source(path, base, any_base) for path in paths]
+    sources = [find_adapter(path, base, any_base) for path in paths]
     for source in sources[1:]:
         if source.model != sources[0].model:
             raise IncompatibleError(
@@ -221,7 +221,7 @@ def _whole(found: Mapping[str, Update]) -> dict[str, Tensor]:
 
 
 def _head(
-    sources: Sequence[Source],
+    sources: Sequence[StoredAdapter],
     trained: Sequence[State],
     weights: Sequence[float],
     heads: int | Literal["average"] | None,

@@ -18,7 +18,7 @@ from lora_lab.adapters.maps import stacked
 from lora_lab.adapters.protocols import NestedRank
 from lora_lab.adapters.sites import exact_targets
 from lora_lab.adapters.storage import read_label_names, save_adapter
-from lora_lab.artifacts.opening import Source, open_adapter, open_source
+from lora_lab.artifacts.opening import StoredAdapter, find_adapter, open_adapter
 from lora_lab.errors import ConfigError, IncompatibleError
 from lora_lab.linalg.norms import nonfinite
 from lora_lab.linalg.updates import Update
@@ -65,7 +65,7 @@ def export(
     check_size(rank, energy)
     if form == "peft" and (rank is not None or energy < 1):
         raise ConfigError("export: --rank and --energy cut a LoRA; a method's own form cannot be cut.")
-    source = open_source(path, base, any_base)
+    source = find_adapter(path, base, any_base)
     _, adapters = open_adapter(source)
     if active_rank is not None:
         _activate(adapters, active_rank)
@@ -181,7 +181,7 @@ def as_lora(adapters: AdapterSet, found: Mapping[str, Update]) -> AdapterSet:
 
 
 def store(
-    adapters: AdapterSet, folder: str | os.PathLike[str], source: Source, lineage: Mapping[str, Any]
+    adapters: AdapterSet, folder: str | os.PathLike[str], source: StoredAdapter, lineage: Mapping[str, Any]
 ) -> None:
     """Writes adapters with the names of their base and of its classes."""
     name, task = source.model.source().public_name, TASKS[source.model.task]

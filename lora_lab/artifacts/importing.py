@@ -29,7 +29,7 @@ from lora_lab.adapters.methods import METHODS
 from lora_lab.adapters.sites import exact_targets
 from lora_lab.adapters.storage import read_tensors
 from lora_lab.artifacts.converting import Converted, store
-from lora_lab.artifacts.opening import Source
+from lora_lab.artifacts.opening import StoredAdapter
 from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError
 from lora_lab.experiment import quiet_libraries
 from lora_lab.models.build import ModelConfig
@@ -64,7 +64,7 @@ def import_file(
     """
     quiet_libraries()
     path = Path(file)
-    source = Source(path, path, ModelConfig(name=base, task="causal_lm"), None, None)
+    source = StoredAdapter(path, path, ModelConfig(name=base, task="causal_lm"), None, None)
     tensors = read_tensors(path)
     adapters = _place(source.build().eval(), tensors, str(path), prefix)
     made = {"by": "import", "file": path.name, "method": adapters.spec.method}

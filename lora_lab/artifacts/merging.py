@@ -12,7 +12,7 @@ import yaml
 
 from lora_lab.adapters.injection import AdapterSet
 from lora_lab.artifacts.converting import Converted, as_lora, check_size, cut
-from lora_lab.artifacts.opening import Source, open_adapter, open_source
+from lora_lab.artifacts.opening import StoredAdapter, find_adapter, open_adapter
 from lora_lab.documents.writing import new_folder
 from lora_lab.errors import CheckpointError, ConfigError
 from lora_lab.models.build import ModelConfig, build_tokenizer
@@ -62,7 +62,7 @@ def merge(
         raise ConfigError(f"--dtype: must be float32, bfloat16 or float16; got {dtype}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: exists already, and nothing in it is replaced. Name a new folder.")
-    source = open_source(path, base, any_base)
+    source = find_adapter(path, base, any_base)
     written = getattr(torch, dtype or source.model.dtype)
     tokenizer = build_tokenizer(source.model)
     model, adapters = open_adapter(replace(source, model=_as_stored(source.model)))
@@ -90,7 +90,9 @@ def _as_stored(model: ModelConfig) -> ModelConfig:
     return replace(model, dtype=STORED[stored.pop()]) if len(stored) == 1 and stored <= {*STORED} else model
 
 
-def model_card(source: Source, adapters: AdapterSet, method: dict[str, object], found: Converted) -> str:
+def model_card(
+    source: StoredAdapter, adapters: AdapterSet, method: dict[str, object], found: Converted
+) -> str:
     """Returns the model card of a merged model, as Markdown with the hub's metadata."""
     model = source.model
     name = model.source().public_name or model.name

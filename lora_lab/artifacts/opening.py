@@ -21,7 +21,7 @@ from lora_lab.tasks import TASKS
 
 
 @dataclass(frozen=True)
-class Source:
+class StoredAdapter:
     """Where a stored adapter is, and which model it belongs to."""
 
     path: Path
@@ -62,7 +62,9 @@ class Source:
         return cast(PreTrainedModel, build_parts(replace(self.config, model=self.model))[0])
 
 
-def open_source(path: str | os.PathLike[str], base: str | None = None, any_base: bool = False) -> Source:
+def find_adapter(
+    path: str | os.PathLike[str], base: str | None = None, any_base: bool = False
+) -> StoredAdapter:
     """Finds a stored adapter and its model; neither is loaded yet.
 
     Args:
@@ -89,10 +91,10 @@ def open_source(path: str | os.PathLike[str], base: str | None = None, any_base:
         adapter, model = path, _named_base(path, base)
     if base is not None:
         model = replace(model, name=base, revision=None)
-    return Source(path, adapter, model, record, config, any_base)
+    return StoredAdapter(path, adapter, model, record, config, any_base)
 
 
-def open_adapter(source: Source) -> tuple[PreTrainedModel, Any]:
+def open_adapter(source: StoredAdapter) -> tuple[PreTrainedModel, Any]:
     """Returns a source's model, and the adapters in it."""
     model = source.build().eval()
     return model, load_adapter(model, source.adapter, source.any_base)

@@ -20,10 +20,10 @@ from torch.autograd.graph import Node
 Hook = TypeVar("Hook", bound=Callable[..., Tensor])
 
 Build = Callable[..., Tensor]
-"""Computes x from the tensors of its `Source`, or some rows of x from the same rows of the tensors."""
+"""Computes x from the tensors of its `Origin`, or some rows of x from the same rows of the tensors."""
 
 
-class Source(NamedTuple):
+class Origin(NamedTuple):
     """What a tensor is computed from."""
 
     build: Build
@@ -31,7 +31,7 @@ class Source(NamedTuple):
     """What has to be kept for this: rows like those of x, and vectors."""
 
 
-def source(x: Tensor) -> Source:
+def source(x: Tensor) -> Origin:
     """Returns what x can be computed from again, up to rounding.
 
     This is x itself, which then has to be kept, if its origin is unknown, or if there are hooks on saved
@@ -42,15 +42,15 @@ def source(x: Tensor) -> Source:
         made = _made_by(x.grad_fn) if hooks is None or hooks[1] in _OBSERVERS else None
         if made is not None and all(t.shape[:-1] == x.shape[:-1] or t.ndim < 2 for t in made.tensors):
             return made
-    return Source(_itself, (x,))
+    return Origin(_itself, (x,))
 
 
 def in_pieces(build: Build, tensors: Sequence[Tensor], lead: torch.Size, rows: int) -> Iterator[Tensor]:
     """Yields x as pieces of this many rows, one after the other.
 
     Args:
-        build: that of x's source.
-        tensors: those of x's source.
+        build: that of x's origin.
+        tensors: those of x's origin.
         lead: x's shape without its last axis.
         rows: length of the pieces; the last one may be shorter.
     """
@@ -82,7 +82,7 @@ def _itself(x: Tensor) -> Tensor:
     return x
 
 
-def _made_by(node: Node | None) -> Source | None:
+def _made_by(node: Node | None) -> Origin | None:
     """Returns the source of what a node of autograd's graph has returned; None if it is not known."""
     maker = None if node is None else _MAKERS.get(node.name())
     return None if node is None or maker is None else maker(node)
@@ -98,7 +98,7 @@ def _saved(node: Node, name: str) -> Tensor | None:
         return None
 
 
-def _layer_norm(node: Node) -> Source | None:
+def _layer_norm(node: Node) -> Origin | None:
     kept = [_saved(node, name) for name in ("input", "result1", "result2", "weight", "bias")]
     if any(tensor is None for tensor in kept[:3]):
         return None
@@ -112,36 +112,36 @@ def _layer_norm(node: Node) -> Source | None:
             step(x, tensor)
         return x.to(h.dtype)
 
-    return Source(build, tuple(tensor for tensor in kept if tensor is not None))
+    return Origin(build, tuple(tensor for tensor in kept if tensor is not None))
 
 
-def _gelu(node: Any) -> Source | None:
+def _gelu(node: Any) -> Origin | None:
     h, approximate = _saved(node, "self"), node._saved_approximate
-    return None if h is None else Source(lambda h: F.gelu(h, approximate=approximate), (h,))
+    return None if h is None else Origin(lambda h: F.gelu(h, approximate=approximate), (h,))
 
 
-def _product(node: Node) -> Source | None:
+def _product(node: Node) -> Origin | None:
     factors = []
     for name, (origin, _) in zip(("self", "other"), node.next_functions, strict=True):
         kept = _saved(node, name)
-        factors.append(_made_by(origin) if kept is None else Source(_itself, (kept,)))
+        factors.append(_made_by(origin) if kept is None else Origin(_itself, (kept,)))
     left, right = factors
     if left is None or right is None:
         return None
     (make_left, own), (make_right, others) = left, right
     count = len(own)
-    return Source(lambda *kept: make_left(*kept[:count]) * make_right(*kept[count:]), own + others)
+    return Origin(lambda *kept: make_left(*kept[:count]) * make_right(*kept[count:]), own + others)
 
 
-def _cast(node: Node) -> Source | None:
+def _cast(node: Node) -> Origin | None:
     made, dtype = _made_by(node.next_functions[0][0]), node._input_metadata[0].dtype
     if made is None:
         return None
     make = made.build
-    return Source(lambda *kept: make(*kept).to(dtype), made.tensors)
+    return Origin(lambda *kept: make(*kept).to(dtype), made.tensors)
 
 
-_MAKERS: dict[str, Callable[[Node], Source | None]] = {
+_MAKERS: dict[str, Callable[[Node], Origin | None]] = {
     "NativeLayerNormBackward0": _layer_norm,
     "GeluBackward0": _gelu,
     "MulBackward0": _product,  # of SwiGLU; twice in a row, of RMSNorm
