@@ -61,6 +61,8 @@ def test_each_experiment_tells_its_command_and_what_to_expect():
 
 
 def test_each_experiment_folder_has_a_readme_and_raw_results():
+    overview = (ROOT / "experiments" / "README.md").read_text()
     for folder in {*(ROOT / "experiments").glob("*/")} - {CLAIMS}:
+        assert f"({folder.name}/README.md)" in overview, folder
         assert (folder / "README.md").is_file(), folder
         assert (folder / "results.csv").is_file() or (folder / "summary.json").is_file(), folder
