@@ -79,6 +79,7 @@ def stop_after(process: Fork, folder: Path, rows: int, how: signal.Signals) -> i
 @pytest.fixture(scope="module", autouse=True)
 def wandb_in_use():
     """A W&B run of this process, whose service killed runs must not share: it would keep their ids in use."""
+    wandb.teardown()  # a test before may have taken the name of the service out of the environment
     with tempfile.TemporaryDirectory() as folder:
         settings = wandb.Settings(silent=True, console="off")
         own = wandb.init(dir=folder, mode="offline", project="own", settings=settings)
