@@ -159,7 +159,7 @@ def load_adapter(
         folder: holds `adapter_config.json` and `adapter_model.safetensors`.
         any_base: whether the model may have other weights than the base that the folder was trained on; that
             it has is then said in the set's lineage, and in folders that are made of it.
-        name: holds the adapters under this name beside others in the model, see `switching`; they are at work
+        name: holds the adapters under this name, next to others in the model (see `switching`); they work
             once they are chosen.
 
     Returns:

@@ -12,7 +12,7 @@ At each place stands one `Switch`, which holds the base's module and the adapter
 method gets the rows that are its own and computes as if it were alone. Choosing moves and copies nothing.
 
 For methods with an update of a matrix the sum is that of the updates; hidden states are shifted by the sum of
-the shifts. Modules trained whole (task heads) mix likewise; where the weights do not add up to 1, the rest is
+the shifts. Fully trained modules (task heads) mix likewise; where the weights do not add up to 1, the rest is
 the base's own head.
 """
 

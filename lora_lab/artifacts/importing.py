@@ -6,7 +6,7 @@ s = alpha / rank (1 if alpha is missing or 0):
     LoRA    s lora_up lora_down                          `lora_down` of a convolution has its kernel
     LoHa    s (hada_w1_a hada_w1_b) ⊙ (hada_w2_a hada_w2_b)   with cores hada_t1, hada_t2 for a convolution
     LoKr    s lokr_w1 ⊗ lokr_w2                          each whole, or as a product `_a` `_b`; s = 1 if both
-                                                         are whole, whatever alpha says
+                                                         are whole; alpha has no effect
 
 Sources: `networks/lora.py` of sd-scripts; `modules/locon.py`, `loha.py` and `lokr.py` of LyCORIS.
 """

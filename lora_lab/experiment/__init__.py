@@ -160,7 +160,7 @@ def evaluation_data(folder: RunFolder, config: ExperimentConfig) -> TaskData:
     """Builds the data that a finished run is evaluated on. Warns if they have changed since its training.
 
     Raises:
-        LabError: if data or tokenizer are at fault.
+        LabError: if the data or the tokenizer cannot be used.
     """
     data = LoadedData().of(config, read_label_names(folder.adapter))
     own = compose(folder.config, stored=True)

@@ -18,7 +18,7 @@ class LoadedData:
     """Builds the data of runs; what was read and tokenised for one serves all that have the same settings.
 
     A file that changes meanwhile is not read again. Models are not kept: their weights are read from the
-    system's file cache, in a tenth of the time that data take, and heads are drawn anew with each run's seed.
+    system's file cache, in a tenth of the time that data take; heads are drawn again with each run's seed.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class LoadedData:
             label_names: as in `build_data`.
 
         Raises:
-            LabError: if data or tokenizer are at fault.
+            LabError: if the data or the tokenizer cannot be used.
         """
         task = config.model.task
         key = json.dumps([asdict(config.data), asdict(config.model), list(label_names)], sort_keys=True)

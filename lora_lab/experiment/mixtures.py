@@ -46,7 +46,7 @@ def evaluate_mixture(
 
     Raises:
         ConfigError: if a setting or the weights are invalid.
-        IncompatibleError: if the runs differ in base, task or classes, or in what they train beside adapters.
+        IncompatibleError: if the runs differ in base, task or classes, or in their fully trained modules.
         LabError: as `evaluate`.
     """
     quiet_libraries()

@@ -2,7 +2,7 @@
 
     python -m lora_lab.report.experiments experiments
 
-writes three things anew, each between two comments in a README: a study's findings, the list of all studies,
+rewrites three things, each between two comments in a README: a study's findings, the list of all studies,
 and the table of the claims that `claims/claims.yaml` names.
 """
 
@@ -96,7 +96,7 @@ def measured(experiments: Path, claim: Mapping[str, Any]) -> tuple[str, str]:
         experiments: the folder of experiments.
         claim: `study`, `cells` and `expects`: that they are `better` than the baseline, or `equivalent`; or
             `{ratio: 10}`, of their chosen rates to the baseline's. Results that are no study's have a `table`
-            beside it: `metric`, `baseline`, `margin` and `cell`, the columns that name a cell together.
+            in its folder: `metric`, `baseline`, `margin` and `cell`, the columns that name a cell together.
     """
     folder = experiments / str(claim["study"])
     if not (folder / RESULTS).is_file():

@@ -95,7 +95,7 @@ class Report:
         return page.render(report=self, themes=THEMES)
 
     def pictures(self, stem: str) -> dict[str, str]:
-        """Returns all figures, each by the name of its file beside the Markdown `<stem>.md`."""
+        """Returns all figures, each by the name of its file next to the Markdown `<stem>.md`."""
         found = {f"{stem}.svg": self.answer[0]} if self.answer else {}
         drawings = [drawing for section in self.sections for drawing in section.figures]
         return found | {f"{stem}-{number}.svg": one for number, one in enumerate(drawings, 1)}

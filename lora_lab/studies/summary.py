@@ -1,4 +1,4 @@
-"""A study's own run at W&B, beside those of the group: the table of its cells and its report's page."""
+"""A run of the study itself at W&B, with the table of its cells and the page of its report."""
 
 from __future__ import annotations
 
