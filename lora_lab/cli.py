@@ -152,7 +152,10 @@ def _parser() -> argparse.ArgumentParser:
     combine.add_argument("sources", metavar="RUN|ADAPTER", type=Path, nargs="+", help=source)
     combine.add_argument("--out", type=Path, required=True, help="the new adapter's folder")
     combine.add_argument(
-        "--method", default="weighted", help="weighted, cat, svd, ties, dare, magnitude_prune"
+        "--method",
+        default="weighted",
+        help="weighted, cat, svd, ties, dare, magnitude_prune, as in their papers; what PEFT computes under "
+        "such names is peft_ties, peft_linear, peft_ties_svd, … (of plain LoRA)",
     )
     combine.add_argument("--weights", type=float, nargs="+", help="one for each (a mean without them)")
     _add_size(combine)

@@ -13,15 +13,17 @@ error is measured. The other methods change single numbers of ΔW before they ad
                      of these the mean (Yadav et al. 2023, arXiv:2306.01708)
 
 The largest numbers are those of all modules of a source together, as in TIES, not of each matrix. PEFT
-trims factor by factor or matrix by matrix; its `linear` adds A and B, which is not a sum of updates.
+chooses them matrix by matrix, and most of its methods mix A and B, which is no sum of updates: see
+`peft_mixtures` for `peft_ties`, `peft_linear` and others, which compute what PEFT computes.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -29,11 +31,18 @@ from torch import Tensor
 from lora_lab.adapters.storage import load_adapter
 from lora_lab.artifacts.converting import Converted, as_lora, check_size, store, updates
 from lora_lab.artifacts.opening import StoredAdapter, find_adapter
+from lora_lab.artifacts.peft_mixtures import PeftMethod, peft_factors, peft_mixture
 from lora_lab.errors import ConfigError, IncompatibleError
 from lora_lab.linalg.updates import Update
 
-Method = Literal["weighted", "cat", "svd", "ties", "dare", "magnitude_prune"]
-SPARSE = ("ties", "dare", "magnitude_prune")
+OwnMethod = Literal["weighted", "cat", "svd", "ties", "dare", "magnitude_prune"]
+Method = OwnMethod | PeftMethod
+METHODS = (*get_args(OwnMethod), *get_args(PeftMethod))
+SPARSE = tuple(method for method in METHODS if re.search("ties|dare|prune", method))
+"""The methods that keep a share of the numbers, `density`."""
+
+UNCUT = ("cat", *(method for method in get_args(PeftMethod) if not method.endswith("_svd")))
+"""The methods whose factors are kept as they are."""
 
 State = Mapping[str, Tensor]
 
@@ -56,13 +65,14 @@ def combine(
     Args:
         paths: folders of runs or adapters, all on the same base model.
         out: the new adapter's folder.
-        weights: the factor of each source; None means 1 / number of sources for each, and 1 for `ties`, which
-            takes a mean itself.
+        weights: the factor of each source; None means 1 / number of sources for each, and 1 for methods of
+            TIES, which take a mean themselves.
         method: how they are mixed.
         rank: largest number of components of a module; None sets no limit.
         energy: the share of each mixture's squared norm to keep, in (0, 1].
-        density: the share of numbers that `ties`, `dare` and `magnitude_prune` keep, in [0, 1].
-        seed: seed of `dare`.
+        density: the share of numbers that `ties`, `dare`, `magnitude_prune` and PEFT's of these keep, in
+            [0, 1].
+        seed: seed of `dare`, and of PEFT's.
         heads: the fully trained modules (task heads) of the mixture: the number of a source, counted from 1,
             or their weighted average; None if they are the same in all sources.
         base: the base model, as `model.name`.
@@ -83,10 +93,12 @@ def combine(
                 f"({source.model.name}, {sources[0].model.name}). Mix adapters of one base."
             )
     model = sources[0].build().eval()
-    found, trained, lineages = [], [], []
+    found, factors, trained, lineages = [], [], [], []
     for source in sources:
         adapters = load_adapter(model, source.adapter, any_base)
         found.append(updates(adapters))
+        if method.startswith("peft_"):
+            factors.append(peft_factors(adapters, source.path))
         lineages.append(adapters.lineage)
         trained.append(
             {
@@ -98,16 +110,16 @@ def combine(
         if source is not sources[-1]:
             adapters.remove()
     head = _head(sources, trained, weights, heads)
-    if method in SPARSE:
+    sites = [path for path, _ in model.named_modules() if any(path in own for own in found)]
+    if factors:
+        mixed = peft_mixture(factors, sites, weights, cast(PeftMethod, method), density, seed)
+    elif method in SPARSE:
         assert density is not None
         mixed = _sparse_mixture(found, weights, method, density, seed)
     else:
-        mixed = {
-            path: Update.sum(*_present(path, found, weights))
-            for path in dict.fromkeys(path for own in found for path in own)
-        }
+        mixed = {path: Update.sum(*_present(path, found, weights)) for path in sites}
     cut = {path: (update, 0.0) for path, update in mixed.items()}
-    if method != "cat":
+    if method not in UNCUT:
         cut = {path: update.truncated(rank, energy) for path, update in mixed.items()}
     lora = as_lora(adapters, {path: update for path, (update, _) in cut.items()})
     with torch.no_grad():
@@ -133,23 +145,23 @@ def _checked(
 ) -> Sequence[float]:
     if len(paths) < 2:
         raise ConfigError("combine: needs at least two adapters.")
-    if method not in get_args(Method):
-        raise ConfigError(f"--method: must be one of {', '.join(get_args(Method))}; got {method!r}")
+    if method not in METHODS:
+        raise ConfigError(f"--method: must be one of {', '.join(METHODS)}; got {method!r}")
     if (density is None) == (method in SPARSE):
         who = (
             f"{method} needs the share of numbers to keep" if density is None else f"{method} keeps them all"
         )
-        raise ConfigError(f"--density: {who}; it belongs to {', '.join(SPARSE)}.")
-    if density is not None and not (0 < density <= 1 or (density == 0 and method != "dare")):
+        raise ConfigError(f"--density: {who}; it belongs to ties, dare, magnitude_prune and PEFT's of these.")
+    if density is not None and not (0 < density <= 1 or (density == 0 and "dare" not in method)):
         raise ConfigError(
             f"--density: must lie in [0, 1], and above 0 for dare, which divides by it; got {density}"
         )
-    if method == "svd" and rank is None and energy == 1:
-        raise ConfigError("--method svd: needs --rank or --energy; `weighted` is the whole sum.")
-    if method == "cat" and (rank is not None or energy < 1):
-        raise ConfigError("--method cat: keeps all components; use --rank and --energy with the others.")
+    if method.endswith("svd") and rank is None and energy == 1:
+        raise ConfigError(f"--method {method}: needs --rank or --energy, to which it cuts the mixture.")
+    if method in UNCUT and (rank is not None or energy < 1):
+        raise ConfigError(f"--method {method}: keeps the factors; use --rank and --energy with the others.")
     if weights is None:
-        return [1.0 if method == "ties" else 1 / len(paths)] * len(paths)
+        return [1.0 if "ties" in method else 1 / len(paths)] * len(paths)
     if len(weights) != len(paths):
         raise ConfigError(f"--weights: needs one for each adapter, {len(paths)}; got {len(weights)}")
     return weights
