@@ -4,11 +4,17 @@ A key is `<prefix>_<module's path with underscores for dots>.<tensor>`. ΔW of o
 s = alpha / rank (1 if alpha is missing or 0):
 
     LoRA    s lora_up lora_down                          `lora_down` of a convolution has its kernel
+            s lora_up lora_mid lora_down                 instead a core lora_mid (rank, rank, *kernel) has it
+    DoRA    W' = dora_scale (W + ΔW) / ‖W + ΔW‖          a LoRA with a magnitude for each output or each input
     LoHa    s (hada_w1_a hada_w1_b) ⊙ (hada_w2_a hada_w2_b)   with cores hada_t1, hada_t2 for a convolution
     LoKr    s lokr_w1 ⊗ lokr_w2                          each whole, or as a product `_a` `_b`; s = 1 if both
                                                          are whole; alpha has no effect
+    IA3     W' = W (1 + weight)                          for each output, or each input if `on_input` is 1
 
-Sources: `networks/lora.py` of sd-scripts; `modules/locon.py`, `loha.py` and `lokr.py` of LyCORIS.
+The product of a core and lora_down is the lora_down of a convolution with its kernel. A bias stays as it is,
+also with IA3, for which it is scaled here: a map with a bias is refused where its outputs are scaled.
+
+Sources: `networks/lora.py` of sd-scripts; `modules/locon.py`, `loha.py`, `lokr.py` and `ia3.py` of LyCORIS.
 """
 
 from __future__ import annotations
@@ -16,10 +22,11 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from lora_lab.adapters.families.lycoris import factorization
@@ -32,17 +39,29 @@ from lora_lab.artifacts.converting import Converted, store
 from lora_lab.artifacts.opening import StoredAdapter
 from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError
 from lora_lab.experiment import quiet_libraries
+from lora_lab.linalg.rank import widened
 from lora_lab.models.build import ModelConfig
 
 PREFIX = re.compile(r"(lora_unet|lora_te\d?|lora_transformer|lycoris)_")
 """The names of models in such files, before the module's path."""
 
+LORA = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
 NAMES: dict[str, dict[str, str]] = {
-    "lora": {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"},
+    "lora": LORA,
+    "dora": LORA | {"dora_scale": "lora_magnitude_vector"},
     "loha": {name: name for name in METHODS["loha"].peft.tensors},
     "lokr": {name: name for name in METHODS["lokr"].peft.tensors},
+    "ia3": {"weight": "ia3_l"},
 }
-"""Method → its tensors in such files, by PEFT's names."""
+"""Method → its tensors in such files → PEFT's names of them."""
+
+CORE, ON_INPUT = "lora_mid.weight", "on_input"
+"""What such files hold besides: the core of a LoRA, and whether IA3 scales inputs."""
+
+EXTRA = {"lora": {CORE}, "dora": {CORE}, "ia3": {ON_INPUT}}
+
+VECTORS = {"lora_magnitude_vector", "ia3_l"}
+"""Tensors that have other axes of length 1 in such files."""
 
 Modules = Mapping[str, Mapping[str, Tensor]]
 """Module → its tensors, by the file's names."""
@@ -78,7 +97,7 @@ def place_file(model: nn.Module, file: str | os.PathLike[str], prefix: str | Non
 
     Args:
         model: the base model, of any kind; it is unchanged after an error.
-        file: a safetensors file whose modules are all LoRA, all LoHa or all LoKr.
+        file: a safetensors file whose modules are all of one method: LoRA, DoRA, LoHa, LoKr or IA3.
         prefix: what the keys of this model start with, without the last underscore; None takes the known one
             (`lora_unet`, `lora_te`, `lora_te1`, …, `lora_transformer`, `lycoris`) that all keys have. Keys
             with another prefix belong to another model and are left out.
@@ -95,40 +114,29 @@ def _place(model: nn.Module, tensors: Mapping[str, Tensor], what: str, prefix: s
     flat, alphas = _split(_chosen(tensors, what, prefix), what)
     method = _method(flat, what)
     paths = _paths(model, flat, what)
-    found = {path: flat[name] for name, path in paths.items()}
-    modules = {path: model.get_submodule(path) for path in found}
+    modules = {path: model.get_submodule(path) for path in paths.values()}
     for path, module in modules.items():
-        if not (is_linear(module) or is_convolution(module)):
-            raise IncompatibleError(f"{what}: adapts {path}, a {type(module).__name__}, not a linear map.")
-    if method == "lokr":
-        ranks, whole, options = _lokr(modules, found, what)
+        if not ((is_linear(module) or is_convolution(module)) and METHODS[method].accepts(module)):
+            raise IncompatibleError(
+                f"{what}: adapts {path}, a {type(module).__name__}, which {method} cannot edit here."
+            )
+    found = {path: _without_core(flat[name], f"{what}: {path}") for name, path in paths.items()}
+    own = {path: alphas[name] for name, path in paths.items() if alphas.get(name)}
+    if method == "ia3":
+        options = _ia3(modules, found, own, what)
     else:
-        rows = {"lora": "lora_down.weight", "loha": "hada_w1_b"}[method]
-        ranks, whole, options = {path: _length(own[rows]) for path, own in found.items()}, set(), {}
-    if method != "lora":
-        options["use_effective_conv2d"] = any("t1" in n or "t2" in n for own in found.values() for n in own)
-    if wrong := [path for path, rank in ranks.items() if rank < 1]:
-        raise CheckpointError(f"{what}: the factors of {wrong[0]} are empty or no matrices. Copy it again.")
-    strengths = {
-        path: float(ranks[path]) if path in whole or not alphas.get(name) else alphas[name]
-        for name, path in paths.items()
-    }
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, strengths))
+        options = _ranked(method, modules, found, own, what)
     make: Any = METHODS[method].Spec
-    spec = make(
-        targets=exact_targets(list(found), dict(model.named_modules())),
-        rank=int(rank),
-        alpha=float(alpha),
-        rank_pattern={f"^{re.escape(path)}": own for path, own in ranks.items() if own != rank},
-        alpha_pattern={f"^{re.escape(path)}": own for path, own in strengths.items() if own != alpha},
-        modules_to_save=[],
-        **options,
-    )
+    spec = make(targets=_exact(model, found), modules_to_save=[], **options)
     adapters = place(model, spec.for_stored())
     try:
         for path, adapter in adapters.items():
             given = {NAMES[method][name]: tensor for name, tensor in found[path].items()}
-            load_tensors(adapter.peft_tensors(), given, f"{what}: {path}", write=False)
+            kept = adapter.peft_tensors()
+            for name in VECTORS & given.keys():
+                if given[name].numel() == kept[name].numel():
+                    given[name] = given[name].reshape(kept[name].shape)
+            load_tensors(kept, given, f"{what}: {path}", write=False)
             adapter.load_peft_tensors(given)
             adapter.tensors_changed()
     except Exception:
@@ -164,19 +172,21 @@ def _chosen(tensors: Mapping[str, Tensor], what: str, prefix: str | None) -> dic
 
 def _split(tensors: Mapping[str, Tensor], what: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
     """Returns the tensors of each flattened name, and the alphas that are given."""
-    known = {name for names in NAMES.values() for name in names}
+    known = {name for method, names in NAMES.items() for name in (*names, *EXTRA.get(method, ()))}
     found: dict[str, dict[str, Tensor]] = defaultdict(dict)
     alphas: dict[str, float] = {}
     for key, tensor in tensors.items():
         module, _, name = key.partition(".")
         if name == "alpha" and tensor.numel() == 1:
             alphas[module] = float(tensor)
-        elif name in known and tensor.is_floating_point():
+        elif name in known and (tensor.is_floating_point() or (name == ON_INPUT and tensor.numel() == 1)):
             found[module][name] = tensor
         else:
             raise IncompatibleError(
                 f"{what}: {key} is not read here, and without it the adapter would be another one. Read are "
-                "LoRA (lora_down, lora_up), LoHa (hada_…) and LoKr (lokr_…), each with alpha."
+                "LoRA (lora_down, lora_mid, lora_up) and DoRA (dora_scale next to it), LoHa (hada_…), LoKr "
+                "(lokr_…) and IA3 (weight, on_input). Merge other files into their base with the program "
+                "that wrote them."
             )
     if alone := [module for module in alphas if module not in found]:
         raise CheckpointError(f"{what}: holds an alpha of {alone[0]} and nothing else of it. Copy it again.")
@@ -184,29 +194,127 @@ def _split(tensors: Mapping[str, Tensor], what: str) -> tuple[dict[str, dict[str
 
 
 def _method(modules: Modules, what: str) -> str:
-    methods = {
-        next(method for method, names in NAMES.items() if name in names)
-        for own in modules.values()
-        for name in own
-    }
+    """Returns the one method of all modules, which have every tensor that it needs."""
+    methods = {}
+    for module, own in modules.items():
+        fitting = [m for m, names in NAMES.items() if own.keys() <= names.keys() | EXTRA.get(m, set())]
+        if not fitting:
+            raise IncompatibleError(
+                f"{what}: {module} has {', '.join(sorted(own))}, which no method here has together. Merge "
+                "the file into its base with the program that wrote it."
+            )
+        methods[fitting[0]] = module
     if len(methods) > 1:
         raise IncompatibleError(
             f"{what}: mixes {', '.join(sorted(methods))}, and an adapter folder has one method. Split the "
             "file."
         )
-    method = methods.pop()
-    needed = {"lora": NAMES["lora"], "loha": [n for n in NAMES["loha"] if "_w" in n], "lokr": []}[method]
+    (method,) = methods
+    optional = {CORE, "hada_t1", "hada_t2"}
     for module, own in modules.items():
-        missing: Iterable[str] = [name for name in needed if name not in own]
+        needed: Iterable[str] = {*NAMES[method], *EXTRA.get(method, ())} - optional
         if method == "lokr":
-            missing = [
-                name
-                for name in ("lokr_w1", "lokr_w2")
-                if name not in own and not {f"{name}_a", f"{name}_b"} <= own.keys()
-            ]
-        for name in missing:
+            needed = [n for n in ("lokr_w1", "lokr_w2") if not {f"{n}_a", f"{n}_b"} <= own.keys()]
+        for name in sorted(name for name in needed if name not in own):
             raise CheckpointError(f"{what}: has no {name} of {module}. Copy it again.")
     return method
+
+
+def _exact(model: nn.Module, paths: Iterable[str]) -> str | list[str]:
+    return exact_targets(list(paths), dict(model.named_modules()))
+
+
+def _without_core(own: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Returns a module's tensors with the core of a LoRA multiplied into its lora_down."""
+    found = dict(own)
+    if CORE in found:
+        core, down = widened(found.pop(CORE)), widened(found["lora_down.weight"])
+        pointwise = down.ndim > 2 and down.shape[2:].numel() == 1
+        if not pointwise or core.ndim != down.ndim or core.shape[:2] != (len(down), len(down)):
+            raise CheckpointError(
+                f"{where}: lora_mid {tuple(core.shape)} is no core of lora_down {tuple(down.shape)}. Copy "
+                "the file again."
+            )
+        found["lora_down.weight"] = torch.einsum("kj...,ji->ki...", core, down.flatten(1))
+    return found
+
+
+def _ranked(
+    method: str,
+    modules: Mapping[str, nn.Module],
+    found: Modules,
+    alphas: Mapping[str, float],
+    what: str,
+) -> dict[str, Any]:
+    """Returns the spec's options of a method with a rank."""
+    options: dict[str, Any] = {}
+    whole: set[str] = set()
+    if method == "lokr":
+        ranks, whole, options = _lokr(modules, found, what)
+    else:
+        rows = "hada_w1_b" if method == "loha" else "lora_down.weight"
+        ranks = {path: _length(own[rows]) for path, own in found.items()}
+    if method in ("loha", "lokr"):
+        options["use_effective_conv2d"] = any("t1" in n or "t2" in n for own in found.values() for n in own)
+    if method == "dora":
+        options["dora_axis"] = _axis(modules, found, what)
+    if wrong := [path for path, rank in ranks.items() if rank < 1]:
+        raise CheckpointError(f"{what}: the factors of {wrong[0]} are empty or no matrices. Copy it again.")
+    strengths = {
+        path: float(count) if path in whole else alphas.get(path, float(count))
+        for path, count in ranks.items()
+    }
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, strengths))
+    return options | {
+        "rank": int(rank),
+        "alpha": float(alpha),
+        "rank_pattern": {f"^{re.escape(path)}": own for path, own in ranks.items() if own != rank},
+        "alpha_pattern": {f"^{re.escape(path)}": own for path, own in strengths.items() if own != alpha},
+    }
+
+
+def _axis(modules: Mapping[str, nn.Module], found: Modules, what: str) -> str:
+    """Returns what the magnitudes of DoRA belong to: (out, 1, …) to outputs, (1, in, …) to inputs."""
+    axes: dict[str, str] = {}
+    for path, own in found.items():
+        shape, weight = tuple(own["dora_scale"].shape), cast(Tensor, modules[path].weight)
+        ones = (1,) * (weight.ndim - 2)
+        forms = {"out": (len(weight), 1, *ones), "in": (1, weight.shape[1], *ones)}
+        axis = next((axis for axis, form in forms.items() if shape == form), None)
+        if axis is None:
+            raise CheckpointError(
+                f"{what}: dora_scale of {path} is {shape}, and must be {forms['out']} or {forms['in']} for "
+                "this model. Name the base that the file was trained on."
+            )
+        if axis == "in" and is_convolution(modules[path]):
+            raise IncompatibleError(
+                f"{what}: dora_scale of {path} has a magnitude for each input of a convolution, which DoRA "
+                "does not have here. Train with wd_on_out, or merge the file with the program that wrote it."
+            )
+        axes[axis] = path
+    if len(axes) > 1:
+        raise IncompatibleError(
+            f"{what}: dora_scale has magnitudes of outputs at {axes['out']} and of inputs at {axes['in']}, "
+            "and an adapter folder has one kind. Split the file."
+        )
+    return next(iter(axes))
+
+
+def _ia3(
+    modules: Mapping[str, nn.Module], found: dict[str, dict[str, Tensor]], alphas: Collection[str], what: str
+) -> dict[str, Any]:
+    """Makes IA3's factors of what files hold, 1 less, and returns the spec's options."""
+    at_input = [path for path, own in found.items() if own.pop(ON_INPUT).any()]
+    for path, own in found.items():
+        if path in alphas:
+            raise IncompatibleError(f"{what}: has an alpha of {path}, and IA3 has none. Remove it.")
+        if path not in at_input and modules[path].bias is not None:
+            raise IncompatibleError(
+                f"{what}: {path} has a bias, and IA3 scales it here with the outputs, which LyCORIS does "
+                "not. Merge the file into its base with LyCORIS."
+            )
+        own["weight"] = 1 + widened(own["weight"])
+    return {"feedforward_modules": at_input}
 
 
 def _paths(model: nn.Module, names: Iterable[str], what: str) -> dict[str, str]:

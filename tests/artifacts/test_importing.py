@@ -103,7 +103,10 @@ def test_a_file_becomes_a_folder_of_the_same_updates(kind, tmp_path):
 
 
 def test_convolutions_keep_their_kernel(tmp_path):
-    up, down = drawn(5, 2, 1, 1), drawn(2, 4, 3, 3)
+    up, down, small, core = drawn(5, 2, 1, 1), drawn(2, 4, 3, 3), drawn(2, 4, 1, 1), drawn(2, 2, 3, 3)
+    # LyCORIS' tucker_weight_from_conv
+    tucker = torch.einsum("mnxy,im,nj->ijxy", core, up.flatten(1), small.flatten(1))
+    mid = {"lora_up.weight": up, "lora_mid.weight": core, "lora_down.weight": small}
     t1, t2 = drawn(2, 2, 3, 3), drawn(2, 2, 3, 3)
     a, b, c, d = drawn(2, 5), drawn(2, 4), drawn(2, 5), drawn(2, 4)
     first = torch.einsum("ij...,jr,ip->pr...", t1, b, a)  # LyCORIS' rebuild_tucker
@@ -113,6 +116,7 @@ def test_convolutions_keep_their_kernel(tmp_path):
     W1, W2 = drawn(1, 2), drawn(5, 2, 3, 3)
     for name, tensors, delta in (
         ("lora", {"lora_up.weight": up, "lora_down.weight": down}, low_rank),
+        ("lora with a core", mid | {"alpha": torch.tensor(5.0)}, 2.5 * tucker),
         ("loha", cores, first * second),
         ("lokr", {"lokr_w1": W1, "lokr_w2": W2}, torch.kron(W1[..., None, None], W2)),
     ):
@@ -120,6 +124,85 @@ def test_convolutions_keep_their_kernel(tmp_path):
         file = written(tmp_path / f"{name}.safetensors", {"conv": (tensors, None)}, "lycoris")
         (adapter,) = place_file(model, file)
         assert relative(adapter.delta_weight(), delta.flatten(1)) < 1e-6, name
+
+
+def decomposed(weight, delta, scale):
+    """W' of DoRA in float64, as `apply_weight_decompose` of LyCORIS computes it."""
+    moved = weight.double() + delta.double()
+    sums = (0, *range(2, weight.ndim)) if len(scale) == 1 else (*range(1, weight.ndim),)
+    return moved / moved.square().sum(sums, keepdim=True).sqrt() * scale.double()
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+def test_magnitudes_of_outputs_or_inputs_are_dora(axis, tmp_path):
+    modules, expected, model = {}, tiny_llama(), tiny_llama()
+    for path, (rows, columns) in {QUERY: (30, 35), DOWN: (35, 53)}.items():
+        tensors, delta = lora(rows, columns)
+        scale = 1 + drawn(rows, 1) if axis == "out" else 1 + drawn(1, columns)
+        modules[path] = (tensors | {"dora_scale": scale}, None)
+        weight = expected.get_submodule(path).weight.data
+        weight.copy_(decomposed(weight, delta, scale))
+    adapters = place_file(model, written(tmp_path / "file.safetensors", modules))
+    assert adapters.spec.method == "dora"
+    assert relative(logits(model), logits(expected)) < 1e-5
+    save_adapter(adapters, tmp_path / "adapter", "base", "CAUSAL_LM")
+    fresh = tiny_llama()
+    load_adapter(fresh, tmp_path / "adapter")
+    assert torch.equal(logits(fresh), logits(model))
+    if axis == "out":  # PEFT has no other
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
+        assert relative(logits(theirs), logits(expected)) < 1e-5
+
+
+def test_a_convolution_with_a_core_and_magnitudes_is_dora(tmp_path):
+    conv = nn.Conv2d(4, 5, 3)
+    up, small, core, scale = drawn(5, 2, 1, 1), drawn(2, 4, 1, 1), drawn(2, 2, 3, 3), 1 + drawn(5, 1, 1, 1)
+    tensors = {"lora_up.weight": up, "lora_mid.weight": core, "lora_down.weight": small, "dora_scale": scale}
+    delta = torch.einsum("mnxy,im,nj->ijxy", core, up.flatten(1), small.flatten(1))
+    file = written(tmp_path / "file.safetensors", {"conv": (tensors, None)}, "lycoris")
+    model, x = nn.ModuleDict({"conv": conv}), torch.randn(2, 4, 6, 6)
+    expected = nn.functional.conv2d(x.double(), decomposed(conv.weight, delta, scale), conv.bias.double())
+    place_file(model, file)
+    assert relative(model["conv"](x), expected) < 1e-6
+    tensors["dora_scale"] = drawn(1, 4, 1, 1)
+    with pytest.raises(LabError, match="a magnitude for each input of a convolution"):
+        place_file(
+            nn.ModuleDict({"conv": conv}),
+            written(tmp_path / "in.safetensors", {"conv": (tensors, None)}, "lycoris"),
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_factors_of_outputs_and_inputs_are_ia3(dtype, tmp_path):
+    up = "model.layers.1.mlp.up_proj"  # 53 × 35, without a bias; q_proj has one
+    modules, expected, model = {}, tiny_llama(), tiny_llama()
+    for path, size, at_input in ((up, 53, 0), (QUERY, 35, 1), (DOWN, 53, 1)):
+        factor = drawn(size).to(dtype)
+        modules[path] = ({"weight": factor, "on_input": torch.tensor(at_input)}, None)
+        weight = expected.get_submodule(path).weight.data
+        whole = 1 + factor.double()
+        weight.copy_(weight.double() * (whole if at_input else whole[:, None]))
+    adapters = place_file(model, written(tmp_path / "file.safetensors", modules))
+    assert adapters.spec.method == "ia3"
+    assert relative(logits(model), logits(expected)) < 1e-5
+    save_adapter(adapters, tmp_path / "adapter", "base", "CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
+    assert relative(logits(theirs), logits(expected)) < 1e-5
+    fresh = tiny_llama()
+    load_adapter(fresh, tmp_path / "adapter")
+    assert torch.equal(logits(fresh), logits(model))
+    biased = {QUERY: ({"weight": drawn(30), "on_input": torch.tensor(0)}, None)}
+    with pytest.raises(LabError, match="q_proj has a bias, and IA3 scales it"):
+        place_file(tiny_llama(), written(tmp_path / "biased.safetensors", biased))
+    pointwise = {"conv": ({"weight": drawn(1, 5, 1, 1), "on_input": torch.tensor(0)}, None)}
+    with pytest.raises(LabError, match="a Conv2d, which ia3 cannot edit here"):
+        place_file(
+            nn.ModuleDict({"conv": nn.Conv2d(4, 5, 1)}), written(tmp_path / "conv.safetensors", pointwise)
+        )
 
 
 def test_the_command_writes_a_folder_that_other_commands_open(tmp_path, capsys):
@@ -151,20 +234,35 @@ def renamed(changes, modules=FILES["lora"]):
     return flat | {key: torch.ones(shape) for key, shape in changes.items()}
 
 
-FLAT = f"lora_te_{QUERY.replace('.', '_')}"
+FLAT, OTHER = (f"lora_te_{path.replace('.', '_')}" for path in (QUERY, VALUE))
+TWO = {QUERY: lora(30, 35), VALUE: lora(6, 35)}
 
 
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        (renamed({f"{FLAT}.dora_scale": (1, 35)}), "dora_scale is not read here"),
-        (renamed({f"{FLAT}.lora_mid.weight": (3, 3)}), "lora_mid.weight is not read here"),
-        (renamed({f"{FLAT}.on_input": ()}), "on_input is not read here"),
+        (renamed({f"{FLAT}.diff": (30, 35)}), "diff is not read here"),
+        (renamed({f"{FLAT}.dora_scale": (1, 35)}), "mixes dora, lora"),
+        (renamed({f"{FLAT}.dora_scale": (35, 1)}, {QUERY: lora(30, 35)}), r"dora_scale of .* is \(35, 1\)"),
+        (
+            renamed({f"{FLAT}.dora_scale": (30, 1)}, {QUERY: loha(30, 35)}),
+            "dora_scale, hada_w1_a, .* no method",
+        ),
+        (
+            renamed({f"{FLAT}.dora_scale": (30, 1), f"{OTHER}.dora_scale": (1, 35)}, TWO),
+            "outputs at .*q_proj and of inputs at .*v_proj",
+        ),
+        (renamed({f"{FLAT}.lora_mid.weight": (3, 3)}), "no core of lora_down"),
+        (renamed({f"{FLAT}.on_input": ()}), "has lora_down.weight, lora_up.weight, on_input, which"),
+        (renamed({f"{FLAT}.weight": (30,)}, {}), "no on_input of"),
+        (renamed({f"{FLAT}.weight": (30,), f"{FLAT}.on_input": (), f"{FLAT}.alpha": ()}, {}), "IA3 has none"),
+        (renamed({f"{FLAT}.weight": (31,), f"{FLAT}.on_input": ()}, {}), "shape"),
         (renamed({"lora_unet_x.lora_up.weight": (2, 2)}), "several models.*lora_te or lora_unet"),
         (renamed({"model.x.lora_A.weight": (2, 2)}), "no known prefix"),
         (renamed({"lora_te_other.lora_up.weight": (2, 2)}), "has no lora_down.weight of other"),
         (renamed({"lora_te_other.alpha": ()}), "an alpha of other"),
-        (renamed({f"{FLAT}.hada_w1_a": (30, 3)}), "mixes loha, lora"),
+        (renamed({f"{FLAT}.hada_w1_a": (30, 3)}), "hada_w1_a, lora_down.weight"),
+        (renamed({f"{OTHER}.hada_w1_a": (6, 2)}, {QUERY: lora(30, 35)}), "mixes loha, lora"),
         (
             renamed({f"lora_te_x.{name}.weight": (2, 2) for name in ("lora_up", "lora_down")}),
             "no such module",
