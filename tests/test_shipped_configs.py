@@ -17,9 +17,7 @@ FILL = {
     "adapters": "adapter: {method: lora}\n",
 }
 FRAGMENTS = sorted((ROOT / "configs").rglob("*.yaml"))
-STUDIES = sorted(
-    path for path in (ROOT / "experiments").rglob("*.yaml") if "\nquestion:" in path.read_text()
-)
+STUDIES = sorted(path for path in (ROOT / "experiments").rglob("*.yaml") if "\nquestion:" in path.read_text())
 CLAIMS = ROOT / "experiments" / "claims"
 EXPERIMENTS = sorted({*(ROOT / "experiments").rglob("*.yaml")} - {*STUDIES, *CLAIMS.iterdir()})
 
