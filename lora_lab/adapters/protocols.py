@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from lora_lab.linalg.updates import Update
+
 
 class Prunable:
     """A sum of rank-one components that can be scored one by one, and removed permanently.
@@ -121,6 +123,20 @@ class Growable(Prunable):
         self.tensors_changed()
 
 
+class Truncatable(Prunable):
+    """A `Prunable` adapter whose update can be any product of two thin factors."""
+
+    def take_update(self, update: Update) -> None:
+        """Makes ΔW the given one, without its bias.
+
+        Its components come first, further ones are zero, and all are kept.
+
+        Args:
+            update: L R of at most as many components as the adapter has.
+        """
+        raise NotImplementedError
+
+
 class NestedRank:
     """Every prefix of the components is a valid adapter.
 
@@ -217,6 +233,7 @@ class Selectable:
 PROTOCOLS: tuple[type, ...] = (
     RankAllocatable,
     Growable,
+    Truncatable,
     Prunable,
     NestedRank,
     Shareable,

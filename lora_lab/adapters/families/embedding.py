@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.base import Adapter, PeftLayout
 from lora_lab.adapters.families.low_rank import ScaledSpec, filled, resized
-from lora_lab.adapters.protocols import Growable, RankAllocatable
+from lora_lab.adapters.protocols import Growable, RankAllocatable, Truncatable
 from lora_lab.linalg.rank import product_singular_values, widened
 from lora_lab.linalg.updates import Update
 
 
-class LowRankEmbedding(Adapter[ScaledSpec], RankAllocatable, Growable):
+class LowRankEmbedding(Adapter[ScaledSpec], RankAllocatable, Growable, Truncatable):
     """The adapter of one embedding: columns of A are looked up, then mapped by B."""
 
     base: nn.Embedding
@@ -97,6 +97,13 @@ class LowRankEmbedding(Adapter[ScaledSpec], RankAllocatable, Growable):
     def keep_components(self, keep: Bool[Tensor, " rank"]) -> None:
         self.kept.copy_(keep)
         self.A.masked_fill_(~keep.unsqueeze(1), 0)
+
+    @torch.no_grad()
+    def take_update(self, update: Update) -> None:
+        left, right = filled(update.left / self.scale, update.right, len(self.A))
+        self.A.copy_(right)
+        self.B.copy_(left)
+        self.kept.fill_(True)
 
     def components_in_use(self) -> Bool[Tensor, " rank"]:
         return self.kept | self.A.any(1)

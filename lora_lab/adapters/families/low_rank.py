@@ -50,7 +50,8 @@ ScaledT = TypeVar("ScaledT", bound=ScaledSpec, default=Any)
 class LowRankAdapter(AdditiveAdapter[ScaledT], Droppable):
     """ΔW = s (B A − B₀ A₀), from a start A, B; by default LoRA's, U(±1/√in) and zeros.
 
-    It has the methods of `RankAllocatable` and `Shareable`; a method to which they apply inherits them too.
+    It has the methods of `RankAllocatable`, `Truncatable` and `Shareable`; a method to which they apply
+    inherits them too.
 
     Attributes:
         A: (rank, in), learned.
@@ -165,6 +166,18 @@ class LowRankAdapter(AdditiveAdapter[ScaledT], Droppable):
         A = kaiming_uniform(count, self.in_features, dtype=self.dtype)
         B = torch.zeros(self.out_features, count, dtype=self.dtype)
         return {"A": A, "B": B, "start_A": A, "start_B": B}
+
+    @torch.no_grad()
+    def take_update(self, update: Update) -> None:
+        """Divides L by s. A start that was subtracted becomes zero: ΔW holds all of it."""
+        left, right = filled(update.left / self.scale, update.right, len(self.A))
+        self.A.copy_(right)
+        self.B.copy_(left)
+        if self.start_A is not None and self.start_B is not None:
+            self.start_A.zero_()
+            self.start_B.zero_()
+        self.kept.fill_(True)
+        self.tensors_changed()
 
     def drop(self) -> None:
         """Sets a flag instead of zeroing B, which the optimizer's next step would fill again."""

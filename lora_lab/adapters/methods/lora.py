@@ -24,7 +24,7 @@ from lora_lab.adapters.families.experts import LowRankExperts, target_parameters
 from lora_lab.adapters.families.low_rank import LowRankAdapter, read_lora_config, write_lora_config
 from lora_lab.adapters.families.starts import FROM_ZERO, SUBTRACTED, StartedSpec, start
 from lora_lab.adapters.maps import LinearMap, pointwise, sizes
-from lora_lab.adapters.protocols import Growable, RankAllocatable, Shareable
+from lora_lab.adapters.protocols import Growable, RankAllocatable, Shareable, Truncatable
 from lora_lab.adapters.sites import Site, site_spec
 from lora_lab.errors import IncompatibleError
 
@@ -47,7 +47,7 @@ class LoRASpec(StartedSpec):
         return found
 
 
-class LoRA(LowRankAdapter[LoRASpec], RankAllocatable, Growable, Shareable):
+class LoRA(LowRankAdapter[LoRASpec], RankAllocatable, Growable, Truncatable, Shareable):
     """The adapter of one linear map."""
 
     convolves = True

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lora_lab.adapters.families.low_rank import LowRankAdapter, ScaledSpec
 from lora_lab.adapters.maps import LinearMap, mix, project
-from lora_lab.adapters.protocols import Growable, RandomlyDropped, RankAllocatable, Shareable
+from lora_lab.adapters.protocols import Growable, RandomlyDropped, RankAllocatable, Shareable, Truncatable
 from lora_lab.adapters.spec import probability_fault
 from lora_lab.errors import ConfigError
 
@@ -42,7 +42,9 @@ class LoRADropSpec(ScaledSpec):
         return super().faults() + probability_fault("drop_prob", self.drop_prob)
 
 
-class LoRADrop(LowRankAdapter[LoRADropSpec], RankAllocatable, Growable, Shareable, RandomlyDropped):
+class LoRADrop(
+    LowRankAdapter[LoRADropSpec], RankAllocatable, Growable, Truncatable, Shareable, RandomlyDropped
+):
     """The adapter of one linear map."""
 
     convolves = True

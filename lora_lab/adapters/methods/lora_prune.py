@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lora_lab.adapters.families.low_rank import LowRankAdapter, ScaledSpec
-from lora_lab.adapters.protocols import Prunable
+from lora_lab.adapters.protocols import Truncatable
 
 
 @dataclass
@@ -31,7 +31,7 @@ class LoRAPruneSpec(ScaledSpec):
     method: str = "lora_prune"
 
 
-class LoRAPrune(LowRankAdapter[LoRAPruneSpec], Prunable):
+class LoRAPrune(LowRankAdapter[LoRAPruneSpec], Truncatable):
     """The adapter of one linear map."""
 
     convolves = True

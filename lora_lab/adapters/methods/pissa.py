@@ -26,7 +26,7 @@ from lora_lab.adapters.base import PeftLayout
 from lora_lab.adapters.families.low_rank import LowRankAdapter, read_lora_config, write_lora_config
 from lora_lab.adapters.families.starts import StartedSpec, start
 from lora_lab.adapters.maps import LinearMap, matrix, mix, project
-from lora_lab.adapters.protocols import RankAllocatable
+from lora_lab.adapters.protocols import RankAllocatable, Truncatable
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.rank import widened
 
@@ -54,7 +54,7 @@ class PiSSASpec(StartedSpec):
         return found
 
 
-class PiSSA(LowRankAdapter[PiSSASpec], RankAllocatable):
+class PiSSA(LowRankAdapter[PiSSASpec], RankAllocatable, Truncatable):
     """The adapter of one linear map."""
 
     start_A: Tensor

@@ -42,6 +42,10 @@ from lora_lab.callbacks.controllers.rank_switching import (
     RankSwitching as RankSwitching,
     RankSwitchingSpec as RankSwitchingSpec,
 )
+from lora_lab.callbacks.controllers.svd_truncation import (
+    SVDTruncation as SVDTruncation,
+    SVDTruncationSpec as SVDTruncationSpec,
+)
 from lora_lab.errors import suggest
 from lora_lab.registry import Registry
 
@@ -58,6 +62,7 @@ CONTROLLERS = Registry[Controller](
         RankPruning,
         RankGrowth,
         RankSwitching,
+        SVDTruncation,
         Compaction,
     ),
 )
