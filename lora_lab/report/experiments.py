@@ -29,6 +29,9 @@ README = "README.md"
 MEASURED = ("seeds and examples", "rank", "ms per step", "peak MB")
 """Columns of a report's table that need the runs' folders, or that other work on the machine disturbs."""
 UNDECIDED, NOT_RUN = "undecided at this size", "not run"
+VALIDATED = ["cell", "phase", "seed", "step", "metric", "value"]
+NEAR = 0.05
+"""Share of all steps by which a validation may be earlier or later than a claim asks for."""
 
 
 def with_block(text: str, block: str) -> str:
@@ -94,42 +97,65 @@ def measured(experiments: Path, claim: Mapping[str, Any]) -> tuple[str, str]:
 
     Args:
         experiments: the folder of experiments.
-        claim: `study`, `cells` and `expects`: that they are `better` than the baseline, or `equivalent`; or
-            `{ratio: 10}`, of their chosen rates to the baseline's. Results that are no study's have a `table`
-            in its folder: `metric`, `baseline`, `margin` and `cell`, the columns that name a cell together.
+        claim: `study`; `cells`, compared with the study's baseline, or `pairs` of cells, each compared with
+            its own; and `expects`: that they are `better` or `equivalent`, or `{ratio: 10}` of their chosen
+            rates to the baseline's. With `early: {metric: …, shares: […]}` a validation metric is compared
+            after these shares of the steps.
     """
     folder = experiments / str(claim["study"])
     if not (folder / RESULTS).is_file():
         return "–", NOT_RUN
     link = f"[{folder.name}](../{folder.name}/{README})"
-    if "table" in claim:
-        analysis = _analysed(pd.read_csv(folder / RESULTS), claim["cells"], **claim["table"])
-    else:
-        gathered = read_study(folder)
-        analysis = judge(gathered)
+    gathered = read_study(folder)
+    pairs = claim.get("pairs") or dict.fromkeys(claim["cells"], str(gathered.baseline))
+    missing = {*pairs, *pairs.values()} - {*gathered.compared["cell"]}
+    if missing:
+        return f"{link} has no {', '.join(sorted(missing))} yet", NOT_RUN
     if isinstance(claim["expects"], Mapping):
         return _rates(gathered, claim["cells"], float(claim["expects"]["ratio"]), link)
+    if "early" in claim:
+        results, pairs = _early(gathered, pairs, **claim["early"])
+        if not pairs:
+            return f"{link} has no validation so early", NOT_RUN
+        analysis = analyse(results, claim["early"]["metric"], pairs)
+    elif "pairs" in claim:
+        analysis = analyse(gathered.compared, gathered.metric, pairs, gathered.margin, gathered.examples)
+    else:
+        analysis = judge(gathered)
     write = Numbers.of(analysis)
     told = []
-    for cell in claim["cells"]:
+    for cell, other in pairs.items():
         one = analysis.comparisons[cell]
         interval = write.range(one.corrected_interval, signed=True)
-        told.append(f"{cell} {write.difference(one.mean)} ({interval})")
-    text = f"{link}, {analysis.metric}, against {analysis.baseline}: {'; '.join(told)}"
-    return text, _judged(analysis, claim["cells"], claim["expects"])
+        against = f" against {other}" if analysis.baseline is None else ""
+        told.append(f"{cell}{against} {write.difference(one.mean)} ({interval})")
+    common = f", against {analysis.baseline}" if analysis.baseline is not None else ""
+    text = f"{link}, {analysis.metric}{common}: {'; '.join(told)}"
+    return text, _judged(analysis, list(pairs), claim["expects"])
 
 
-def _analysed(
-    results: pd.DataFrame,
-    cells: Sequence[str],
-    cell: Sequence[str],
-    metric: str,
-    baseline: str,
-    margin: float,
-) -> Analysis:
-    names = results[list(cell)].astype(str).agg(" ".join, axis="columns")
-    table = results.assign(cell=names, status=FINISHED)[names.isin([baseline, *cells])]
-    return analyse(table, metric, baseline, margin)
+def _early(
+    gathered: Gathered, pairs: Mapping[str, str], metric: str, shares: Sequence[float]
+) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Returns a validation metric after shares of the steps as if each share were a cell, and their pairs.
+
+    Each share takes the validation that is nearest to it, and none if that is further than `NEAR` away.
+    """
+    rows = gathered.validations if gathered.validations is not None else pd.DataFrame(columns=VALIDATED)
+    rows = rows[(rows["phase"] == "compare") & (rows["metric"] == metric)]
+    done = (rows["step"] + 1) / (rows["step"].max() + 1)
+    parts, found = [], dict[str, str]()
+    for share in shares:
+        nearest = done.iloc[(done - share).abs().argsort()[:1]]
+        if nearest.empty or abs(nearest.iloc[0] - share) > NEAR:
+            continue
+        own = rows[done == nearest.iloc[0]]
+        after = f" after {share:.0%}"
+        parts.append(
+            own.assign(cell=own["cell"].astype(str) + after, status=FINISHED, **{metric: own["value"]})
+        )
+        found |= {cell + after: other + after for cell, other in pairs.items()}
+    return (pd.concat(parts) if parts else rows), found
 
 
 def _judged(analysis: Analysis, cells: Sequence[str], expected: str) -> str:

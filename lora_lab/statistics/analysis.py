@@ -51,7 +51,7 @@ class Analysis:
     level: float
     cells: tuple[CellSummary, ...]
     comparisons: Mapping[str, Comparison]
-    """Cell → its comparison with the baseline."""
+    """Cell → its comparison with the baseline, or with its own one."""
     examples: int | None
     """Number of test examples for the bootstrap; None without any."""
     notes: tuple[str, ...]
@@ -70,7 +70,7 @@ class Analysis:
 def analyse(
     results: pd.DataFrame,
     metric: str,
-    baseline: str | None = None,
+    baseline: str | Mapping[str, str] | None = None,
     margin: float | None = None,
     examples: Mapping[tuple[str, int], pd.DataFrame] | None = None,
     level: float = 0.95,
@@ -80,17 +80,22 @@ def analyse(
     Args:
         results: one row for each run: columns cell, seed, status and the metric.
         metric: the column that is compared; its name says whether more of it is better.
-        baseline: the cell that the others are compared with; None compares nothing.
+        baseline: the cell that the others are compared with; or for some cells the one that each is compared
+            with, corrected for the number of these pairs; None compares nothing.
         margin: smaller differences count as none; None tests no equivalence.
         examples: (cell, seed) → rows of the run's test examples (columns id, label, prediction, loss).
         level: level of the intervals; effects are claimed at 1 - level.
 
     Raises:
-        ConfigError: if the metric or baseline is not in the table, a cell has two runs of one seed, or the
-            margin is not positive.
+        ConfigError: if the metric or a compared cell is not in the table, a cell has two runs of one seed, or
+            the margin is not positive.
     """
     better = higher_is_better(metric)
-    _check(results, metric, baseline, margin)
+    if isinstance(baseline, str):
+        against = {cell: baseline for cell in results["cell"].astype(str) if cell != baseline}
+    else:
+        against = dict(baseline or {})
+    _check(results, metric, {*against, *against.values()}, margin)
     finite = pd.to_numeric(results[metric], errors="coerce")
     finished = results.assign(value=finite)[(results["status"] == FINISHED) & np.isfinite(finite)]
     notes = []
@@ -117,30 +122,26 @@ def analyse(
         mean = float(np.mean(list(own.values()))) if own else None
         statuses = Counter(str(status) for status in rows["status"])
         cells.append(CellSummary(str(name), own, mean, mean_interval(list(own.values()), level), statuses))
-    comparisons = {}
-    if baseline is not None:
-        others = [cell.name for cell in cells if cell.name != baseline]
-        common = [sorted(set(values.get(name, {})) & set(values.get(baseline, {}))) for name in others]
-        differences = [
-            np.array([values[name][seed] - values[baseline][seed] for seed in seeds])
-            for name, seeds in zip(others, common, strict=True)
-        ]
-        replicates = [
-            resampled.difference(name, baseline, seeds) if resampled and len(seeds) > 1 else None
-            for name, seeds in zip(others, common, strict=True)
-        ]
-        comparisons = dict(zip(others, compare_paired(differences, replicates, margin, level), strict=True))
+    differences, replicates = [], []
+    for name, other in against.items():
+        seeds = sorted(set(values.get(name, {})) & set(values.get(other, {})))
+        differences.append(np.array([values[name][seed] - values[other][seed] for seed in seeds]))
+        paired = resampled is not None and len(seeds) > 1
+        replicates.append(resampled.difference(name, other, seeds) if resampled and paired else None)
+    compared = compare_paired(differences, replicates, margin, level)
+    comparisons = dict(zip(against, compared, strict=True))
     ranked = _with_ranks(cells, resampled, better, level)
-    return Analysis(metric, better, baseline, margin, level, tuple(ranked), comparisons, count, tuple(notes))
+    common = baseline if isinstance(baseline, str) else None
+    return Analysis(metric, better, common, margin, level, tuple(ranked), comparisons, count, tuple(notes))
 
 
-def _check(results: pd.DataFrame, metric: str, baseline: str | None, margin: float | None) -> None:
+def _check(results: pd.DataFrame, metric: str, compared: set[str], margin: float | None) -> None:
     faults = []
     if metric not in results:
         faults.append(f"metric: no run logged '{metric}'{suggest(metric, map(str, results.columns))}")
     cells = {str(cell) for cell in results["cell"]}
-    if baseline is not None and baseline not in cells:
-        faults.append(f"baseline: no cell '{baseline}'{suggest(baseline, cells)}")
+    for name in sorted(compared - cells):
+        faults.append(f"baseline: no cell '{name}'{suggest(name, cells)}")
     if margin is not None and not margin > 0:
         faults.append(f"margin: must be above 0; got {margin}")
     for _, row in results[results.duplicated(["cell", "seed"])].iterrows():
