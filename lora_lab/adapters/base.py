@@ -243,6 +243,10 @@ class Adapter(nn.Module, Generic[SpecT]):
             "express. Keep the adapter as it is, or merge it."
         )
 
+    def updates(self, path: str) -> dict[str, Update]:
+        """Returns `update` by the name of what it changes: this adapter's path, or parameters inside it."""
+        return {path: self.update()}
+
     def merged_module(self) -> nn.Module:
         """Returns a new plain module that computes what base and adapter compute together."""
         raise IncompatibleError(

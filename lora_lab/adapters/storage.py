@@ -4,6 +4,7 @@
     adapter_model.safetensors    `base_model.model.<path>.<PEFT's tensor name>`
     lora_lab.yaml                the full spec, which adapters share tensors or were dropped, and where all
                                  comes from (`lineage`); PEFT ignores unknown files
+    README.md                    what PEFT cannot rebuild of the folder, if there is something
 
 A method's `PeftLayout` says how its tensors and options are called there; nothing here depends on a method.
 """
@@ -48,6 +49,7 @@ from lora_lab.models.pooled_encoder import PooledEncoder
 from lora_lab.tasks import name_classes
 
 CONFIG, TENSORS, OWN = "adapter_config.json", "adapter_model.safetensors", "lora_lab.yaml"
+CARD = "README.md"
 LINEAGE = "lineage"
 CLASSES = "classes"
 """Key of `lora_lab.yaml`: the names of a classifier's classes in the order of its outputs."""
@@ -70,7 +72,8 @@ def save_adapter(
 ) -> None:
     """Writes an adapter folder, whole or not at all.
 
-    The folder says which base it belongs to, see `lineage`.
+    The folder says which base it belongs to, see `lineage`. What PEFT cannot rebuild of it is said in a
+    warning and in its README.md.
 
     Args:
         adapters: the adapters, with their saved modules.
@@ -94,10 +97,11 @@ def save_adapter(
         name: tensor.detach().cpu().contiguous().clone() for name, tensor in _file_tensors(adapters).items()
     }
     layout = _layout(adapters)
-    _warn_of_experts_names(adapters)
+    limits = _limits(adapters)
+    for limit in limits:
+        warnings.warn(limit, stacklevel=2)
     if isinstance(adapters.model, PooledEncoder):
         task_type = None
-        _warn_of_pooling(layout.peft_type)
     dropped = [path for path, own in adapters.implementing(Droppable).items() if own.dropped]
     structure = {"shared": adapters.owners, "dropped": dropped}
     config = {
@@ -123,6 +127,8 @@ def save_adapter(
             apart = {LINEAGE: origin} | ({CLASSES: list(label_names)} if label_names else {})
             names = yaml.safe_dump(apart, allow_unicode=True, sort_keys=False)
             (fresh / OWN).write_text(OmegaConf.to_yaml(OmegaConf.create(own)) + names, encoding="utf-8")
+            if limits:
+                (fresh / CARD).write_text(_card(adapters, base_model, limits), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder}: could not be written ({error}); nothing was changed there."
@@ -427,32 +433,37 @@ def _apart(model: nn.Module, spec: AdapterSpec, tensors: Mapping[str, Tensor]) -
     return False
 
 
-def _warn_of_pooling(peft_type: str | None) -> None:
-    """Warns of a head that PEFT's Auto classes cannot build."""
-    if peft_type is not None:
-        warnings.warn(
+def _limits(adapters: AdapterSet) -> list[str]:
+    """Returns what PEFT cannot rebuild of a folder that it opens: the model around it, or single adapters."""
+    peft_type, model = _layout(adapters).peft_type, adapters.model
+    found = []
+    if peft_type is not None and isinstance(model, PooledEncoder):
+        found.append(
             "the classifier reads the mean of the tokens, a model that PEFT's Auto classes cannot build: "
             "they refuse this folder. In PEFT, build the model with lora_lab.build_model (pooling: mean) and "
-            "call PeftModel.from_pretrained(model, folder).",
-            stacklevel=3,
+            "call PeftModel.from_pretrained(model, folder)."
         )
-
-
-def _warn_of_experts_names(adapters: AdapterSet) -> None:
-    """Warns of maps near stacked experts that PEFT takes for the experts, by the former names of these."""
-    kind = getattr(getattr(adapters.model, "config", None), "model_type", None)
+    # Maps near stacked experts that have the former names of these.
+    kind = getattr(getattr(model, "config", None), "model_type", None)
     renamed = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {}) | {"mixtral": "mixtral"}
-    if _layout(adapters).peft_type != "LORA" or renamed.get(kind) not in ("mixtral", "qwen2_moe"):
-        return
     named = [path for path in adapters.adapters if path.rpartition(".")[2] in EXPERTS_NAMES]
     own = [path for path in named if not stacked(adapters.adapters[path].base)]
-    if own:
-        warnings.warn(
+    if own and peft_type == "LORA" and renamed.get(kind) in ("mixtral", "qwen2_moe"):
+        found.append(
             f"{own[0]}: in models like {kind} PEFT takes this name for the experts themselves and leaves "
             "out the adapter, so it computes something else from this folder. lora_lab opens it correctly; "
-            "for PEFT, exclude such maps (shared experts, dense blocks) and train again.",
-            stacklevel=3,
+            "for PEFT, exclude such maps (shared experts, dense blocks) and train again."
         )
+    return found
+
+
+def _card(adapters: AdapterSet, base_model: str | None, limits: Sequence[str]) -> str:
+    """Returns the folder's model card, as Markdown with the hub's metadata."""
+    named = {"base_model": base_model} if base_model else {}
+    head = named | {"library_name": "peft", "tags": ["lora_lab", adapters.spec.method]}
+    lines = ["---", yaml.safe_dump(head, sort_keys=False).rstrip(), "---", ""]
+    lines += [f"# Adapter: {adapters.spec.method}", "", "What PEFT cannot rebuild of this folder:", ""]
+    return "\n".join([*lines, *(f"- {limit}" for limit in limits)]) + "\n"
 
 
 def _layout(adapters: AdapterSet) -> Any:

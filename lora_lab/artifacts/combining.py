@@ -60,7 +60,7 @@ def combine(
     base: str | None = None,
     any_base: bool = False,
 ) -> Converted:
-    """Writes a mixture of stored adapters as one LoRA.
+    """Writes a mixture of stored adapters as one LoRA; experts that lie stacked are mixed one by one.
 
     Args:
         paths: folders of runs or adapters, all on the same base model.
@@ -110,9 +110,10 @@ def combine(
         if source is not sources[-1]:
             adapters.remove()
     head = _head(sources, trained, weights, heads)
-    sites = [path for path, _ in model.named_modules() if any(path in own for own in found)]
+    sites = dict.fromkeys(path for own in found for path in own)
     if factors:
-        mixed = peft_mixture(factors, sites, weights, cast(PeftMethod, method), density, seed)
+        order = [path for path, _ in model.named_modules() if path in sites]
+        mixed = peft_mixture(factors, order, weights, cast(PeftMethod, method), density, seed)
     elif method in SPARSE:
         assert density is not None
         mixed = _sparse_mixture(found, weights, method, density, seed)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from lora_lab.adapters import LoRASpec
 from lora_lab.adapters.injection import AdapterSet, place
@@ -69,14 +70,6 @@ def export(
     _, adapters = open_adapter(source)
     if active_rank is not None:
         _activate(adapters, active_rank)
-    experts = [name for name, adapter in adapters.items() if stacked(adapter.base)]
-    if experts and form == "lora" and adapters.spec.method == "lora":
-        if rank is not None or energy < 1:
-            raise IncompatibleError(
-                f"{experts[0]}: --rank and --energy cut updates of single maps, and this is a stack of "
-                "experts. Leave them out: the adapter is a LoRA already."
-            )
-        form = "peft"
     if form == "peft":
         layout = type(next(iter(adapters))).peft if len(adapters) else None
         if layout is None or layout.peft_type is None:
@@ -119,7 +112,7 @@ def check_size(rank: int | None, energy: float) -> None:
 
 
 def updates(adapters: AdapterSet) -> dict[str, Update]:
-    """Returns what each adapter adds to its map, by path.
+    """Returns what each adapter adds to its map, by path; for experts by the path of each parameter.
 
     Raises:
         IncompatibleError: if one of them edits no linear map, or a number of it is not finite.
@@ -127,17 +120,19 @@ def updates(adapters: AdapterSet) -> dict[str, Update]:
     found: dict[str, Update] = {}
     for path, adapter in adapters.items():
         try:
-            found[path] = adapter.update()
+            own = adapter.updates(path)
         except IncompatibleError as error:
             raise IncompatibleError(f"{path}: {error}") from error
         except torch.linalg.LinAlgError:
-            found[path] = Update(torch.full((1, 1), torch.nan), torch.ones(1, 1))
-        parts = (found[path].left, found[path].right, found[path].bias)
-        if nonfinite({str(number): part for number, part in enumerate(parts) if part is not None}):
-            raise IncompatibleError(
-                f"{path}: a number of the update is not finite; the adapter's training has diverged. Train "
-                "again with a smaller learning rate, or take an earlier checkpoint."
-            )
+            own = {path: Update(torch.full((1, 1), torch.nan), torch.ones(1, 1))}
+        for name, update in own.items():
+            parts = (update.left, update.right, update.bias)
+            if nonfinite({str(number): part for number, part in enumerate(parts) if part is not None}):
+                raise IncompatibleError(
+                    f"{name}: a number of the update is not finite; the adapter's training has diverged. "
+                    "Train again with a smaller learning rate, or take an earlier checkpoint."
+                )
+        found |= own
     return found
 
 
@@ -147,7 +142,7 @@ def as_lora(adapters: AdapterSet, found: Mapping[str, Update]) -> AdapterSet:
 
     Args:
         adapters: the adapters in the model, which are removed.
-        found: path → update; its paths may differ from those of the adapters.
+        found: path → update, as `updates` names them; they may differ from those of the adapters.
     """
     trained = {path: copy.trained.state_dict() for path, copy in adapters.saved.items()}
     lineage = adapters.lineage
@@ -156,8 +151,12 @@ def as_lora(adapters: AdapterSet, found: Mapping[str, Update]) -> AdapterSet:
     ranks = {path: max(1, update.rank) for path, update in found.items()}
     general = Counter(ranks.values()).most_common(1)[0][0]
     others = {path: rank for path, rank in ranks.items() if rank != general}
+    modules = dict(model.named_modules())
+    sites = dict.fromkeys(path if path in modules else path.rpartition(".")[0] for path in found)
+    parts = (f"{site}.{name}" for site in sites for name in stacked(modules[site]))
     spec = LoRASpec(
-        targets=exact_targets(list(found), dict(model.named_modules())),
+        targets=exact_targets(list(sites), modules),
+        exclude=[path for path in parts if path not in found],
         rank=general,
         alpha=float(general),  # a scale of 1
         rank_pattern={f"^{re.escape(path)}": rank for path, rank in others.items()},
@@ -169,10 +168,13 @@ def as_lora(adapters: AdapterSet, found: Mapping[str, Update]) -> AdapterSet:
     lora.lineage = lineage
     adapter: Any
     for path, adapter in lora.items():
-        update = found[path]
-        adapter.A.zero_()[: update.rank] = update.right
-        adapter.B.zero_()[:, : update.rank] = update.left
-        if update.bias is not None:
+        experts = isinstance(adapter.A, nn.ParameterDict)
+        for name in adapter.A if experts else [""]:
+            update = found[f"{path}.{name}" if experts else path]
+            A, B = (adapter.A[name], adapter.B[name]) if experts else (adapter.A, adapter.B)
+            A.zero_()[..., : update.rank, :] = update.right
+            B.zero_()[..., : update.rank] = update.left
+        if not experts and update.bias is not None:
             adapter.c.copy_(update.bias)
     for path, state in trained.items():
         copy: Any = lora.saved[path]

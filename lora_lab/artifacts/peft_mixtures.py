@@ -31,6 +31,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lab.adapters.injection import AdapterSet
+from lora_lab.adapters.maps import stacked
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.rank import widened
 from lora_lab.linalg.updates import Update
@@ -64,7 +65,7 @@ def peft_factors(adapters: AdapterSet, source: object) -> dict[str, Factors]:
         source: its name, for messages.
 
     Raises:
-        IncompatibleError: if it is another method, or has a bias.
+        IncompatibleError: if it is another method, has a bias, or adapts experts.
     """
     spec = adapters.spec
     if spec.method != "lora" or getattr(spec, "lora_bias", False):
@@ -75,6 +76,11 @@ def peft_factors(adapters: AdapterSet, source: object) -> dict[str, Factors]:
         )
     found = {}
     for path, adapter in adapters.items():
+        if stacked(adapter.base):
+            raise IncompatibleError(
+                f"{source}: adapts the experts of {path}, which PEFT does not mix. Take a method that mixes "
+                "updates (weighted, cat, svd, ties, …)."
+            )
         tensors = adapter.peft_tensors()
         A, B = (widened(tensors[name].detach()).flatten(1) for name in sorted(tensors))
         found[path] = Factors(A, B, adapter.stored_spec.scale)

@@ -243,6 +243,7 @@ def test_a_shared_expert_that_peft_takes_for_the_experts_is_told_when_it_is_save
         UserWarning, match=r"shared_experts\.down_proj: .* PEFT takes this name for the experts"
     ):
         save_adapter(adapters, tmp_path / "adapter")
+    assert "shared_experts.down_proj: in models like" in (tmp_path / "adapter" / "README.md").read_text()
     again = made("glm4_moe")
     load_adapter(again, tmp_path / "adapter")
     assert torch.equal(logits(again), logits(model))
@@ -250,6 +251,7 @@ def test_a_shared_expert_that_peft_takes_for_the_experts_is_told_when_it_is_save
         warnings.simplefilter("error")
         save_adapter(inject(made("glm4_moe"), LoRA(rank=2, targets=["q_proj"])), tmp_path / "plain")
         save_adapter(inject(tiny_llama(), LoRA(rank=2, targets=["down_proj"])), tmp_path / "no experts")
+    assert not (tmp_path / "plain" / "README.md").exists()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -6,18 +6,19 @@ import numpy as np
 import peft
 import pytest
 import torch
+import yaml
 
 from lora_lab.adapters import METHODS, inject
 from lora_lab.adapters.methods.lora import LoRASpec
 from lora_lab.adapters.storage import load_adapter, save_adapter
-from lora_lab.artifacts.combining import _sparse_mixture, elected_mean, largest
+from lora_lab.artifacts.combining import _sparse_mixture, combine, elected_mean, largest
 from lora_lab.artifacts.converting import as_lora, export, updates
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.updates import Update
 from lora_lab.models.build import ModelConfig, build_model
 from lora_lab.models.conversion import save_model
 from tests.adapters.test_storage import OPTIONS
-from tests.adapters.tiny import linear, logits, mixtral, relative, shake, tiny_bert, tiny_llama
+from tests.adapters.tiny import gpt_oss, linear, logits, mixtral, relative, shake, tiny_bert, tiny_llama
 
 LINEAR = [name for name in METHODS if name not in ("reft", "head")]
 
@@ -62,19 +63,61 @@ def test_what_edits_no_linear_map_is_refused_by_its_path():
             updates(adapters)
 
 
-def test_a_lora_of_stacked_experts_is_exported_as_it_is(tmp_path):
-    model = mixtral()
-    save_model(model, tmp_path / "base")
-    adapters = inject(model, LoRASpec(rank=2, targets=["experts", "query"]))
-    shake(adapters)
-    expected = logits(model)
-    save_adapter(adapters, tmp_path / "adapter", str(tmp_path / "base"), "CAUSAL_LM")
-    export(tmp_path / "adapter", tmp_path / "lora")
-    fresh = mixtral()
-    load_adapter(fresh, tmp_path / "lora")
-    assert torch.equal(logits(fresh), expected)
-    with pytest.raises(IncompatibleError, match=r"experts: --rank and --energy cut"):
-        export(tmp_path / "adapter", tmp_path / "small", rank=1)
+@pytest.mark.parametrize("make", [mixtral, gpt_oss])
+def test_experts_are_cut_and_mixed_one_by_one(make, tmp_path):
+    """As (experts, out, in) and (experts, in, out), and a router; one source has some parameters alone."""
+    down = "experts.down_proj"
+    specs = [
+        LoRASpec(rank=2, targets=["experts", "query", *(["router"] if make is gpt_oss else [])]),
+        LoRASpec(rank=3, alpha=5.0, targets=["experts"], exclude=["experts.gate_up_proj"], rslora=True),
+    ]
+    save_model(make(), tmp_path / "base")
+    merged, paths = [], []
+    for number, spec in enumerate(specs):
+        model = make()
+        adapters = inject(model, spec)
+        shake(adapters, 0.3, seed=number)
+        paths.append(tmp_path / str(number))
+        save_adapter(adapters, paths[-1], str(tmp_path / "base"), "CAUSAL_LM")
+        merged.append({k: v.double() for k, v in adapters.merge().state_dict().items()})
+    base = {name: tensor.double() for name, tensor in make().state_dict().items()}
+
+    def opened(folder):
+        """The numbers that a folder adds, by the base's names, and what the model computes."""
+        model = make()
+        load_adapter(model, folder).merge()
+        return {name: tensor - base[name] for name, tensor in model.state_dict().items()}
+
+    mixed = combine(paths, tmp_path / "mixed", [0.7, -1.2])
+    found = opened(tmp_path / "mixed")
+    for name, tensor in found.items():
+        exact = 0.7 * (merged[0][name] - base[name]) - 1.2 * (merged[1][name] - base[name])
+        assert torch.allclose(tensor, exact, atol=2e-6), name
+    changed = {name for name, tensor in found.items() if tensor.abs().max() > 1e-3}
+    assert {name.removesuffix(".weight") for name in changed} == {
+        name.removesuffix(".weight") for name in mixed.ranks
+    }
+    assert {mixed.ranks[name] for name in mixed.ranks if name.endswith(down)} == {5}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(make(), tmp_path / "mixed")
+    ours = make()
+    load_adapter(ours, tmp_path / "mixed")
+    assert relative(logits(theirs), logits(ours)) < 1e-5
+
+    small = combine(paths, tmp_path / "small", [0.7, -1.2], "svd", rank=2)
+    cut = opened(tmp_path / "small")
+    for name in [name for name in mixed.ranks if name.endswith(down)]:
+        U, S, Vh = torch.linalg.svd(found[name], full_matrices=False)  # of all experts
+        assert torch.allclose(cut[name], U[..., :2] @ (S[..., :2, None] * Vh[..., :2, :]), atol=1e-5)
+        lost = (S[..., 2:].square().sum() / S.square().sum()).sqrt()
+        assert small.errors[name] == pytest.approx(float(lost), abs=1e-5)
+    export(tmp_path / "mixed", tmp_path / "exported", rank=2)
+    for name, tensor in opened(tmp_path / "exported").items():
+        assert torch.allclose(tensor, cut[name], atol=1e-5), name
+    combine(paths, tmp_path / "ties", method="ties", density=0.4)
+    with pytest.raises(IncompatibleError, match="adapts the experts of .*, which PEFT does not mix"):
+        combine(paths, tmp_path / "no", method="peft_linear")
 
 
 def test_factors_are_the_update_for_layers_of_every_kind():
@@ -188,6 +231,9 @@ def test_peft_refuses_a_head_that_it_cannot_build_and_opens_it_on_the_same_model
     shake(adapters)
     with pytest.warns(UserWarning, match="reads the mean of the tokens"):
         save_adapter(adapters, tmp_path / "adapter", str(tmp_path / "base"), "SEQ_CLS")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "reads the mean of the tokens" in card
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == str(tmp_path / "base")
     with pytest.raises(ValueError, match="Cannot infer the auto class"):
         peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
     theirs = peft.PeftModel.from_pretrained(pooled(), tmp_path / "adapter").eval()

@@ -29,6 +29,7 @@ from lora_lab.adapters.sites import Site, part_specs
 from lora_lab.errors import IncompatibleError
 from lora_lab.linalg.kaiming import kaiming_uniform
 from lora_lab.linalg.rank import widened
+from lora_lab.linalg.updates import Update
 
 
 class LowRankExperts(Adapter[ScaledSpec]):
@@ -110,6 +111,14 @@ class LowRankExperts(Adapter[ScaledSpec]):
         with torch.autocast(device.type, enabled=False):
             adapted = {name: self.adapted(name) for name in self.A}
         return functional_call(self.base, adapted, arguments, options)
+
+    @torch.no_grad()
+    def updates(self, path: str) -> dict[str, Update]:
+        """Returns the factors of each parameter, of all its experts."""
+        return {
+            f"{path}.{name}": Update(widened(self.B[name]) * part.scale, widened(self.A[name]))
+            for name, part in self.parts.items()
+        }
 
     @torch.no_grad()
     def merged_module(self) -> nn.Module:
