@@ -251,8 +251,8 @@ class Fuzzer:
                 export(folder, out, rank=rng.choice([None, 1]), base=base, any_base=any_base)
             else:
                 _, good = rng.choice([own for own in self.folders if own[0] == 0])
-                method = rng.choice(["weighted", "cat", "ties", "magnitude_prune"])
-                density = 0.5 if method in ("ties", "magnitude_prune") else None
+                method = rng.choice(["weighted", "cat", "ties", "magnitude_prune", "peft_ties"])
+                density = None if method in ("weighted", "cat") else 0.5
                 paths = [folder, good] if rng.random() < 0.5 else [good, folder]
                 combine(paths, out, method=method, density=density, base=base, any_base=any_base)
         except LabError:

@@ -83,6 +83,47 @@ def test_every_layout_opens_in_transformers(architecture, targets, config, tmp_p
     assert relative(outputs(model), expected) < 1e-5
 
 
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A base in bfloat16."""
+    folder, base = tmp_path_factory.mktemp("half") / "base", tiny_llama().to(torch.bfloat16)
+    save_model(base, folder)
+    character_tokenizer(base.config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].mergeable and name != "head"])
+def test_a_merge_in_bfloat16_is_one_rounding_of_the_weights_in_float64(name, half, tmp_path, record_property):
+    """So each number is wrong by at most half a unit of its last place, 2⁻⁸ of it.
+
+    What this does to the outputs is of the same order for each merged map that they pass through.
+    """
+    model = AutoModelForCausalLM.from_pretrained(half, dtype=torch.bfloat16)
+    spec = METHODS[name].Spec(**OPTIONS.get(name, {}))
+    if name == "road":
+        spec.group_size = 6
+    adapters = inject(model, spec)
+    shake(adapters)
+    save_adapter(adapters, tmp_path / "adapter", str(half), "CAUSAL_LM")
+    model.double()
+    expected = outputs(model)
+    exact = adapters.merge().state_dict()
+    merge(tmp_path / "adapter", tmp_path / "merged", dtype="bfloat16")
+    stored = load_file(tmp_path / "merged" / "model.safetensors")
+    base = load_file(half / "model.safetensors")
+    moved = [key for key in stored if not torch.equal(exact[key], base[key].double())]
+    assert moved
+    for key, tensor in stored.items():
+        assert tensor.dtype == torch.bfloat16
+        error = (tensor.double() - exact[key]).abs()
+        slack = 1e-6 * exact[key].abs().max()  # of the sum in float32
+        assert (error <= 2**-8 * exact[key].abs() + slack).all(), key
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    error = relative(outputs(merged), expected)
+    record_property("relative error of the outputs", error)
+    assert error < 2**-8 * len(moved)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_half_precision_is_rounded_once(dtype, tmp_path):
     spec = LoRASpec(rank=3, targets=["query"], modules_to_save=[])
