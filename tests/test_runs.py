@@ -111,7 +111,9 @@ def test_the_quickstart_leaves_a_complete_record_and_folder(quickstart):
         "adapter_config.json",
         "adapter_model.safetensors",
         "lora_lab.yaml",
+        "README.md",
     }
+    assert "reads the mean of the tokens" in (folder / "adapter" / "README.md").read_text()
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "sentence-transformers/all-MiniLM-L6-v2"
     record = json.loads((folder / "run.json").read_text())

@@ -1,10 +1,10 @@
-"""Adapters on disk, in PEFT's layout: two files that PEFT opens, and one with everything else.
+"""Adapters on disk, in PEFT's layout: two files that PEFT opens, one with everything else, and a model card.
 
     adapter_config.json          PEFT's fields of the method
     adapter_model.safetensors    `base_model.model.<path>.<PEFT's tensor name>`
     lora_lab.yaml                the full spec, which adapters share tensors or were dropped, and where all
                                  comes from (`lineage`); PEFT ignores unknown files
-    README.md                    what PEFT cannot rebuild of the folder, if there is something
+    README.md                    method, base, and what PEFT cannot rebuild of the folder
 
 A method's `PeftLayout` says how its tensors and options are called there; nothing here depends on a method.
 """
@@ -127,8 +127,8 @@ def save_adapter(
             apart = {LINEAGE: origin} | ({CLASSES: list(label_names)} if label_names else {})
             names = yaml.safe_dump(apart, allow_unicode=True, sort_keys=False)
             (fresh / OWN).write_text(OmegaConf.to_yaml(OmegaConf.create(own)) + names, encoding="utf-8")
-            if limits:
-                (fresh / CARD).write_text(_card(adapters, base_model, limits), encoding="utf-8")
+            card = _card(adapters, base_model, config["peft_type"], limits)
+            (fresh / CARD).write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder}: could not be written ({error}); nothing was changed there."
@@ -457,13 +457,20 @@ def _limits(adapters: AdapterSet) -> list[str]:
     return found
 
 
-def _card(adapters: AdapterSet, base_model: str | None, limits: Sequence[str]) -> str:
+def _card(adapters: AdapterSet, base: str | None, peft_type: str | None, limits: Sequence[str]) -> str:
     """Returns the folder's model card, as Markdown with the hub's metadata."""
-    named = {"base_model": base_model} if base_model else {}
-    head = named | {"library_name": "peft", "tags": ["lora_lab", adapters.spec.method]}
-    lines = ["---", yaml.safe_dump(head, sort_keys=False).rstrip(), "---", ""]
-    lines += [f"# Adapter: {adapters.spec.method}", "", "What PEFT cannot rebuild of this folder:", ""]
-    return "\n".join([*lines, *(f"- {limit}" for limit in limits)]) + "\n"
+    method = adapters.spec.method
+    head = {"library_name": "peft" if peft_type else "lora_lab", "tags": ["lora_lab", method]}
+    named = {"base_model": base} if base else {}
+    lines = ["---", yaml.safe_dump(named | head, sort_keys=False).rstrip(), "---", ""]
+    lines += [f"# {base or 'A model'} + {method}", "", f"A {method} adapter of {len(adapters)} modules.", ""]
+    if peft_type is None:
+        lines.append("PEFT has no such method: lora_lab opens it, with `load_adapter(model, folder)`.")
+    elif limits:
+        lines += ["What PEFT cannot rebuild of it:", "", *(f"- {limit}" for limit in limits)]
+    else:
+        lines.append(f"PEFT opens it as {peft_type}.")
+    return "\n".join(lines) + "\n"
 
 
 def _layout(adapters: AdapterSet) -> Any:

@@ -31,7 +31,7 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from lora_lab.adapters.storage import CONFIG, OWN, TENSORS
+from lora_lab.adapters.storage import CARD, CONFIG, OWN, TENSORS
 from lora_lab.callbacks.test_examples import NAME as EXAMPLES
 from lora_lab.config.compose import compose
 from lora_lab.config.schema import ExperimentConfig
@@ -51,6 +51,7 @@ FILES = (
     f"adapter/{CONFIG}",
     f"adapter/{TENSORS}",
     f"adapter/{OWN}",
+    f"adapter/{CARD}",
     ".reserve",
     ".failed.json",
 )
@@ -200,7 +201,7 @@ class RunFolder:
     def clear(self) -> None:
         """Deletes what an earlier run wrote, except for its record; everything else in the folder stays."""
         own = {path.name for path in self.adapter.iterdir()} if self.adapter.is_dir() else set()
-        shared = bool(own - {CONFIG, TENSORS, OWN})
+        shared = bool(own - {CONFIG, TENSORS, OWN, CARD})
         for name in FILES:
             # If there are other files, it marks the folder as that of an adapter, which may be written to
             # again.

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from lora_lab.adapters import METHODS, inject, storage
 from lora_lab.adapters.base import Adapter
 from lora_lab.adapters.methods.lora import LoRASpec
-from lora_lab.adapters.storage import CONFIG, OWN, TENSORS, load_adapter, save_adapter
+from lora_lab.adapters.storage import CARD, CONFIG, OWN, TENSORS, load_adapter, save_adapter
 from lora_lab.errors import CheckpointError, IncompatibleError, TargetError
 from tests.adapters.tiny import logits, relative, shake, tiny_bert, tiny_llama, tokens
 
@@ -165,7 +165,7 @@ def test_loaded_adapter_trains_on_as_the_saved_one_would(method, tmp_path):
 
 
 def test_folder_holds_pefts_two_files_and_our_spec(folder):
-    assert sorted(file.name for file in folder.iterdir()) == sorted([CONFIG, OWN, TENSORS])
+    assert sorted(file.name for file in folder.iterdir()) == sorted([CARD, CONFIG, OWN, TENSORS])
     tensors = load_file(folder / TENSORS)
     path = "base_model.model.bert.encoder.layer.0.attention.self.query"
     assert tensors[f"{path}.lora_A.weight"].shape == (4, 30)

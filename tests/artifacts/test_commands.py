@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lora_lab import evaluate
-from lora_lab.adapters.storage import CONFIG, OWN, TENSORS, load_adapter, stored_lineage
+from lora_lab.adapters.storage import CARD, CONFIG, OWN, TENSORS, load_adapter, stored_lineage
 from lora_lab.artifacts import combine, export, merge
 from lora_lab.cli import main
 from lora_lab.experiment.mixtures import evaluate_mixture
@@ -97,7 +97,7 @@ def test_a_run_puts_its_adapter_and_lineage_out_as_an_artifact(base, runs):
     (artifact,) = [made for made in offline.artifacts if made["type"] == "adapter"]
     assert artifact["run"] == offline.id
     assert artifact["metadata"] == lineage
-    assert artifact["files"] == sorted((CONFIG, TENSORS, OWN))
+    assert artifact["files"] == sorted((CARD, CONFIG, TENSORS, OWN))
 
 
 def test_another_base_needs_a_word_and_the_card_says_so(base, runs, tmp_path, capsys):
