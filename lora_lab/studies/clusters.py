@@ -22,11 +22,13 @@ from lora_lab.config.schema import ExperimentConfig
 from lora_lab.errors import ConfigError, StudyError
 from lora_lab.experiment.loaded import LoadedData
 from lora_lab.studies.cells import Job
-from lora_lab.studies.executors import GRACE, Executor
+from lora_lab.studies.executors import GRACE, Executor, environment
 from lora_lab.studies.worker import Outcome, execute, print_to
 
 RETRIES = 3
 """How often a run is made again whose worker or node was lost."""
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Keeps a cluster on 127.0.0.1; Ray would replace that address by one that the network reaches."""
 POLL = 2.0
 """Seconds between looks into Slurm's queue."""
 UNSEEN = 3
@@ -51,27 +53,22 @@ class RayExecutor(Executor):
     def __init__(self, workers: int, logs: Path, address: str | None = None):
         if importlib.util.find_spec("ray") is None:
             raise ConfigError("--executor: ray is not installed; pip install 'lora_lab[ray]'")
-        import ray
+        logs.mkdir(parents=True, exist_ok=True)
+        with environment({} if address else LOOPBACK):
+            import ray
 
+            self._started_here = not ray.is_initialized()
+            if self._started_here:
+                local = {} if address else {"num_cpus": workers, "include_dashboard": False}
+                try:
+                    ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **local)
+                except (ConnectionError, ValueError, RuntimeError) as error:
+                    raise ConfigError(f"--address: no Ray cluster at '{address}': {error}") from error
         self.slots = workers
         self._ray = ray
         self._waiting: list[tuple[tuple[int, ...], int, Job]] = []
         self._count = itertools.count()
         self._running: dict[Any, Job] = {}
-        self._started_here = not ray.is_initialized()
-        logs.mkdir(parents=True, exist_ok=True)
-        if self._started_here:
-            local = {} if address else {"num_cpus": workers, "include_dashboard": False}
-            try:
-                ray.init(
-                    address=address or "local",
-                    _node_ip_address=None if address else "127.0.0.1",
-                    log_to_driver=False,
-                    logging_level="ERROR",
-                    **local,
-                )
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise ConfigError(f"--address: no Ray cluster at '{address}': {error}") from error
         found = ray.cluster_resources()
         cpus = max(1, int(found.get("CPU", 1)) // workers)
         options: dict[str, Any] = {"num_cpus": cpus, "max_retries": RETRIES, "retry_exceptions": False}

@@ -154,7 +154,7 @@ class LocalExecutor(Executor):
             args=(theirs, self.logs / f"worker{place}.log", os.getpid()),
             name=f"worker {place}",
         )
-        with _environment(self._share(place)):
+        with environment(self._share(place)):
             process.start()
         theirs.close()
         return _Worker(process, mine)
@@ -186,7 +186,7 @@ def _death(process: BaseProcess) -> str:
 
 
 @contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
+def environment(values: Mapping[str, str]) -> Iterator[None]:
     """Sets environment variables for processes that are started within the block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)

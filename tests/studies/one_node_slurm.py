@@ -90,8 +90,12 @@ def cluster(folder: Path):
             started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
             if command[0] == "munged":
                 _until((folder / "munge.socket").exists, folder)
-        _until(lambda: "idle" in _sinfo(environment), folder)
-        yield conf
+        _until(lambda: "idle" in _slurm(environment, "sinfo", "--noheader", "--format=%T"), folder)
+        try:
+            yield conf
+        finally:  # processes of a job would outlive the daemons, which alone can end them
+            _slurm(environment, "scancel", "--me")
+            _until(lambda: not _slurm(environment, "squeue", "--noheader"), folder)
     finally:
         for process in reversed(started):
             process.terminate()
@@ -102,9 +106,8 @@ def cluster(folder: Path):
                 process.kill()
 
 
-def _sinfo(environment) -> str:
-    command = ["sinfo", "--noheader", "--format=%T"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True).stdout
+def _slurm(environment, *command: str) -> str:
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE).stdout
 
 
 def _until(done, folder: Path) -> None:

@@ -1,18 +1,22 @@
-"""The same study by Ray and by Slurm, with what is lost on the way."""
+"""The same study by two processes, by Ray and by Slurm, with what is lost on the way."""
 
 import importlib.util
-import os
+import json
+import signal
+from contextlib import suppress
 
 import pandas as pd
+import psutil
 import pytest
 import yaml
 
 from lora_lab.cli import main
 from lora_lab.errors import ConfigError
+from lora_lab.experiment.folder import OWNER
 from lora_lab.studies import ablate, read_study
-from lora_lab.studies.clusters import RayExecutor, SlurmExecutor, slurm_options
+from lora_lab.studies.clusters import LOOPBACK, RayExecutor, SlurmExecutor, slurm_options
 from tests.studies.one_node_slurm import cluster, missing
-from tests.studies.test_ablation import MEASURED, STUDY, Inline, results
+from tests.studies.test_ablation import MEASURED, STUDY, results, start
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 needs_submitit = pytest.mark.skipif(
@@ -20,91 +24,127 @@ needs_submitit = pytest.mark.skipif(
 )
 TRAINER = {"max_epochs": 8, "checkpoint_every": 1, "log_every": 8}
 """Some seconds for a run, in which it can be interrupted."""
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """The study that is made undisturbed in this process."""
-    found = study(tmp_path_factory.mktemp("alone"))
-    ablate(found, Inline)
-    return results(found)
+RAY = LOOPBACK | {
+    # On a busy machine, Python takes longer to start than Ray waits for it: 60 and 30 seconds by default.
+    "RAY_worker_register_timeout_seconds": "600",
+    "RAY_agent_register_timeout_ms": "600000",
+    "RAY_worker_niceness": "0",  # 15 by default, which starves there
+}
+NODE = {"num_cpus": 1, "include_dashboard": False}
 
 
 def study(folder):
     content = STUDY | {
-        "experiment": STUDY["experiment"] | {"output": str(folder / "runs"), "trainer": TRAINER}
+        "experiment": STUDY["experiment"] | {"output": str(folder / "runs"), "trainer": TRAINER},
+        "grid": {"adapter.method": ["lora", "ia3", "dora"]},
     }
     path = folder / "methods.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return read_study(path)
 
 
-def same(found, alone):
-    pd.testing.assert_frame_equal(results(found).drop(columns=MEASURED), alone.drop(columns=MEASURED))
+def jobs_of(study):
+    return [study.job(cell, "compare", seed) for cell in study.cells for seed in study.spec.seeds]
 
 
-@needs_ray
-def test_a_ray_cluster_that_loses_a_node_makes_the_same_rows(tmp_path, alone, monkeypatch):
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 by default, which a busy machine starves
+def resumptions(study):
+    return [job.folder.read()["resumptions"] for job in jobs_of(study)]
+
+
+def process_of(job):
+    """Returns the process of a run that has a checkpoint and is under way; None if it is not."""
+    with suppress(FileNotFoundError, psutil.NoSuchProcess):  # it has just ended
+        if job.folder.checkpoint.is_file():
+            return psutil.Process(json.loads((job.folder.path / OWNER).read_text())["pid"])
+    return None
+
+
+@pytest.fixture(scope="module")
+def by_two_processes(tmp_path_factory):
+    """The study by two undisturbed processes of this machine."""
+    found = study(tmp_path_factory.mktemp("local"))
+    code, printed = start(found.source).end()
+    assert code == 0, printed
+    rows = results(found)
+    assert (len(rows), set(rows["status"]), resumptions(found)) == (6, {"finished"}, [0] * 6)
+    return found
+
+
+def same(found, other):
+    """Compares all that results.csv and validations.csv say, but time and memory."""
+    ours, theirs = (results(one).drop(columns=MEASURED) for one in (found, other))
+    pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
+    ours, theirs = ((one.folder / "validations.csv").read_text() for one in (found, other))
+    assert ours == theirs
+
+
+@pytest.fixture
+def ray(monkeypatch):
+    for name, value in RAY.items():
+        monkeypatch.setenv(name, value)
     import ray
+
+    yield ray
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@needs_ray
+def test_a_ray_cluster_that_loses_a_node_makes_the_same_rows(tmp_path, by_two_processes, ray):
     from ray.cluster_utils import Cluster
 
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    second = nodes.add_node(num_cpus=1)
+    nodes = Cluster(initialize_head=True, head_node_args=NODE)
+    second = nodes.add_node(**NODE)
+    raylet = second.all_processes["raylet"][0].process.pid
 
     class Losing(RayExecutor):
-        lost = False
+        lost = None
 
         def wait(self, seconds):
-            under_way = [job for job in self.running() if job.folder.checkpoint.is_file()]
-            if not self.lost and len(under_way) == 2:
-                self.lost = True
-                nodes.remove_node(second, allow_graceful=False)
+            for job in self.running() if self.lost is None else ():
+                process = process_of(job)
+                if process and process.ppid() == raylet:
+                    self.lost = job
+                    nodes.remove_node(second, allow_graceful=False)
+                    break
             return super().wait(0.1)
 
     try:
         found, made = study(tmp_path), []
         ablate(found, lambda logs: made.append(Losing(2, logs, nodes.address)) or made[0])
-        assert made[0].lost
-        same(found, alone)
-        resumed = [job.folder.read()["resumptions"] for job in found_jobs(found)]
-        assert sum(resumed) == 1
     finally:
-        ray.shutdown()
+        ray.shutdown()  # before the cluster that it is connected to
         nodes.shutdown()
+    same(found, by_two_processes)
+    assert sum(resumptions(found)) == made[0].lost.folder.read()["resumptions"] == 1
 
 
-def found_jobs(study):
-    return [study.job(cell, "compare", seed) for cell in study.cells for seed in study.spec.seeds]
-
-
+@pytest.mark.slow
 @needs_submitit
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
-def test_slurm_makes_the_same_rows_and_a_lost_job_is_made_again(tmp_path, alone, monkeypatch):
+def test_slurm_makes_the_same_rows_and_a_lost_job_is_made_again(tmp_path, by_two_processes, monkeypatch):
     class Losing(SlurmExecutor):
         lost = None
 
         def wait(self, seconds):
-            if self.lost is None:
-                for task, job in self._running.items():
-                    if job.folder.checkpoint.is_file():
-                        self.lost = job
-                        os.system(f"scancel --signal=KILL --full {task.job_id}")
-                        break
+            for job in self.running() if self.lost is None else ():
+                if process := process_of(job):
+                    self.lost = job
+                    process.send_signal(signal.SIGKILL)
+                    break
             return super().wait(0.1)
 
     with cluster(tmp_path / "slurm") as conf:
         monkeypatch.setenv("SLURM_CONF", str(conf))
         found, made = study(tmp_path), []
-        ablate(found, lambda logs: made.append(Losing(2, logs, {"timeout_min": 5})) or made[0])
-        assert made[0].lost.folder.read()["resumptions"] == 1
-        same(found, alone)
+        ablate(found, lambda logs: made.append(Losing(2, logs, {"timeout_min": 60})) or made[0])
+    same(found, by_two_processes)
+    assert sum(resumptions(found)) == made[0].lost.folder.read()["resumptions"] == 1
 
 
+@pytest.mark.slow
 @needs_ray
-def test_ctrl_c_leaves_runs_of_ray_resumable(tmp_path):
-    import ray
-
+def test_ctrl_c_leaves_runs_of_ray_resumable(tmp_path, ray):
     content = STUDY["experiment"] | {"output": str(tmp_path / "runs")}
     content["trainer"] = TRAINER | {"max_epochs": 4000}
     path = tmp_path / "long.yaml"
@@ -117,12 +157,9 @@ def test_ctrl_c_leaves_runs_of_ray_resumable(tmp_path):
                 raise KeyboardInterrupt
             return super().wait(0.2)
 
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            ablate(found, lambda logs: Stopped(1, logs))
-    finally:
-        ray.shutdown()
-    states = [(job.folder.read() or {}).get("status") for job in found_jobs(found)]
+    with pytest.raises(KeyboardInterrupt):
+        ablate(found, lambda logs: Stopped(1, logs))
+    states = [(job.folder.read() or {}).get("status") for job in jobs_of(found)]
     assert states == ["interrupted", None]
 
 
@@ -143,6 +180,6 @@ def test_settings_of_another_executor_are_refused(tmp_path, capsys):
 
 @needs_submitit
 def test_an_unknown_parameter_of_slurm_is_refused_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr("submitit.slurm.slurm.SlurmExecutor.affinity", lambda: 2)
+    monkeypatch.setattr("submitit.slurm.slurm.SlurmExecutor.affinity", staticmethod(lambda: 2))
     with pytest.raises(ConfigError, match="timeot_min"):
         SlurmExecutor(1, tmp_path, {"timeot_min": 5})

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,9 @@ from lora_lab.cli import main
 from lora_lab.errors import ConfigError
 from lora_lab.studies import ablate, read_study
 from lora_lab.studies.sweep import job_of, sweep
+from tests.studies.sweep_server import ENTITY, served
 from tests.studies.test_ablation import QUICK, STUDY, TUNE, Inline, results, study
+from tests.wandb_file import offline_folders
 
 
 def written(found, tmp_path, *overrides):
@@ -89,11 +94,28 @@ def test_a_sweeps_file_is_what_wandbs_schema_allows(tmp_path):
     assert list(validate.iter_errors(made | {"method": "gird"}))
 
 
-def test_a_run_of_an_agent_has_the_agents_id(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
-    monkeypatch.setenv("WANDB_RUN_ID", "agents7")
+@pytest.mark.slow
+def test_wandbs_own_agent_makes_a_run_and_the_study_makes_the_others(tmp_path):
     experiment = STUDY["experiment"] | QUICK | {"tracking": {"wandb": "offline"}}
     found = study(tmp_path, experiment=experiment, seeds=[0])
-    assert main(["ablate", str(found.source), "--run", "cell=lora", "seed=0"]) == 0
-    folder = found.job(found.cell("lora"), "compare", 0).folder.path
-    assert [path.name.rpartition("-")[2] for path in (folder / "wandb").glob("offline-run-*")] == ["agents7"]
+    written(found, tmp_path)
+    programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with served() as (server, url):
+        ours = {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40, "WANDB_ERROR_REPORTING": "false"}
+        for command in ("wandb sweep sweep.yaml", f"wandb agent --count 1 {ENTITY}/lora_lab/sweep1"):
+            done = subprocess.run(
+                command.split(),
+                cwd=tmp_path,
+                env=os.environ | ours | {"PATH": programs},
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, done.stderr
+        assert server.sweep.given == [{"cell": "lora", "seed": 0}], done.stderr
+    job = found.job(found.cell("lora"), "compare", 0)
+    assert job.folder.read()["status"] == "finished", done.stderr
+    (tracked,) = offline_folders(job.folder.path)
+    assert tracked.name.rpartition("-")[2] == "run1"  # the agent's name for it
+    left = Inline(tmp_path)
+    ablate(read_study(found.source), lambda logs: left)
+    assert [job.cell for job in left.made] == ["ia3"]
