@@ -110,12 +110,14 @@ class RayExecutor(Executor):
             self._running[self._task.remote(job.config, *self._place)] = job
 
     def _outcome(self, task: Any) -> Outcome:
-        from ray.exceptions import RayError, TaskCancelledError
+        from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 
         try:
             status, error = self._ray.get(task)
         except TaskCancelledError:
             return Outcome("interrupted", "the process was asked to end")
+        except RayTaskError as fault:  # its text is a traceback
+            return Outcome("failed", _last_line(fault))
         except RayError as fault:
             lines = str(fault).strip().splitlines() or [type(fault).__name__]
             return Outcome("failed", f"{type(fault).__name__}: {lines[0]}")

@@ -252,12 +252,12 @@ def test_a_study_killed_twice_has_the_rows_of_one_left_alone(tmp_path):
     one_run = (time.monotonic() - started) / len(results(alone))
     draw = random.Random(5)
     finished: dict[Path, int] = {}
-    for least in (1, 3):
+    for least, kill in ((1, os.kill), (3, os.killpg)):  # the study alone, and with its workers
         process = start(found.source)
         while sum('"finished"' in path.read_text() for path in found.folder.glob("*/run.json")) < least:
             time.sleep(0.02)
         time.sleep(draw.uniform(0.1, 0.9) * one_run)
-        process.send(signal.SIGKILL)
+        kill(process.process.pid, signal.SIGKILL)
         process.end()
         # What is finished now must not be made again.
         for job in Progress(read_study(found.source), None).jobs:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import signal
 from contextlib import suppress
 
@@ -144,12 +145,13 @@ def test_slurm_makes_the_same_rows_and_a_lost_job_is_made_again(tmp_path, by_two
 
 @pytest.mark.slow
 @needs_ray
-def test_ctrl_c_leaves_runs_of_ray_resumable(tmp_path, ray):
+def test_a_ray_of_this_machine_tells_a_fault_and_ctrl_c_leaves_its_runs_resumable(tmp_path, ray):
     content = STUDY["experiment"] | {"output": str(tmp_path / "runs")}
     content["trainer"] = TRAINER | {"max_epochs": 4000}
     path = tmp_path / "long.yaml"
     path.write_text(yaml.safe_dump(STUDY | {"experiment": content, "seeds": [0]}))
     found = read_study(path)
+    first = jobs_of(found)[0]
 
     class Stopped(RayExecutor):
         def wait(self, seconds):
@@ -157,8 +159,20 @@ def test_ctrl_c_leaves_runs_of_ray_resumable(tmp_path, ray):
                 raise KeyboardInterrupt
             return super().wait(0.2)
 
+    def executor(logs):
+        made = Stopped(1, logs)
+        place, made._place = made._place, (str(tmp_path / "elsewhere"), str(logs))
+        made.submit(first)
+        while not (ended := made.wait(1)):
+            pass
+        made._place = place
+        ((job, outcome),) = ended
+        assert (job, outcome.status) == (first, "failed")
+        assert re.search(r"No such file or directory: '\S+/elsewhere'$", outcome.error)
+        return made
+
     with pytest.raises(KeyboardInterrupt):
-        ablate(found, lambda logs: Stopped(1, logs))
+        ablate(found, executor)
     states = [(job.folder.read() or {}).get("status") for job in jobs_of(found)]
     assert states == ["interrupted", None]
 
