@@ -11,8 +11,6 @@ from typing import Any, cast
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.serialization._base import parse_size_to_int
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -24,9 +22,9 @@ from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError
 from lora_lab.linalg.lazy import LazyTensor, now
 from lora_lab.models.architectures import find_roles, head_width, widths
 from lora_lab.models.attention import SplitMultiheadAttention, linear_of, split_attention
-from lora_lab.models.mapped import give_back, mapped_weights
 from lora_lab.models.pooled_encoder import PooledEncoder
 from lora_lab.models.quantization import QuantizedLinear
+from lora_lab.models.weight_files import mapped_weights, write_weights
 
 
 def linearise(model: nn.Module) -> nn.Module:
@@ -109,8 +107,8 @@ def save_model(
     layout of its checkpoints; saved as linear layers, its square matrices would be read transposed without an
     error.
 
-    Memory holds one file's tensors at a time in addition to the model; a model that transformers has mapped
-    from safetensors files takes none.
+    Memory holds one tensor at a time in addition to the model; a model that transformers has mapped from
+    safetensors files takes none.
 
     Args:
         model: A model from `build_model` without adapters (merged or never injected).
@@ -118,7 +116,7 @@ def save_model(
         shard_size: Size of the largest file, "500MB".
         dtype: Type of the floating numbers; None keeps each tensor's.
         changed: Tensors by name, instead of the model's or in addition to them; lazy ones are computed when
-            their file is written.
+            they are written.
 
     Raises:
         ConfigError: if the size cannot be read.
@@ -138,16 +136,11 @@ def save_model(
             weights, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_size
         )
         for file, names in split.filename_to_tensors.items():
-            shard = {}
-            for name in names:
-                shard[name] = now(weights.pop(name)).contiguous()
-                give_back(mapped)
-            save_file(shard, Path(folder) / file, metadata={"format": "pt"})
-            give_back(mapped)
+            write_weights(Path(folder) / file, {name: weights.pop(name) for name in names}, mapped)
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (Path(folder) / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise CheckpointError(
             f"the model cannot be written to {folder}: {error}; choose another folder"
         ) from error
