@@ -30,6 +30,7 @@ def script(path: Path):
     ("name", "file", "arguments"),
     [
         ("method_table", "run.py", []),
+        ("mixed_tasks", "run.py", []),
     ],
 )
 def test_a_readmes_table_is_that_of_the_results(name, file, arguments):
