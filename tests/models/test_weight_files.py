@@ -1,16 +1,13 @@
-"""Files of weights written tensor by tensor: what safetensors reads from them, and the memory it takes."""
+"""Files of weights written tensor by tensor: what safetensors reads from them."""
 
 import json
-import platform
-import resource
 
-import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lora_lab.linalg.lazy import LazyTensor
-from lora_lab.models.weight_files import freed_memory_kept, write_weights
+from lora_lab.models.weight_files import write_weights
 
 UNTIDY = {
     "odd": torch.arange(7, dtype=torch.int8),
@@ -42,18 +39,3 @@ def test_safetensors_reads_what_is_written(tmp_path):
     header = json.loads(written[8 : 8 + length])
     assert length % 8 == 0  # readers map the numbers, which have to start at a multiple of their size
     assert all(header[name]["data_offsets"][0] % tensor.itemsize == 0 for name, tensor in expected.items())
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
-def test_freed_memory_is_used_again_and_given_back_at_the_end():
-    def touched():
-        """Returns the bytes of new pages that ten tensors take, one after another, as a multiple of one."""
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(10):
-            torch.ones(9_000_000)
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        return (after - before) * resource.getpagesize() / 36_000_000
-
-    with freed_memory_kept():
-        assert touched() < 3
-    assert touched() > 8
