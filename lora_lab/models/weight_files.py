@@ -80,18 +80,18 @@ def freed_memory_kept() -> Iterator[None]:
     computing them.
     """
     library = ctypes.CDLL(None) if hasattr(mmap, "MADV_DONTNEED") else None
-    set_option = getattr(library, "mallopt", None)  # glibc's alone
-    if set_option is None:
+    if not hasattr(library, "mallopt"):  # it is glibc's alone
         yield
         return
-    set_option(MMAP_MAX, 0)
-    set_option(TRIM_THRESHOLD, -1)
+    assert library is not None
+    library.mallopt(MMAP_MAX, 0)
+    library.mallopt(TRIM_THRESHOLD, -1)
     try:
         yield
     finally:
-        set_option(MMAP_MAX, 1 << 16)  # glibc's defaults
-        set_option(TRIM_THRESHOLD, 1 << 17)
-        ctypes.CDLL(None).malloc_trim(0)
+        library.mallopt(MMAP_MAX, 1 << 16)  # glibc's defaults
+        library.mallopt(TRIM_THRESHOLD, 1 << 17)
+        library.malloc_trim(0)
 
 
 def mapped_weights() -> list[Range]:

@@ -126,8 +126,7 @@ def analyse(
     for name, other in against.items():
         seeds = sorted(set(values.get(name, {})) & set(values.get(other, {})))
         differences.append(np.array([values[name][seed] - values[other][seed] for seed in seeds]))
-        paired = resampled is not None and len(seeds) > 1
-        replicates.append(resampled.difference(name, other, seeds) if resampled and paired else None)
+        replicates.append(resampled.difference(name, other, seeds) if resampled and len(seeds) > 1 else None)
     compared = compare_paired(differences, replicates, margin, level)
     comparisons = dict(zip(against, compared, strict=True))
     ranked = _with_ranks(cells, resampled, better, level)
