@@ -14,7 +14,7 @@ Lightning restores the model first, then the callbacks, then builds the optimize
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,6 +24,7 @@ import torch.distributed as distributed
 from torch import Tensor
 
 from lora_lab.adapters import METHODS, AdapterSet
+from lora_lab.adapters.protocols import Prunable
 from lora_lab.adapters.spec import choice_faults
 from lora_lab.errors import ConfigError, IncompatibleError
 
@@ -160,6 +161,26 @@ def require(pl_module: Any, setting: str, names: Sequence[str], instead: str) ->
         raise IncompatibleError(
             f"{setting}: uses {', '.join(missing)} of the LightningModule, which {type(pl_module).__name__} "
             f"does not have. Train with lora_lab.FineTuner, or {instead}."
+        )
+
+
+def require_below_components(setting: str, rank: int, adapters: Iterable[Prunable], otherwise: str) -> None:
+    """Checks that the largest adapter has more components than a rank.
+
+    Args:
+        setting: what holds the rank, for the message.
+        rank: the rank.
+        adapters: the controlled adapters.
+        otherwise: what the setting would mean for the run, for the message.
+
+    Raises:
+        ConfigError: if it has not.
+    """
+    most = max(adapter.initial_components for adapter in adapters)
+    if rank >= most:
+        raise ConfigError(
+            f"{setting}: must be below {most}, the components that the largest adapter has, or {otherwise}; "
+            f"got {rank}."
         )
 
 

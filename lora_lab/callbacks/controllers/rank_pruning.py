@@ -21,7 +21,13 @@ import torch
 from lora_lab.adapters import AdapterSet
 from lora_lab.adapters.protocols import Prunable
 from lora_lab.adapters.spec import least_fault, probability_fault
-from lora_lab.callbacks.controllers.base import Controller, ControllerSpec, from_first_process, in_steps
+from lora_lab.callbacks.controllers.base import (
+    Controller,
+    ControllerSpec,
+    from_first_process,
+    in_steps,
+    require_below_components,
+)
 from lora_lab.errors import ConfigError
 from lora_lab.linalg.pruning import alive, l1_importance
 
@@ -81,12 +87,9 @@ class RankPruning(Controller):
 
     def __init__(self, spec: RankPruningSpec, adapters: AdapterSet, seed: int = 0):
         super().__init__(spec, adapters, seed)
-        most = max(adapter.initial_components for adapter in self.controlled.values())
-        if spec.min_rank >= most:
-            raise ConfigError(
-                f"controllers.rank_pruning.min_rank: must be below {most}, the components that the largest "
-                f"adapter has, or nothing can die; got {spec.min_rank}."
-            )
+        require_below_components(
+            "controllers.rank_pruning.min_rank", spec.min_rank, self.controlled.values(), "nothing can die"
+        )
         self._done = 0
         self._threshold = 0.0
         self._alive: dict[str, int] = {}

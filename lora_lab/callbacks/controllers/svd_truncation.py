@@ -21,9 +21,13 @@ import torch
 from lora_lab.adapters import AdapterSet
 from lora_lab.adapters.protocols import Truncatable
 from lora_lab.adapters.spec import least_fault
-from lora_lab.callbacks.controllers.base import Controller, ControllerSpec, from_first_process
+from lora_lab.callbacks.controllers.base import (
+    Controller,
+    ControllerSpec,
+    from_first_process,
+    require_below_components,
+)
 from lora_lab.callbacks.controllers.structure import select_components, structure_changed
-from lora_lab.errors import ConfigError
 
 
 @dataclass
@@ -59,12 +63,9 @@ class SVDTruncation(Controller):
 
     def __init__(self, spec: SVDTruncationSpec, adapters: AdapterSet, seed: int = 0):
         super().__init__(spec, adapters, seed)
-        most = max(adapter.initial_components for adapter in self.controlled.values())
-        if spec.rank >= most:
-            raise ConfigError(
-                f"controllers.svd_truncation.rank: must be below {most}, the components that the largest "
-                f"adapter has, or nothing is cut; got {spec.rank}."
-            )
+        require_below_components(
+            "controllers.svd_truncation.rank", spec.rank, self.controlled.values(), "nothing is cut"
+        )
         self._lost: float | None = None
 
     @property
