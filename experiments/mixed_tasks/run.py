@@ -22,7 +22,7 @@ from lora_lab.report.comparison import markdown_table, picture, spread
 from lora_lab.training.module import FineTuner
 
 HERE = Path(__file__).parent
-SEEDS = (0,)
+SEEDS = (0, 1, 2)
 TASKS = ("films", "sums")
 SPLITS = {"train": 160, "validation": 50, "test": 100}
 ABOUT = ("steps", "wall_seconds", "git_commit")

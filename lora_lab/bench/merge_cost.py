@@ -5,7 +5,8 @@
 The base has Llama's shapes and random float32 weights, 2 GB in files of 500 MB; the adapter is a LoRA of
 rank 16 on all linear maps of its blocks. Each round copies the base's folder, adds up W + ΔW of all modules
 without writing anything (the arithmetic), and merges in a separate process. All of them flush files to the
-disk. Seconds are those of the clock and of the CPU. Memory is the peak of the process minus its memory after
+disk. Before each, a file as large as the base is written and deleted, so that all find free memory alike: the
+host of a virtual machine takes unused memory back, and who uses it first waits for it. Seconds are those of the clock and of the CPU. Memory is the peak of the process minus its memory after
 all imports. Then ten merges are killed, at ten different times.
 """
 
@@ -37,17 +38,20 @@ from lora_lab.models.build import ModelConfig, build_model
 from lora_lab.models.conversion import save_model
 from lora_lab.models.tiny import character_tokenizer
 
-SHARD, RANK, ROUNDS, KILLS = "500MB", 16, 3, 10
+SHARD, RANK, ROUNDS, KILLS = "500MB", 16, 5, 10
 CHILD = """
 import json, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
+from transformers.models.llama import modeling_llama
 from lora_lab.artifacts.merging import merge
+from lora_lab.bench.merge_cost import warm
 
 def megabytes(name):
     return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0]) / 1024
 
+warm(Path(sys.argv[2]).parent, int(sys.argv[4]))
 Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
 before = megabytes("VmRSS")
 print("ready", flush=True)
@@ -90,9 +94,9 @@ def opened(base: Path) -> Any:
     return build_model(ModelConfig(name=str(base), task="causal_lm"))
 
 
-def child(adapter: Path, out: Path) -> subprocess.Popen[str]:
-    """Starts a merge in a separate process and returns when everything is imported."""
-    command = [sys.executable, "-c", CHILD, str(adapter), str(out), SHARD]
+def child(adapter: Path, out: Path, count: int) -> subprocess.Popen[str]:
+    """Starts a merge of a base of this many bytes in a separate process; returns when all is imported."""
+    command = [sys.executable, "-c", CHILD, str(adapter), str(out), SHARD, str(count)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
@@ -101,6 +105,7 @@ def child(adapter: Path, out: Path) -> subprocess.Popen[str]:
 
 def copied(base: Path, out: Path) -> tuple[float, float]:
     """Returns the seconds of a copy of the base's files, and those of the CPU."""
+    warm(out.parent, size(base))
     start = time.perf_counter(), time.process_time()
     with new_folder(out) as fresh:
         for path in base.iterdir():
@@ -112,6 +117,7 @@ def added(base: Path, adapter: Path) -> tuple[float, float]:
     """Returns the seconds of W + ΔW for all modules, with the weights already in memory, and the CPU's."""
     model = opened(base)
     adapters = load_adapter(model, adapter)
+    warm(adapter.parent, size(base))
     wall = cpu = 0.0
     for own in adapters:
         weight: Any = own.base
@@ -122,6 +128,15 @@ def added(base: Path, adapter: Path) -> tuple[float, float]:
     return wall, cpu
 
 
+def warm(folder: Path, count: int) -> None:
+    """Writes this many bytes to a file and deletes it."""
+    path, piece = folder / "warm", bytes(1 << 16)
+    with path.open("wb") as file:
+        for _ in range(count // len(piece)):
+            file.write(piece)
+    path.unlink()
+
+
 def fresh(action: Callable[[Path], Any], out: Path) -> Any:
     """Runs an action that makes a folder, and deletes the folder."""
     found = action(out)
@@ -129,9 +144,9 @@ def fresh(action: Callable[[Path], Any], out: Path) -> Any:
     return found
 
 
-def merged(adapter: Path, out: Path) -> dict[str, float]:
-    """Returns seconds and megabytes of a merge."""
-    process = child(adapter, out)
+def merged(adapter: Path, out: Path, count: int) -> dict[str, float]:
+    """Returns seconds and megabytes of a merge; `count` as in `child`."""
+    process = child(adapter, out, count)
     text, _ = process.communicate()
     return {name: float(value) for name, value in json.loads(text).items()}
 
@@ -145,7 +160,7 @@ def killed(adapter: Path, out: Path, after: float, whole: dict[str, list[int]]) 
         after: seconds.
         whole: the shapes of a complete model.
     """
-    process = child(adapter, out)
+    process = child(adapter, out, size(adapter.parent / "base"))
     time.sleep(after)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -189,7 +204,7 @@ def main() -> None:
         for number in range(ROUNDS):
             copy = fresh(lambda out: copied(base, out), folder / "copy")
             arithmetic = added(base, adapter)
-            cost = fresh(lambda out: merged(adapter, out), folder / "merged")
+            cost = fresh(lambda out: merged(adapter, out, size(base)), folder / "merged")
             rows.append(
                 {
                     "round": number + 1,
