@@ -1,5 +1,6 @@
 """What all tests share: seeds, tiny random models with their batches, and no network."""
 
+import gc
 import os
 import socket
 
@@ -16,6 +17,11 @@ from lora_lab.testing import tiny_batch, tiny_model  # noqa: E402
 torch.set_num_threads(1)
 
 LOCAL = ("localhost", "127.0.0.1", "::1", "0.0.0.0", "")
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -44,6 +50,14 @@ def nothing_aside():
         patch.setattr(callback_connector, "_load_external_callbacks", lambda group: [])
         patch.setattr(guards, "profile_guard_manager", lambda *_: 0.0, raising=False)
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imports_are_kept():
+    """Spares the garbage collector what stays until the end, such as imported modules and collected tests."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -68,6 +68,7 @@ def serve(connection: Connection, log: Path, study: int) -> None:
     print_to(log)
     threading.Thread(target=_end_with, args=(study,), daemon=True).start()
     loaded = LoadedData()
+    gc.freeze()  # modules stay: collections after each run need not look at them
     while True:
         try:
             config = connection.recv()

@@ -1,9 +1,6 @@
 """Every method's folder in a process of its own: load, merge, export, open in PEFT."""
 
 import json
-import subprocess
-import sys
-import warnings
 from pathlib import Path
 
 import peft
@@ -18,6 +15,7 @@ from lora_lab.models.conversion import save_model
 from lora_lab.models.tiny import character_tokenizer
 from tests.adapters.test_storage import OPTIONS
 from tests.adapters.tiny import logits, relative, shake, tiny_llama
+from tests.forks import fork
 
 LINEAR = [name for name in METHODS if name not in ("reft", "head", "full")]
 
@@ -26,8 +24,8 @@ def opened(folder, dtype=torch.float32):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
-def check(place: Path, dtype: torch.dtype) -> dict[str, dict[str, float]]:
-    """Returns the relative errors of every method, for the other process.
+def check(place: Path, dtype: torch.dtype) -> None:
+    """Writes the relative errors of every method, in the other process.
 
     What was loaded is compared with the outputs in `dtype`, merged and exported weights with the exact ones.
     """
@@ -47,7 +45,7 @@ def check(place: Path, dtype: torch.dtype) -> dict[str, dict[str, float]]:
             theirs = peft.AutoPeftModelForCausalLM.from_pretrained(place / "lora" / name, dtype=torch.float32)
             errors["peft"] = relative(logits(theirs), exact)
         found[name] = errors
-    return found
+    (place / "errors.json").write_text(json.dumps(found))
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -68,15 +66,9 @@ def errors(request, tmp_path_factory):
         save_adapter(adapters, place / "adapters" / name, str(place / "base"), "CAUSAL_LM")
         own = logits(model)
         torch.save((own, logits(model.double()).float()), place / f"{name}.pt")
-    program = (
-        "from tests.artifacts.test_fresh_process import *; "
-        f"print(json.dumps(check(Path({str(place)!r}), {dtype})))"
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return request.param, json.loads(done.stdout.splitlines()[-1])
+    code, printed = fork(check, place, dtype, folder=place).end()
+    assert code == 0, printed
+    return request.param, json.loads((place / "errors.json").read_text())
 
 
 @pytest.mark.slow
