@@ -37,8 +37,8 @@ def merge(
     The merged weights are computed in float32 or wider and rounded once. A quantised base is written
     dequantised, a split projection joined.
 
-    If the base is in safetensors files, memory holds only one merged weight and the adapter: each is read,
-    merged and written in turn. Completely in memory are random bases, bases that are
+    If the base is in safetensors files, memory holds only two merged weights and the adapter: each is read
+    and merged while the one before is written. Completely in memory are random bases, bases that are
     quantised or cast to fewer bits, GPT-2's transposed maps, and experts that the files hold one by one.
 
     Args:

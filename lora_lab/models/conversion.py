@@ -107,7 +107,7 @@ def save_model(
     layout of its checkpoints; saved as linear layers, its square matrices would be read transposed without an
     error.
 
-    Memory holds one tensor at a time in addition to the model; a model that transformers has mapped from
+    Memory holds two tensors at a time in addition to the model; a model that transformers has mapped from
     safetensors files takes none.
 
     Args:

@@ -11,7 +11,9 @@ import json
 import mmap
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from io import BufferedWriter
 from pathlib import Path
 
 import psutil
@@ -33,8 +35,8 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4
 def write_weights(path: Path, weights: Mapping[str, Tensor], mapped: list[Range]) -> None:
     """Writes a safetensors file tensor by tensor.
 
-    Each is computed when its turn comes and freed before the next. safetensors itself needs all of a file's
-    tensors at once. Format: https://github.com/huggingface/safetensors#format
+    Each is computed while the one before is written, so that memory holds two. safetensors itself needs all of
+    a file's tensors at once. Format: https://github.com/huggingface/safetensors#format
 
     Args:
         path: the file.
@@ -58,21 +60,26 @@ def write_weights(path: Path, weights: Mapping[str, Tensor], mapped: list[Range]
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file, freed_memory_kept():
+    with path.open("wb") as file, freed_memory_kept(), ThreadPoolExecutor(1) as writer:
         if hasattr(os, "posix_fallocate"):  # a full disk is told now, and the rest is written faster
             os.posix_fallocate(file.fileno(), 0, 8 + len(text) + end)
         file.write(len(text).to_bytes(8, "little") + text)
+        written: Future[None] | None = None
         for name in names:
-            for piece in _pieces(now(weights[name])):
-                file.write(piece)
+            tensor = now(weights[name]).detach().cpu().contiguous()
+            if written:
+                written.result()
+            written = writer.submit(_write, file, tensor)
             give_back(mapped)
+        if written:
+            written.result()
 
 
-def _pieces(tensor: Tensor) -> Iterator[memoryview]:
-    """Yields a tensor's bytes."""
-    whole = tensor.detach().cpu().contiguous().flatten().view(uint8).numpy().data
+def _write(file: BufferedWriter, tensor: Tensor) -> None:
+    """Writes a tensor's bytes."""
+    whole = tensor.flatten().view(uint8).numpy().data
     for start in range(0, len(whole), PIECE):
-        yield whole[start : start + PIECE]
+        file.write(whole[start : start + PIECE])
 
 
 @contextmanager

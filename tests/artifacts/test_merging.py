@@ -138,7 +138,7 @@ def test_half_precision_is_rounded_once(dtype, tmp_path):
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == dtype
 
 
-def test_memory_holds_one_tensor(tmp_path):
+def test_memory_holds_two_tensors(tmp_path):
     model, alive, most = tiny_llama(), [], []
 
     def make(tensor):
@@ -153,7 +153,8 @@ def test_memory_holds_one_tensor(tmp_path):
     }
     save_model(model, tmp_path, "25KB", changed=changed)
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
-    assert max(most) == max(tensor.nbytes for tensor in changed.values())
+    largest = sorted(tensor.nbytes for tensor in changed.values())[-2:]
+    assert max(most) <= sum(largest)
     assert len(alive) == len(changed)
 
 
