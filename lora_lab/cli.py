@@ -236,15 +236,14 @@ def _heads(text: str) -> int | str:
 def _train(options: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    import yaml
-
+    from lora_lab.documents.reading import yaml_text
     from lora_lab.experiment.continuation import compose_run
 
     if options.config is None:
         raise ConfigError(NO_CONFIG)
     config = compose_run(options.config, options.overrides)
     if options.print_config:
-        print(yaml.safe_dump(asdict(config), sort_keys=False), end="")
+        print(yaml_text(asdict(config)), end="")
         return
     from lora_lab.experiment import run
     from lora_lab.experiment.environment import process_rank

@@ -40,7 +40,15 @@ from lora_lab.adapters.protocols import Droppable
 from lora_lab.adapters.sites import saved_modules
 from lora_lab.adapters.spec import AdapterSpec
 from lora_lab.adapters.switching import NamedAdapters
-from lora_lab.documents.reading import DocumentError, plain, read_json, read_yaml, references, texts
+from lora_lab.documents.reading import (
+    DocumentError,
+    plain,
+    read_json,
+    read_yaml,
+    references,
+    texts,
+    yaml_text,
+)
 from lora_lab.documents.structured import fill
 from lora_lab.documents.writing import new_folder
 from lora_lab.errors import CheckpointError
@@ -125,7 +133,7 @@ def save_adapter(
             own = {"adapter": asdict(spec)} | {name: value for name, value in structure.items() if value}
             # Added here, because a name may look like a reference to another value.
             apart = {LINEAGE: origin} | ({CLASSES: list(label_names)} if label_names else {})
-            names = yaml.safe_dump(apart, allow_unicode=True, sort_keys=False)
+            names = yaml_text(apart)
             (fresh / OWN).write_text(OmegaConf.to_yaml(OmegaConf.create(own)) + names, encoding="utf-8")
             card = _card(adapters, base_model, config["peft_type"], limits)
             (fresh / CARD).write_text(card, encoding="utf-8")

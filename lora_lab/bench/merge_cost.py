@@ -6,8 +6,9 @@ The base has Llama's shapes and random float32 weights, 2 GB in files of 500 MB;
 rank 16 on all linear maps of its blocks. Each round copies the base's folder, adds up W + ΔW of all modules
 without writing anything (the arithmetic), and merges in a separate process. All of them flush files to the
 disk. Before each, a file as large as the base is written and deleted, so that all find free memory alike: the
-host of a virtual machine takes unused memory back, and who uses it first waits for it. Seconds are those of the clock and of the CPU. Memory is the peak of the process minus its memory after
-all imports. Then ten merges are killed, at ten different times.
+host of a virtual machine takes unused memory back, and who uses it first waits for it. Seconds are those of
+the clock and of the CPU. Memory is the peak of the process minus its memory after all imports. Then ten
+merges are killed, at ten different times.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -65,3 +66,19 @@ class ExperimentConfig:
     def run_name(self) -> str:
         """Returns the name of the run's folder."""
         return self.run or f"{self.adapter.method}-{self.hash()[:8]}-seed{self.seed}"
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> dict[str, list[Any]]:
+    """Returns the dotted keys in which two configs of plain values differ, each with its two values.
+
+    What only one of them has, such as a controller, is None in the other. Keys of an adapter that only one
+    method has are left out.
+    """
+    found: dict[str, list[Any]] = {}
+    for name in {**one, **other}:
+        mine, theirs = one.get(name), other.get(name)
+        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+            found |= differing(mine, theirs, f"{prefix}{name}.")
+        elif mine != theirs and (prefix != "adapter." or (name in one and name in other)):
+            found[prefix + name] = [mine, theirs]
+    return found

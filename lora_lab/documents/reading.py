@@ -73,6 +73,19 @@ for _tag, _pattern, _first in _RESOLVERS:
     _Loader.add_implicit_resolver(_tag, _pattern, ["" if c == "\0" else c for c in _first])
 
 
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, which also quotes texts that `_Loader` would take for something else: '1e-3'."""
+
+
+for _tag, _pattern, _first in _RESOLVERS:
+    _Dumper.add_implicit_resolver(_tag, _pattern, ["" if c == "\0" else c for c in _first])
+
+
+def yaml_text(tree: Mapping[str, Any]) -> str:
+    """Returns a YAML document from which `parse_yaml`, and other readers, get this tree again."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 def read_text(path: Path) -> str:
     """Returns the text of a plain file.
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import yaml
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from torch import Tensor
@@ -21,6 +20,7 @@ from lora_lab.adapters.storage import TENSORS, stored_lineage
 from lora_lab.config.compose import compose
 from lora_lab.config.schema import ExperimentConfig
 from lora_lab.data import TaskData
+from lora_lab.documents.reading import yaml_text
 from lora_lab.documents.writing import write_text
 from lora_lab.errors import CheckpointError, ConfigError, DataError, LabError
 from lora_lab.experiment.callbacks import RunCallbacks
@@ -126,7 +126,7 @@ class OpenRun:
                 # While `starting`, the remains of an overwritten run are ignored.
                 self.folder.write({**self.record, "status": "starting"})
                 self.folder.clear()
-                write_text(self.folder.config, yaml.safe_dump(asdict(self.config), sort_keys=False))
+                write_text(self.folder.config, yaml_text(asdict(self.config)))
             self.folder.checkpoint.parent.mkdir(exist_ok=True)
             tensors = adapters.state_dict().values()
             self.folder.reserve_space(SPARE_BYTES + sum(tensor.nbytes for tensor in tensors))

@@ -35,8 +35,8 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4
 def write_weights(path: Path, weights: Mapping[str, Tensor], mapped: list[Range]) -> None:
     """Writes a safetensors file tensor by tensor.
 
-    Each is computed while the one before is written, so that memory holds two. safetensors itself needs all of
-    a file's tensors at once. Format: https://github.com/huggingface/safetensors#format
+    Each is computed while the one before is written, so that memory holds two. safetensors itself needs all
+    of a file's tensors at once. Format: https://github.com/huggingface/safetensors#format
 
     Args:
         path: the file.

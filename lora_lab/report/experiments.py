@@ -29,7 +29,7 @@ README = "README.md"
 MEASURED = ("seeds and examples", "rank", "ms per step", "peak MB")
 """Columns of a report's table that need the runs' folders, or that other work on the machine disturbs."""
 UNDECIDED, NOT_RUN = "undecided at this size", "not run"
-VALIDATED = ["cell", "phase", "seed", "step", "metric", "value"]
+VALIDATED = ["cell", "seed", "step", "metric", "value"]
 NEAR = 0.05
 """Share of all steps by which a validation may be earlier or later than a claim asks for."""
 
@@ -142,7 +142,7 @@ def _early(
     Each share takes the validation that is nearest to it, and none if that is further than `NEAR` away.
     """
     rows = gathered.validations if gathered.validations is not None else pd.DataFrame(columns=VALIDATED)
-    rows = rows[(rows["phase"] == "compare") & (rows["metric"] == metric)]
+    rows = rows[rows["metric"] == metric]
     done = (rows["step"] + 1) / (rows["step"].max() + 1)
     parts, found = [], dict[str, str]()
     for share in shares:

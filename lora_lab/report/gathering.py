@@ -17,8 +17,10 @@ import pyarrow.parquet
 import yaml
 from numpy.typing import NDArray
 
+from lora_lab.config.schema import differing
 from lora_lab.documents.reading import DocumentError, flat, parse_yaml, plain, read_json, read_text
 from lora_lab.errors import CheckpointError
+from lora_lab.statistics.analysis import FINISHED
 from lora_lab.tasks import TASKS
 
 STUDY, RESULTS, VALIDATIONS = "study.yaml", "results.csv", "validations.csv"
@@ -33,6 +35,10 @@ MOST_FLOW = 1000
 """Brackets in a file beyond which it may be nested deeply."""
 APART = ("seed", "name", "run", "output", "continues", "tracking")
 """Keys in which runs of one cell may differ."""
+COMPARE = "compare"
+"""The phase of the runs that are compared, and not only tuned."""
+WAITING = "not started"
+"""The status of a run that the study plans."""
 
 
 @dataclass
@@ -49,10 +55,9 @@ class Gathered:
     question: str | None = None
     baseline: str | None = None
     margin: float | None = None
-    seeds: Sequence[int] = ()
-    """Of the comparison, as the study names them."""
     validations: pd.DataFrame | None = None
-    """Columns cell, phase, seed, step, metric, value; None if the runs' own files have them."""
+    """Columns cell, seed, step, metric, value, of the compared runs that finished; None if the runs' own
+    files have them."""
     differences: Sequence[Mapping[str, Any]] = ()
     """For each cell: the keys beyond the grid in which it differs from the baseline."""
     tuning: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -63,7 +68,7 @@ class Gathered:
     @cached_property
     def compared(self) -> pd.DataFrame:
         """The runs that are compared."""
-        return self.runs[self.runs["phase"] == "compare"]
+        return self.runs[self.runs["phase"] == COMPARE]
 
     @cached_property
     def costs(self) -> pd.DataFrame:
@@ -82,7 +87,7 @@ class Gathered:
         """(cell, seed) → a row for each test example."""
         found = {}
         for (_, run), folder in zip(self.runs.iterrows(), self.folders, strict=True):
-            if run["phase"] == "compare" and folder and (folder / EXAMPLES).is_file():
+            if run["phase"] == COMPARE and folder and (folder / EXAMPLES).is_file():
                 found[str(run["cell"]), int(run["seed"])] = _parquet(folder / EXAMPLES)
         return found
 
@@ -95,10 +100,9 @@ class Gathered:
         # Lists of arrays, since one pandas operation for each run and metric would take minutes for 1,000
         # runs.
         keys, steps, values, ranks = [], [], [], []
-        for cell, seed, phase, folder in zip(
-            self.runs["cell"], self.runs["seed"], self.runs["phase"], self.folders, strict=True
-        ):
-            if phase != "compare" or folder is None:
+        columns = [self.runs[name] for name in ("cell", "seed", "phase", "status")]
+        for cell, seed, phase, status, folder in zip(*columns, self.folders, strict=True):
+            if phase != COMPARE or status != FINISHED or folder is None:
                 continue
             rows = _logged(folder / METRICS)
             for name, column in rows.items():
@@ -144,9 +148,9 @@ def read_study(folder: Path) -> Gathered:
     study = {"name": folder.resolve().name, **_yaml(folder / STUDY)}
     missing = [name for name in ("metric", "baseline", "name") if not study.get(name)]
     try:
-        runs = pd.read_csv(folder / RESULTS)
+        runs = _table(folder / RESULTS)
         validations = folder / VALIDATIONS
-        learned = pd.read_csv(validations) if validations.is_file() else None
+        learned = _table(validations) if validations.is_file() else None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: its results cannot be read ({error}).") from error
     missing += [name for name in ("cell", "phase", "seed", "status", "run") if name not in runs]
@@ -159,26 +163,51 @@ def read_study(folder: Path) -> Gathered:
             f"{folder}: no run has logged {study['metric']} yet; lora-lab ablate finishes its runs."
         )
     source = folder / str(study.get("source", STUDY))
+    ablate = ["lora-lab", "ablate", _short(source), *map(str, study.get("overrides") or ())]
+    folders = [path if (path := folder / str(run)).is_dir() else None for run in runs["run"]]
+    waiting = _waiting(runs, study)
     return Gathered(
         title=str(study["name"]),
         metric=str(study["metric"]),
-        runs=runs.assign(cell=runs["cell"].astype(str)),
-        folders=[path if (path := folder / str(run)).is_dir() else None for run in runs["run"]],
-        commands=[
-            f"lora-lab ablate {shlex.quote(_short(source))}",
-            f"lora-lab report {shlex.quote(_short(folder))}",
-        ],
+        runs=pd.concat([runs, waiting], ignore_index=True) if len(waiting) else runs,
+        folders=[*folders, *[None] * len(waiting)],
+        commands=[shlex.join(ablate), f"lora-lab report {shlex.quote(_short(folder))}"],
         question=study.get("question"),
         baseline=str(study["baseline"]),
         margin=study.get("equivalence"),
-        seeds=study.get("seeds") or (),
         differences=_json(folder / "differences.json") or (),
         tuning=_json(folder / "tuning.json") or {},
         matches={
             name: facts["match"] for name, facts in (study.get("cells") or {}).items() if facts.get("match")
         },
-        validations=learned,
+        validations=None if learned is None else _of_finished(learned, runs),
     )
+
+
+def _table(path: Path) -> pd.DataFrame:
+    """Reads a table in which a cell's name is the text that stands there, be it "1e-3" or "NA"."""
+    names = pd.read_csv(path, nrows=0).columns
+    empty = {name: ["", "nan", "NaN"] for name in names if name != "cell"}
+    return pd.read_csv(path, dtype={"cell": str}, keep_default_na=False, na_values=empty)
+
+
+def _waiting(runs: pd.DataFrame, study: Mapping[str, Any]) -> pd.DataFrame:
+    """Returns a row for each compared run that the study plans and has not started."""
+    started = runs[runs["phase"] == COMPARE]
+    known = set(zip(started["cell"], started["seed"].astype(int), strict=True))
+    rows = [
+        {"cell": str(cell), "phase": COMPARE, "seed": int(seed), "status": WAITING}
+        for cell in study.get("cells") or {}
+        for seed in study.get("seeds") or ()
+        if (str(cell), int(seed)) not in known
+    ]
+    return pd.DataFrame(rows)
+
+
+def _of_finished(validations: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """Returns the rows of the compared runs that finished; the others are in no mean."""
+    finished = runs[(runs["phase"] == COMPARE) & (runs["status"] == FINISHED)][["cell", "seed"]]
+    return validations[validations["phase"] == COMPARE].merge(finished, on=["cell", "seed"])
 
 
 def read_runs(paths: Sequence[Path]) -> Gathered:
@@ -200,7 +229,7 @@ def read_runs(paths: Sequence[Path]) -> Gathered:
         milliseconds = record.get("median_step_milliseconds")
         row = {
             "cell": cell,
-            "phase": "compare",
+            "phase": COMPARE,
             "seed": seed,
             "status": record["status"],
             "error": record.get("error"),
@@ -250,25 +279,26 @@ def _common_metric(records: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _settings(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what decides a run's result, flat, by keys with dots."""
+    """Returns what decides a run's result."""
     config = (
         _yaml(folder / CONFIG) if (folder / CONFIG).is_file() else {"adapter": {"method": record["method"]}}
     )
-    return flat({name: value for name, value in config.items() if name not in APART})
+    return {name: value for name, value in config.items() if name not in APART}
 
 
 def _cell_names(settings: Mapping[Path, Mapping[str, Any]]) -> dict[Path, str]:
     """Names each run by its method, and by the settings that differ between runs of this method."""
     method = "adapter.method"
+    settings = {folder: flat(found) for folder, found in settings.items()}
     groups: dict[Any, list[Path]] = {}
     for folder, found in settings.items():
         groups.setdefault(found.get(method), []).append(folder)
     names = {}
     for kind, folders in groups.items():
-        differing = _differing([settings[folder] for folder in folders])
+        keys = _differing([settings[folder] for folder in folders])
         for folder in folders:
             parts = [str(kind)]
-            parts += [f"{key.rpartition('.')[2]}={settings[folder].get(key)}" for key in differing]
+            parts += [f"{key.rpartition('.')[2]}={settings[folder].get(key)}" for key in keys]
             names[folder] = " ".join(parts)
     return names
 
@@ -286,8 +316,7 @@ def _differences(
     first, *others = dict.fromkeys(names.values())
     found = []
     for cell in others:
-        mine, theirs = cells[cell], cells[first]
-        values = {key: [theirs[key], mine[key]] for key in theirs if key in mine and theirs[key] != mine[key]}
+        values = differing(cells[first], cells[cell])
         found.append({"cell": cell, "baseline": first, "keys": sorted(values), "values": values})
     return found
 

@@ -21,9 +21,10 @@ from lora_lab.errors import IncompatibleError
 from lora_lab.report import figures
 from lora_lab.report.comparison import markdown_table
 from lora_lab.report.drawing import THEMES, alone
-from lora_lab.report.gathering import Gathered, gather
+from lora_lab.report.gathering import WAITING, Gathered, gather
 from lora_lab.report.wording import Numbers, outcome, verdict
 from lora_lab.statistics import Analysis, CellSummary, analyse, higher_is_better
+from lora_lab.statistics.analysis import FINISHED
 
 TEMPLATE = Path(__file__).with_name("page.html")
 NONE = "–"
@@ -193,7 +194,7 @@ def judge(gathered: Gathered) -> Analysis:
     return analyse(
         gathered.compared,
         gathered.metric,
-        gathered.baseline if gathered.baseline in set(gathered.compared["cell"]) else None,
+        gathered.baseline,
         gathered.margin,
         gathered.examples if gathered.baseline else None,
     )
@@ -326,9 +327,6 @@ def _method_notes(gathered: Gathered, analysis: Analysis) -> Iterator[str]:
             f"All seeds agree on {', '.join(unsure)}, but other test examples might not: more examples would "
             "decide."
         )
-    missing = sorted({int(seed) for seed in gathered.seeds} - set(gathered.compared["seed"].astype(int)))
-    if missing:
-        yield f"Not run yet: seeds {', '.join(map(str, missing))}."
     yield from analysis.notes
 
 
@@ -400,8 +398,7 @@ def _search_margin(gathered: Gathered) -> float | None:
 
 def _curves(gathered: Gathered, analysis: Analysis) -> Section | None:
     logged = gathered.logged[0]
-    rows = gathered.validations
-    rows = logged if rows is None else rows[rows["phase"] == "compare"]
+    rows = logged if gathered.validations is None else gathered.validations
     monitored = f"validation/{analysis.metric.rpartition('/')[2]}"
     drawn = []
     for place, (found, metric) in enumerate(
@@ -473,16 +470,25 @@ def _values(gathered: Gathered, analysis: Analysis) -> Section:
 
 
 def _failures(gathered: Gathered) -> Section:
-    lost = gathered.runs[gathered.runs["status"] != "finished"]
+    waiting = gathered.runs[gathered.runs["status"] == WAITING]
+    lost = gathered.runs[~gathered.runs["status"].isin([FINISHED, WAITING])]
+    texts = []
+    if len(waiting):
+        cells = (f"{cell} ({count})" for cell, count in waiting.groupby("cell", sort=False).size().items())
+        texts.append(f"{_count(len(waiting), 'planned run')} not started: {', '.join(cells)}.")
     if lost.empty:
-        return Section("Runs that did not finish", [f"None: all {len(gathered.runs)} finished."])
+        done = len(gathered.runs) - len(waiting)
+        texts.append(f"All others, {done}, finished." if texts else f"None: all {done} finished.")
+        return Section("Runs that did not finish", texts)
     rows = [
         [str(run["cell"]), str(run["phase"]), str(run["seed"]), str(run["status"]), _text(run.get("error"))]
         for _, run in lost.iterrows()
     ]
-    text = f"{len(lost)} of {len(gathered.runs)} runs; they are in no mean, which can flatter their cells."
+    texts += [
+        f"{len(lost)} of {len(gathered.runs)} runs; they are in no mean, which can flatter their cells."
+    ]
     return Section(
-        "Runs that did not finish", [text], table=Table(["cell", "phase", "seed", "status", "error"], rows)
+        "Runs that did not finish", texts, table=Table(["cell", "phase", "seed", "status", "error"], rows)
     )
 
 

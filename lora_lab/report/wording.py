@@ -61,8 +61,10 @@ def verdict(analysis: Analysis) -> str:
         groups[outcome(analysis, cell)].append(cell)
     parts = []
     for name, cells in groups.items():
-        if cells:
-            parts.append(_clause(analysis, name, cells))
+        # Two reasons for no test, and a sentence for each.
+        few = [cell for cell in cells if len(analysis.comparisons[cell].differences) < 2]
+        split = [few, [cell for cell in cells if cell not in few]] if name == "not tested" else [cells]
+        parts += [_clause(analysis, name, some) for some in split if some]
     if not parts:
         return f"Only the baseline {analysis.baseline} has runs, so nothing can be compared."
     found = "; ".join(parts)
@@ -83,6 +85,12 @@ def _clause(analysis: Analysis, name: str, cells: Sequence[str]) -> str:
     if name == "equivalent":
         margin = write.value(analysis.margin)
         return f"{who} {'are' if plural else 'is'} as good as {baseline} within {margin}"
+    if name == "not tested" and len(found[0].differences) > 1:
+        by = _most(write, found) if plural else write.difference(found[0].mean)
+        return (
+            f"{who} {'differ' if plural else 'differs'} from {baseline} by the same amount with every seed "
+            f"({by}), so that no test is possible"
+        )
     if name == "not tested":
         return (
             f"{who} {'have' if plural else 'has'} too few finished seeds in common with {baseline} for a test"

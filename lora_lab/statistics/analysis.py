@@ -170,7 +170,11 @@ def _example_table(
                 return (
                     f"the examples of {cell}, seed {seed}, have a mean of {found.mean():.6g}, not {value:.6g}"
                 )
-            table[cell, seed] = pd.Series(found, index=pd.Index(rows["id"]))
+            # Ids are places in the split: of another split, other rows have the same.
+            names = rows["id"].astype(str)
+            if "label" in rows:
+                names += " " + rows["label"].astype(str)
+            table[cell, seed] = pd.Series(found, index=pd.Index(names))
     return table
 
 

@@ -29,7 +29,7 @@ POWER = 0.8
 
 Outcome = Literal["greater", "less", "equivalent", "undecided", "untested"]
 """The result for a cell: its metric is greater or less than the baseline's, equivalent, cannot be told apart
-from it, or was not tested for lack of seeds."""
+from it, or was not tested: too few seeds, or the same difference in all of them."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def compare_paired(
     """
     seeds = [np.asarray(values, dtype=float) for values in differences]
     drawn = list(replicates) if replicates is not None else [None] * len(seeds)
-    tested = [place for place, values in enumerate(seeds) if len(values) > 1]
+    tested = [place for place, values in enumerate(seeds) if len(values) > 1 and not _constant(values)]
     tests = _Tests.of([seeds[place] for place in tested])
     p = tests.p_values()
     corrected, alphas = holm(p, 1 - level)
@@ -100,10 +100,7 @@ def compare_paired(
     comparisons = [_untested(values) for values in seeds]
     for index, place in enumerate(tested):
         values, draws, alpha = seeds[place], drawn[place], float(alphas[index])
-        spread = bool(tests.error[index])
-        if not spread and tests.mean[index]:
-            continue
-        detectable = detectable_difference(values, alpha) if spread else None
+        detectable = detectable_difference(values, alpha) if tests.error[index] else None
         if detectable is not None and draws is not None:
             normal = special.ndtri(1 - alpha / 2) + special.ndtri(POWER)
             detectable = max(detectable, float(normal * draws.std(ddof=1)))
@@ -188,7 +185,7 @@ class _Tests:
 
     @classmethod
     def of(cls, differences: Sequence[NDArray[np.float64]]) -> _Tests:
-        alike = [np.ptp(values) <= 1e-9 * abs(values).max() for values in differences]
+        alike = [_alike(values) for values in differences]
         errors = [values.std(ddof=1) / len(values) ** 0.5 for values in differences]
         return cls(
             np.array([values.mean() for values in differences]),
@@ -213,6 +210,16 @@ class _Tests:
 
     def _over_error(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         return values / np.where(self.error > 0, self.error, 1)
+
+
+def _constant(values: NDArray[np.float64]) -> bool:
+    """Whether all seeds have the same difference, which is not 0: without spread there is no test."""
+    return bool(_alike(values) and values.mean())
+
+
+def _alike(values: NDArray[np.float64]) -> bool:
+    """Whether the seeds differ only by rounding."""
+    return bool(np.ptp(values) <= 1e-9 * abs(values).max())
 
 
 def _untested(values: NDArray[np.float64]) -> Comparison:

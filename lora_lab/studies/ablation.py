@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lora_lab.config.compose import compose
 from lora_lab.documents.reading import plain, read_yaml
 from lora_lab.errors import ConfigError, DataError, StudyError
 from lora_lab.experiment.folder import Record, RunFolder
@@ -89,6 +90,8 @@ class Progress:
         """Takes over an earlier run if it does not have to run again: the same config would do the same."""
         record = job.folder.read()
         if record is None or record["status"] not in ("finished", "diverged"):
+            return False
+        if record["status"] == "diverged" and _handled_otherwise(job):
             return False
         self.end(job, Outcome(*state_of(record, None)))
         return True
@@ -177,6 +180,12 @@ def ablate(study: Study, executor: Callable[[Path], Executor], console: Console 
             + "\n".join(lines)
         )
     return progress
+
+
+def _handled_otherwise(job: Job) -> bool:
+    """Whether a run's steps that are not finite are to be handled in another way than they were."""
+    stored, now = compose(job.folder.config, stored=True).trainer, job.config.trainer
+    return (stored.on_nonfinite, stored.max_skipped_steps) != (now.on_nonfinite, now.max_skipped_steps)
 
 
 def check_folder(study: Study) -> None:

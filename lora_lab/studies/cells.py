@@ -17,11 +17,12 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 
 from lora_lab.config.compose import COMMAND_LINE, Layer, compose_layers, parse_overrides, read_layers
-from lora_lab.config.schema import ExperimentConfig
+from lora_lab.config.schema import ExperimentConfig, differing
 from lora_lab.documents.reading import flat, plain, references, texts
 from lora_lab.documents.structured import fill
 from lora_lab.errors import ConfigError, LabError, suggest
 from lora_lab.experiment.folder import RunFolder
+from lora_lab.statistics.metrics import higher_is_better
 from lora_lab.studies.matching import TOLERANCE, Match, Matcher
 from lora_lab.studies.spec import StudySpec
 from lora_lab.studies.tuning import Tuning, read_tuning
@@ -98,6 +99,8 @@ class Study:
     """The grid's keys and plain values."""
     listed: dict[str, Any]
     """The settings of `list`, plain."""
+    overrides: tuple[str, ...] = ()
+    """Settings of the command line."""
 
     @property
     def name(self) -> str:
@@ -139,11 +142,10 @@ class Study:
         for cell in self.cells:
             if cell is baseline:
                 continue
-            mine, theirs = flat(cell.config.decisive()), flat(baseline.config.decisive())
             values = {
-                name: [theirs[name], mine[name]]
-                for name in mine
-                if name in theirs and mine[name] != theirs[name] and not under(name, expected)
+                name: found
+                for name, found in differing(baseline.config.decisive(), cell.config.decisive()).items()
+                if not under(name, expected)
             }
             row = {"cell": cell.name, "baseline": baseline.name, "keys": sorted(values), "values": values}
             found.append(row)
@@ -155,8 +157,9 @@ class Study:
             "name": self.name,
             "question": self.spec.question,
             "source": os.path.relpath(self.source, self.folder),
+            "overrides": list(self.overrides),
             "metric": self.spec.metric,
-            "higher_is_better": better_when_higher(self.spec.metric, self.cells[0].config.model.task),
+            "higher_is_better": higher_is_better(self.spec.metric),
             "baseline": self.spec.baseline,
             "equivalence": self.spec.equivalence,
             "seeds": list(self.spec.seeds),
@@ -239,7 +242,7 @@ def read_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
     if faults:
         raise ConfigError("\n".join(dict.fromkeys(faults)))
     plain_grid = {key: [plain(value) for value in values] for key, values in grid.items()}
-    return Study(path, spec, composed, tuning, plain_grid, plain(listed))
+    return Study(path, spec, composed, tuning, plain_grid, plain(listed), tuple(overrides))
 
 
 def _mapping(tree: Any, where: str, faults: list[str]) -> dict[str, Any]:
@@ -406,7 +409,7 @@ def _tuning_faults(tuning: Tuning, cells: Sequence[Cell], path: Path) -> list[st
     elif tuning.by not in (known := [name for name in metric_names(task) if name.startswith("validation/")]):
         found.append(f"{path}: tune.by: no run logs '{tuning.by}'{suggest(tuning.by, known)}")
     else:
-        tuning.higher_is_better = better_when_higher(tuning.by, task)
+        tuning.higher_is_better = higher_is_better(tuning.by)
     untuned = (*OWN_KEYS, "tracking", "output", "data", "model", "trainer.devices")
     if under(tuning.key, untuned):
         return [
@@ -525,12 +528,6 @@ def metric_names(task: str) -> list[str]:
         return []
     names = ["loss", *map(str, TASKS[task].metrics(2))]
     return [f"{split}/{name}" for split in ("test", "validation") for name in names]
-
-
-def better_when_higher(metric: str, task: str) -> bool:
-    """Returns whether more of a metric is better."""
-    name = metric.partition("/")[2]
-    return name != "loss" and bool(dict(TASKS[task].metrics(2).items())[name].higher_is_better)
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 import time
 from collections.abc import Iterator
@@ -216,9 +217,10 @@ def end_lines(progress: Progress) -> Iterator[Any]:
         if found["value"] is None:
             yield f"{cell_name}: no value of {found['key']} gave a result; the cell is not compared."
         elif found["widen"]:
+            again = shlex.join(["lora-lab", "ablate", str(study.source), *study.overrides])
             yield (
                 f"{cell_name}: the best {found['key']}, {_short(found['value'])}, is at the edge of the "
-                f"search. Widen it: lora-lab ablate {study.source} {found['widen']}"
+                f"search. Widen it: {again} {found['widen']}"
             )
     diverged = [job for job, outcome in progress.outcomes.items() if outcome.status == "diverged"]
     if diverged:

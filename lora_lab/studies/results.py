@@ -15,9 +15,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
-import yaml
 
-from lora_lab.documents.reading import flat
+from lora_lab.documents.reading import flat, yaml_text
 from lora_lab.documents.writing import write_text
 from lora_lab.experiment.folder import Record
 from lora_lab.studies.cells import Job, Study
@@ -30,9 +29,7 @@ UNFINISHED = {"running": "interrupted", "starting": "interrupted"}
 
 def write_study(study: Study) -> None:
     """Writes what is known about a study before its first run."""
-    write_text(
-        study.folder / "study.yaml", yaml.safe_dump(study.resolved(), sort_keys=False, allow_unicode=True)
-    )
+    write_text(study.folder / "study.yaml", yaml_text(study.resolved()))
     write_text(study.folder / "differences.json", _json(study.differences()))
 
 

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from lora_lab.documents.reading import yaml_text
 from lora_lab.documents.writing import write_text
 from lora_lab.errors import ConfigError, StudyError, suggest
 from lora_lab.studies.cells import Job, Study
@@ -62,7 +61,7 @@ def write_sweep(study: Study, path: Path, overrides: Sequence[str] = ()) -> None
         ConfigError: as `sweep`.
         CheckpointError: if the file cannot be written.
     """
-    write_text(path, yaml.safe_dump(sweep(study, overrides), sort_keys=False, allow_unicode=True))
+    write_text(path, yaml_text(sweep(study, overrides)))
 
 
 def job_of(study: Study, texts: Sequence[str]) -> Job:

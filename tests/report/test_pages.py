@@ -12,10 +12,13 @@ from xml.etree import ElementTree
 
 import pandas as pd
 import pytest
+import yaml
 
 from lora_lab.cli import main
+from lora_lab.documents.reading import yaml_text
 from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError
 from lora_lab.report.figures import pareto
+from lora_lab.report.gathering import gather
 from lora_lab.report.pages import report
 from lora_lab.report.wording import Numbers, verdict
 from lora_lab.statistics import analyse
@@ -82,6 +85,12 @@ BASE = [0.80, 0.81, 0.79]
             None,
             "In test/accuracy, dora has too few finished seeds in common with lora for a test; 2 of 6 runs "
             "did not finish and are in no mean.",
+        ),
+        (
+            {"lora": [0.5, 0.25, 0.75], "dora": [0.75, 0.5, 1.0]},
+            None,
+            "In test/accuracy, dora differs from lora by the same amount with every seed (+0.2500), so that "
+            "no test is possible.",
         ),
     ],
 )
@@ -228,6 +237,36 @@ def test_results_beside_the_file_that_a_study_was_made_from_are_reported():
     assert found.cells["mean"].is_monotonic_decreasing
     assert found.verdict.startswith("In test/accuracy, ")
     assert "method_comparison/study.yaml" in found.markdown()
+
+
+def test_cells_are_named_as_written_and_runs_that_are_planned_are_missed(tmp_path):
+    effects = {"1e-3": 0.0, "NA": 0.05, "8": -0.05, "None": 0.0}
+    lost = {("8", 1): "diverged", **{("None", seed): "failed" for seed in range(3)}}
+    folder = study(tmp_path / "odd", effects, lost=lost, tune=False, baseline="1e-3")
+    (folder / "study.yaml").write_text(
+        yaml_text(
+            yaml.safe_load((folder / "study.yaml").read_text())
+            | {"cells": {cell: {"match": None} for cell in effects}, "overrides": ["trainer.max_epochs=2"]}
+        )
+    )
+    results, validations = folder / "results.csv", folder / "validations.csv"
+    rows = pd.read_csv(results, dtype=str, keep_default_na=False)
+    rows[(rows["cell"] != "None") & ((rows["cell"] != "NA") | (rows["seed"] != "0"))].to_csv(
+        results, index=False
+    )
+    learned = pd.read_csv(validations, dtype=str, keep_default_na=False)
+    early = learned["step"] == "10"
+    learned[early | (learned["cell"] != "8") | (learned["seed"] != "1")].to_csv(validations, index=False)
+    found = report([folder])
+    assert found.cells.set_index("cell")["finished"].to_dict() == {"1e-3": 3, "NA": 2, "8": 2, "None": 0}
+    assert found.cells.set_index("cell")["runs"].to_dict() == dict.fromkeys(effects, 3)
+    assert "None has too few finished seeds in common with 1e-3" in found.verdict
+    page = found.markdown()
+    assert "4 planned runs not started: NA (1), None (3)." in page
+    assert "--plan" not in page
+    assert ".yaml trainer.max_epochs=2" in page
+    # The diverged run logged once; the others go on, and its values are in no mean.
+    assert set(gather([folder]).validations.query("cell == '8'")["seed"]) == {0, 2}
 
 
 def test_runs_of_no_study_are_cells_without_a_baseline(tmp_path):

@@ -171,6 +171,11 @@ def test_an_analysis_uses_examples_that_fit_and_says_why_others_do_not():
         "have a mean of"
         in analyse(runs.assign(**{"test/accuracy": 0.5}), "test/accuracy", examples=rows).notes[0]
     )
+    # Of another split: other rows with the same ids, and as many of them are right.
+    own = rows["dora", 1]
+    moved = own.assign(label=1 - own["label"], prediction=1 - own["prediction"])
+    split = analyse(runs, "test/accuracy", "lora", examples=rows | {("dora", 1): moved})
+    assert "on different ones" in split.notes[0]
     rows["dora", 1] = rows["dora", 1].assign(id=np.arange(1000) + 1)
     assert "on different ones" in analyse(runs, "test/accuracy", "lora", examples=rows).notes[0]
     del rows["dora", 1]

@@ -184,6 +184,10 @@ def test_a_run_that_diverges_is_a_result(tmp_path):
     again = Inline(tmp_path)
     ablate(read_study(found.source), lambda logs: again)
     assert again.made == []
+    # Under another rule for such steps the run is another.
+    diverged = set(results(found).query("status == 'diverged'")["cell"])
+    ablate(read_study(found.source, ["trainer.on_nonfinite=skip"]), lambda logs: again)
+    assert {job.cell for job in again.made} == diverged
 
 
 class Watched(LocalExecutor):

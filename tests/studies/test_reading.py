@@ -57,6 +57,22 @@ def test_a_grid_is_crossed_and_cells_of_a_list_stand_beside_it(tmp_path):
     assert told["wide"] == ["adapter.targets", "trainer.max_epochs"]
 
 
+def test_a_controller_that_one_cell_lacks_is_told(tmp_path):
+    listed = {"pruned": {"controllers": {"rank_pruning": {"threshold": 0.5}, "compaction": {}}}}
+    found = study(tmp_path, {"list": listed})
+    (row,) = [row for row in found.differences() if row["cell"] == "pruned"]
+    assert row["keys"][-2:] == ["controllers.compaction", "controllers.rank_pruning"]
+    before, now = row["values"]["controllers.rank_pruning"]
+    assert (before, now["threshold"]) == (None, 0.5)
+
+
+def test_of_a_correlation_more_is_better(tmp_path):
+    found = study(tmp_path, {"metric": "test/pearson", "tune": TUNE | {"by": "validation/pearson"}})
+    assert found.tuning.higher_is_better
+    assert found.tuning.best({0.001: 0.1, 0.01: 0.7}) == 0.01
+    assert found.resolved()["higher_is_better"]
+
+
 def test_a_run_is_its_cell_with_seed_and_value(tmp_path):
     found = study(tmp_path, {"tune": TUNE})
     jobs = [found.job(found.cells[0], "compare", seed, value) for seed in (0, 1) for value in (0.001, 0.01)]
