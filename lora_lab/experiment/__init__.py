@@ -16,11 +16,12 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from lora_lab.adapters import AdapterSet, inject
-from lora_lab.adapters.storage import load_adapter, read_label_names, save_adapter
+from lora_lab.adapters.lineage import base_lineage, same_base
+from lora_lab.adapters.storage import load_adapter, read_label_names, save_adapter, stored_lineage
 from lora_lab.config.compose import compose
 from lora_lab.config.schema import ExperimentConfig
 from lora_lab.data import TaskData
-from lora_lab.errors import ConfigError, IncompatibleError
+from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError
 from lora_lab.experiment.callbacks import RunCallbacks as _Callbacks, progress_bars
 from lora_lab.experiment.environment import process_rank
 from lora_lab.experiment.folder import RunFolder
@@ -64,6 +65,7 @@ def run(
         data = (loaded or LoadedData()).of(config)
         this.check_data(data)
         if this.finished:
+            check_base(this.folder, config, data)
             return this.finished
         model = build_base(config, data, keep_weights=config.adapter.reads_full_weights)
         adapters = inject(model, config.adapter, config.seed)
@@ -230,6 +232,23 @@ def build_base(config: ExperimentConfig, data: TaskData, keep_weights: bool = Fa
     if limit is None and isinstance(meant, int) and length > meant:
         log.warning("data.max_length: %s was made for %d tokens, not for %d.", name, meant, length)
     return model
+
+
+def check_base(folder: RunFolder, config: ExperimentConfig, data: TaskData) -> None:
+    """Checks that the base of a finished run, if it is a folder, has the weights that the run was trained on.
+
+    Raises:
+        CheckpointError: if it has others.
+    """
+    if not Path(config.model.name).is_dir():
+        return
+    if not same_base(
+        stored_lineage(folder.adapter).get("base") or {}, base_lineage(build_base(config, data))
+    ):
+        raise CheckpointError(
+            f"{folder.path}: its run was trained on other weights than those that are now in "
+            f"{config.model.name}. Choose another name=… or run=…, or restore the former files."
+        )
 
 
 def _prepare_model(model: Any, config: ExperimentConfig) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from lora_lab.config.compose import compose
 from lora_lab.documents.reading import plain, read_yaml
 from lora_lab.errors import ConfigError, DataError, StudyError
+from lora_lab.experiment import check_base
 from lora_lab.experiment.folder import Record, RunFolder
 from lora_lab.experiment.loaded import LoadedData
 from lora_lab.studies.cells import Cell, Job, Study, jobs_of
@@ -157,7 +158,7 @@ def ablate(study: Study, executor: Callable[[Path], Executor], console: Console 
         progress = Progress(study, study.folder)
         before = len(progress.outcomes)
         check_folder(study)
-        check_data(progress)
+        check_sources(progress)
         write_study(study)
         workers = executor(study.folder / "logs")
         try:
@@ -206,15 +207,20 @@ def check_folder(study: Study) -> None:
         )
 
 
-def check_data(progress: Progress) -> None:
-    """Checks that runs that are not repeated had the same data.
+def check_sources(progress: Progress) -> None:
+    """Checks that runs that are not repeated had the same data and bases.
 
     Raises:
         DataError: if a run had other data.
+        CheckpointError: if a run had a base, from a folder, with other weights.
     """
-    today = LoadedData()
+    today, bases = LoadedData(), set[str]()
     for job, record in progress.records.items():
-        if record.get("data_fingerprint") != today.of(job.config).fingerprint:
+        data = today.of(job.config)
+        if record["status"] == "finished" and (base := repr(job.config.model)) not in bases:
+            bases.add(base)
+            check_base(job.folder, job.config, data)
+        if record.get("data_fingerprint") != data.fingerprint:
             raise DataError(
                 f"{job.folder.path}: was trained on other data: a file, or how it is read, has changed. "
                 "Give the study another name=…, or restore the former data."

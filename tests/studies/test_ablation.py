@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -14,11 +15,15 @@ import yaml
 
 from lora_lab.cli import main
 from lora_lab.errors import CheckpointError, ConfigError, DataError, StudyError
+from lora_lab.experiment import run
+from lora_lab.models.conversion import save_model
+from lora_lab.models.tiny import character_tokenizer
 from lora_lab.report.pages import report
 from lora_lab.studies import ablate, read_study
 from lora_lab.studies.ablation import Progress
 from lora_lab.studies.executors import Executor, LocalExecutor
 from lora_lab.studies.worker import execute
+from tests.adapters.tiny import tiny_bert
 from tests.forks import Fork, fork
 from tests.wandb_file import offline_folders, read_offline_run
 
@@ -174,6 +179,32 @@ def test_runs_on_other_data_are_not_taken_for_those_of_today(tmp_path):
     table.write_text(table.read_text().replace("film 7,", "film seven,"))
     with pytest.raises(DataError, match=r"lora-seed0-\w+: was trained on other data"):
         ablate(read_study(found.source), Inline)
+
+
+def test_runs_on_other_weights_are_not_taken_for_those_of_today(tmp_path):
+    base = tmp_path / "base"
+
+    def write(seed):
+        save_model(tiny_bert(seed, num_labels=2), base)
+        character_tokenizer(tiny_bert().config).save_pretrained(base)
+
+    write(0)
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\n" + "".join(f"film {i},{'good' if i % 2 else 'bad'}\n" for i in range(40)))
+    data = {"source": "files", "train": str(rows), "label": "label", "test_fraction": 0.2, "max_length": 8}
+    experiment = STUDY["experiment"] | QUICK | {
+        "model": {"name": str(base)}, "data": data, "adapter": {"method": "lora", "targets": ["query"]},
+    }  # fmt: skip
+    changes = {"experiment": experiment, "metric": "test/accuracy", "grid": {"adapter.method": ["lora"]}}
+    found = study(tmp_path, seeds=[0], **changes)
+    ablate(found, Inline)
+    ablate(read_study(found.source), Inline)
+    shutil.rmtree(base)
+    write(1)
+    with pytest.raises(CheckpointError, match=r"lora-seed0-\w+: its run was trained on other weights"):
+        ablate(read_study(found.source, ["seeds=[0,1]"]), Inline)
+    with pytest.raises(CheckpointError, match="trained on other weights"):
+        run(found.job(found.cell("lora"), "compare", 0).config)
 
 
 def test_a_run_that_diverges_is_a_result(tmp_path):
