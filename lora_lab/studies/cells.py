@@ -190,13 +190,13 @@ def read_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
     faults: list[str] = []
     command_line = []
     for layer in parse_overrides(overrides):
-        (name,) = layer.settings
-        if name == "grid" and isinstance(own.settings.get("grid"), Mapping):
-            given = layer.settings["grid"]
-            grid = flat(own.settings["grid"]) | (flat(given) if isinstance(given, Mapping) else {})
-            own = Layer(own.source, {**own.settings, "grid": grid})
-        elif name in STUDY_NAMES:
-            own = Layer(own.source, _merged(own.settings, layer.settings))
+        ((name, given),) = layer.settings.items()
+        if name in STUDY_NAMES:
+            kept = own.settings.get(name)
+            # What is no mapping, or empty, takes the place of what the file has, and is checked as that is.
+            if isinstance(given, Mapping) and given and isinstance(kept, Mapping):
+                given = flat(kept) | flat(given) if name == "grid" else _merged(kept, given)
+            own = Layer(own.source, {**own.settings, name: given})
         else:
             command_line.append(layer)
     for layer in base:

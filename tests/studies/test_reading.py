@@ -1,5 +1,6 @@
 """What a study may say: every fault of every cell in one message, before anything is written."""
 
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -282,6 +283,11 @@ def test_the_command_line_changes_study_and_experiment_but_not_what_is_compared(
     assert found.cells[3].config.data.size == 24
     with pytest.raises(ConfigError, match="command line: adapter.rank: is what the study compares"):
         study(tmp_path, {}, "adapter.rank=3")
+    listed = {"list": {"wide": {"adapter.rank": 7}}, "baseline": "wide"}
+    assert [cell.name for cell in study(tmp_path, listed, "grid=null").cells] == ["wide"]
+    for given in ("grid=5", "grid=[1]", "grid={}", "list={}"):
+        with pytest.raises(ConfigError, match=rf"(?m){given[:4]}: must hold .*; got {re.escape(given[5:])}$"):
+            study(tmp_path, listed, given)
 
 
 @pytest.mark.parametrize("method", ["lora", "hra", "oft", "fourierft", "loha"])
