@@ -22,6 +22,7 @@ from lora_lab.report import figures
 from lora_lab.report.comparison import markdown_table
 from lora_lab.report.drawing import THEMES, alone
 from lora_lab.report.gathering import WAITING, Gathered, gather
+from lora_lab.report.search import good_values, search_margin
 from lora_lab.report.wording import Numbers, outcome, verdict
 from lora_lab.statistics import Analysis, CellSummary, analyse, higher_is_better
 from lora_lab.statistics.analysis import FINISHED
@@ -378,14 +379,9 @@ def search_table(gathered: Gathered) -> Table:
     by = next(iter(gathered.tuning.values())).get("by")
     for cell, found in gathered.tuning.items():
         tried = {one["value"]: one.get(by) for one in found["tried"]}
-        scores = {value: score for value, score in tried.items() if score is not None and np.isfinite(score)}
-        best = scores.get(found["value"])
-        near = []
-        if best is not None:
-            room = 0.01 * abs(best) if margin is None else margin
-            near = [value for value, score in scores.items() if abs(score - best) <= room]
+        near = good_values(tried, found["value"], margin)
         edge = "at its edge" if found.get("widen") else ""
-        score = NONE if best is None else f"{best:.4g}"
+        score = f"{tried[found['value']]:.4g}" if near else NONE
         rows.append([cell, _plain(found["value"]), score, _span(near), edge])
     return Table(["cell", "chosen", f"best {by}", "good values", "search"], rows)
 
@@ -393,7 +389,7 @@ def search_table(gathered: Gathered) -> Table:
 def _search_margin(gathered: Gathered) -> float | None:
     """Returns the study's margin of equivalence where the search went by the metric that it is about."""
     by = str(next(iter(gathered.tuning.values())).get("by"))
-    return gathered.margin if by.rpartition("/")[2] == gathered.metric.rpartition("/")[2] else None
+    return search_margin(by, gathered.metric, gathered.margin)
 
 
 def _curves(gathered: Gathered, analysis: Analysis) -> Section | None:

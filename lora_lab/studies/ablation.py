@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lora_lab.errors import ConfigError, DataError, StudyError
 from lora_lab.experiment import check_base
 from lora_lab.experiment.folder import Record, RunFolder
 from lora_lab.experiment.loaded import LoadedData
+from lora_lab.report.search import search_margin
 from lora_lab.studies.cells import Cell, Job, Study, jobs_of
 from lora_lab.studies.display import Board, end_lines
 from lora_lab.studies.executors import Executor
@@ -106,14 +108,16 @@ class Progress:
         found = list(jobs_of(self.study, "tune", cell, values))
         if len(values) < tuning.count() or any(value not in scores for value in values):
             return found
-        best = tuning.best({value: scores[value] for value in values})
+        scores = {value: scores[value] for value in values}
+        best, fits = tuning.best(scores), partial(cell.fits, tuning.key)
+        margin = search_margin(str(tuning.by), self.study.spec.metric, self.study.spec.equivalence)
         tried = [{"value": value, tuning.by: scores[value]} for value in values]
         self.chosen[cell.name] = {
             "key": tuning.key,
             "value": best,
             "by": tuning.by,
             "tried": tried,
-            "widen": None if best is None else tuning.at_edge(best),
+            "widen": None if best is None else tuning.at_edge(best, scores, margin, fits),
         }
         return found if best is None else [*found, *jobs_of(self.study, "compare", cell, [best])]
 

@@ -67,6 +67,14 @@ class Cell:
             self._tuned[name] = compose_layers([*self.layers, layer], tell=lambda text: None)
         return self._tuned[name]
 
+    def fits(self, key: str, value: Any) -> bool:
+        """Returns whether the config may have this value of a key."""
+        try:
+            self.tuned(key, value)
+        except ConfigError:
+            return False
+        return True
+
 
 @dataclass(frozen=True)
 class Job:

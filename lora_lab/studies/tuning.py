@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from lora_lab.documents.reading import Scalar, plain, texts
 from lora_lab.documents.structured import fill
+from lora_lab.report.search import good_values
 from lora_lab.studies.spec import TuneSpec
 
 STORAGE = "optuna.journal"
@@ -70,22 +71,52 @@ class Tuning:
             return None
         return max(useful, key=lambda value: useful[value] if self.higher_is_better else -useful[value])
 
-    def at_edge(self, value: Any) -> str | None:
-        """Returns the settings that widen the search, if the best value is at its edge."""
+    def at_edge(
+        self,
+        best: Any,
+        scores: Mapping[Any, float | None],
+        margin: float | None,
+        fits: Callable[[Any], bool],
+    ) -> str | None:
+        """Returns the settings that widen the search, if the best value is at its edge.
+
+        It is not if the next value inside is as good, or if no value further out would be valid.
+
+        Args:
+            best: the best value.
+            scores: value → mean of the metric.
+            margin: the difference that counts as none, as `search_margin` returns it.
+            fits: says whether a value is valid.
+        """
         if self.values is not None:
             numbers = sorted(v for v in self.values if isinstance(v, int | float) and not isinstance(v, bool))
-            if len(numbers) != len(self.values) or len(numbers) < 2 or value not in (numbers[0], numbers[-1]):
+            if len(numbers) != len(self.values) or len(numbers) < 2 or best not in (numbers[0], numbers[-1]):
                 return None
-            ends = (numbers[0], numbers[1]) if value == numbers[0] else (numbers[-1], numbers[-2])
-            geometric = numbers[0] > 0
-            further = ends[0] ** 2 / ends[1] if geometric else 2 * ends[0] - ends[1]
-            wider = sorted([*numbers, float(f"{further:.2g}")])
-            return f"'tune.values=[{', '.join(f'{v:g}' for v in wider)}]'"
-        low, high = float(self.low or 0), float(self.high or 0)
-        place = math.log(value / low) / math.log(high / low) if self.log else (value - low) / (high - low)
-        if place < EDGE:
-            return f"tune.low={low / 10 if self.log else 2 * low - high:g}"
-        return f"tune.high={high * 10 if self.log else 2 * high - low:g}" if place > 1 - EDGE else None
+            end, inner = (numbers[0], numbers[1]) if best == numbers[0] else (numbers[-1], numbers[-2])
+            further = end * (end / inner) if numbers[0] > 0 else 2 * end - inner
+            if all(isinstance(number, int) for number in numbers):
+                further = round(further)
+            else:  # to the fewest digits, from two on, that lie beyond the end
+                rounded = (float(f"{further:.{digits}g}") for digits in range(2, 17))
+                further = next((v for v in rounded if (v - end) * (end - inner) > 0), further)
+            setting = f"'tune.values={sorted([*numbers, further])}'"
+        else:
+            low, high = cast(float, self.low), cast(float, self.high)
+            places = {
+                v: math.log(v / low) / math.log(high / low) if self.log else (v - low) / (high - low)
+                for v in scores
+            }
+            inside = [value for value, place in places.items() if EDGE <= place <= 1 - EDGE]
+            if best in inside:
+                return None
+            upper = places[best] > 0.5
+            inner = (max if upper else min)(inside, default=None)
+            if self.log:
+                further = high * 10 if upper else low / 10
+            else:
+                further = 2 * high - low if upper else 2 * low - high
+            setting = f"tune.{'high' if upper else 'low'}={further:g}"
+        return None if inner in good_values(scores, best, margin) or not fits(further) else setting
 
     def _trials(self, cell: str, scores: Mapping[Any, float | None], folder: Path) -> list[float]:
         import optuna

@@ -2,6 +2,7 @@
 
 import re
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -288,6 +289,34 @@ def test_the_command_line_changes_study_and_experiment_but_not_what_is_compared(
     for given in ("grid=5", "grid=[1]", "grid={}", "list={}"):
         with pytest.raises(ConfigError, match=rf"(?m){given[:4]}: must hold .*; got {re.escape(given[5:])}$"):
             study(tmp_path, listed, given)
+
+
+RANGE = {"values": "absent", "low": 0.001, "high": 1.0, "trials": 3}
+
+
+@pytest.mark.parametrize(
+    ("tune", "losses", "advice"),
+    [
+        ({}, {0.001: 0.5, 0.01: 0.6}, "'tune.values=[0.0001, 0.001, 0.01]'"),
+        ({}, {0.001: 0.5, 0.01: None}, "'tune.values=[0.0001, 0.001, 0.01]'"),
+        ({}, {0.001: 0.5, 0.01: 0.504}, None),
+        ({"values": [0.001, 0.01, 0.1]}, {0.001: 0.7, 0.01: 0.5, 0.1: 0.6}, None),
+        ({"values": [1.01, 1.02]}, {1.01: 0.7, 1.02: 0.5}, "'tune.values=[1.01, 1.02, 1.03]'"),
+        ({"key": "optimization.weight_decay", "values": [0, 0.01]}, {0: 0.5, 0.01: 0.6}, None),
+        ({"key": "adapter.rank", "values": [3, 4]}, {3: 0.5, 4: 0.6}, "'tune.values=[2, 3, 4]'"),
+        ({"key": "adapter.rank", "values": [1, 2]}, {1: 0.5, 2: 0.6}, None),
+        (RANGE, {0.9: 0.5, 0.8: 0.5, 0.1: 0.6}, "tune.high=10"),
+        (RANGE, {0.9: 0.5, 0.1: 0.504, 0.01: 0.6}, None),
+        (RANGE | {"key": "optimization.weight_decay", "low": 0, "log": False}, {0.01: 0.5, 0.4: 0.6}, None),
+    ],
+)
+def test_a_search_is_widened_where_its_end_is_really_better_and_more_is_valid(tmp_path, tune, losses, advice):
+    tune = {name: value for name, value in (TUNE | tune).items() if value != "absent"}
+    grid = {"adapter.method": ["lora", "dora"]}
+    found = study(tmp_path, {"grid": grid, "baseline": "lora", "tune": tune | {"by": "validation/loss"}})
+    best = found.tuning.best(losses)
+    fits = partial(found.cells[0].fits, found.tuning.key)
+    assert found.tuning.at_edge(best, losses, None, fits) == advice
 
 
 @pytest.mark.parametrize("method", ["lora", "hra", "oft", "fourierft", "loha"])
