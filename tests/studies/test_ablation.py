@@ -145,6 +145,11 @@ def test_a_range_is_searched_and_goes_on_where_it_was_killed(tmp_path):
         ablate(read_study(other.source), Killed)
     ablate(read_study(other.source), Inline)
     pd.testing.assert_frame_equal(results(other).drop(columns=MEASURED), rows.drop(columns=MEASURED))
+    # As the guide says: more trials add to the earlier ones, another range is searched anew.
+    for setting, count in (("tune.trials=5", 1), ("tune.high=0.2", 4)):
+        again = Inline(tmp_path)
+        ablate(read_study(whole.source, [setting]), lambda logs, again=again: again)
+        assert sum(job.phase == "tune" for job in again.made) == count
 
 
 def test_a_run_that_fails_stops_no_other_and_is_tried_again(tmp_path):
