@@ -436,7 +436,10 @@ def _tuning_faults(tuning: Tuning, cells: Sequence[Cell], path: Path) -> list[st
             try:
                 cell.tuned(tuning.key, value)
             except ConfigError as error:
-                for line in str(error).split("\n"):
+                lines = str(error).split("\n")
+                if tuning.values is None and _takes_whole_numbers(cell, tuning.key, round(value)):
+                    lines = [f"{path}: tune.low: {tuning.key} takes whole numbers; list them in `values`"]
+                for line in lines:
                     found_in.setdefault(line, []).append(cell.name)
     if tuning.values is not None and not found and not found_in:
         runs = [cells[0].tuned(tuning.key, value).hash() for value in tuning.values]
@@ -444,6 +447,10 @@ def _tuning_faults(tuning: Tuning, cells: Sequence[Cell], path: Path) -> list[st
             same = [repr(value) for value, run in zip(tuning.values, runs, strict=True) if run == twice[0]]
             found.append(f"{path}: tune.values: {few(same)} are the same run; keep one of them")
     return found + [f"{line} (cell {few(list(dict.fromkeys(names)))})" for line, names in found_in.items()]
+
+
+def _takes_whole_numbers(cell: Cell, key: str, number: int) -> bool:
+    return cell.fits(key, number) and not cell.fits(key, float(number))
 
 
 def _study_faults(

@@ -183,6 +183,14 @@ BAD = {
         {"tune": {"key": "optimization.learning_rate", "low": 1.0, "high": 0.1, "trials": 3, "seeds": [9]}},
         "tune.low: must be below high",
     ),
+    "range of whole numbers": (
+        {
+            "grid": {"adapter.method": ["lora", "dora"]},
+            "baseline": "lora",
+            "tune": {"key": "adapter.rank", "low": 2, "high": 8, "trials": 3, "seeds": [9]},
+        },
+        "tune.low: adapter.rank takes whole numbers; list them in `values` (cell lora, dora)",
+    ),
     "unknown key of tune": ({"tune": TUNE | {"seed": [3]}}, "tune.seed: no such key; did you mean 'seeds'?"),
     "no size to match": (
         {"grid": {"adapter.method": ["lora", "ia3"]}, "match_parameters": 500, "baseline": "lora"},
