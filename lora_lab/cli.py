@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
+from lora_lab.documents.console import plain_console
 from lora_lab.errors import ConfigError, DivergenceError, LabError, suggest
 from lora_lab.training.stopping import Interruption
 
@@ -62,14 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LabError as error:
         if follows and isinstance(error, DivergenceError):
             return 0
-        Console(stderr=True, soft_wrap=True, highlight=False).print("[bold red]error:[/] ", end="")
+        plain_console(stderr=True).print("error: ", style="bold red", end="")
         print(error, file=sys.stderr)
         return error.exit_code
     except (KeyboardInterrupt, Interruption) as error:
         if follows:
             return 0
         again = "; the same command continues" if options.command in (_train, _ablate) else ""
-        Console(stderr=True).print(f"interrupted{again}")
+        plain_console(stderr=True).print(f"interrupted{again}")
         return error.code if isinstance(error, Interruption) else 128 + signal.SIGINT
     return 0
 
@@ -251,7 +250,7 @@ def _train(options: argparse.Namespace) -> None:
 
     result = run(config, resume=options.resume, overwrite=options.overwrite)
     if process_rank() == 0:
-        console = Console()
+        console = plain_console()
         console.print(record_table(result.record))
         if not result.fresh:
             console.print("This run had finished before; --overwrite trains it again.")
@@ -265,14 +264,15 @@ def _evaluate(options: argparse.Namespace) -> None:
         from lora_lab.report.terminal import mixture_table
 
         settings = options.weights, options.overrides, options.any_base
-        Console().print(mixture_table(evaluate_mixture(runs, *settings)))
+        plain_console().print(mixture_table(evaluate_mixture(runs, *settings)))
         return
     if options.weights is not None:
         raise ConfigError("--weights: belong to a mixture, RUN+RUN; one run has none.")
     from lora_lab.experiment import evaluate
     from lora_lab.report.terminal import metrics_table
 
-    Console().print(metrics_table(evaluate(options.run, options.overrides, options.any_base), options.run))
+    found = evaluate(options.run, options.overrides, options.any_base)
+    plain_console().print(metrics_table(found, options.run))
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -281,7 +281,7 @@ def _report(options: argparse.Namespace) -> None:
     found = report(options.paths)
     files = {"html": options.html, "markdown": options.markdown, "csv": options.csv}
     found.write(**files)
-    console = Console()
+    console = plain_console()
     console.print(found.terminal(), highlight=False)
     for path in files.values():
         if path:
@@ -295,8 +295,8 @@ def _merge(options: argparse.Namespace) -> None:
     size = options.dtype, options.shard_size, options.rank
     made = merge(options.source, options.out, options.base, *size, options.any_base)
     if made.ranks:
-        Console().print(conversion_table(str(made.folder), made.ranks, made.errors))
-    Console().print(f"Model folder: {made.folder}", soft_wrap=True)
+        plain_console().print(conversion_table(str(made.folder), made.ranks, made.errors))
+    plain_console().print(f"Model folder: {made.folder}", soft_wrap=True)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -305,7 +305,7 @@ def _export(options: argparse.Namespace) -> None:
 
     form, limits = options.form, (options.rank, options.energy, options.active_rank)
     made = export(options.source, options.out, form, *limits, options.base, options.any_base)
-    Console().print(conversion_table(str(made.folder), made.ranks, made.errors))
+    plain_console().print(conversion_table(str(made.folder), made.ranks, made.errors))
 
 
 def _import(options: argparse.Namespace) -> None:
@@ -313,7 +313,7 @@ def _import(options: argparse.Namespace) -> None:
     from lora_lab.report.terminal import conversion_table
 
     made = import_file(options.file, options.out, options.base, options.prefix)
-    Console().print(conversion_table(str(made.folder), made.ranks, made.errors))
+    plain_console().print(conversion_table(str(made.folder), made.ranks, made.errors))
 
 
 def _combine(options: argparse.Namespace) -> None:
@@ -333,7 +333,7 @@ def _combine(options: argparse.Namespace) -> None:
         options.base,
         options.any_base,
     )
-    Console().print(conversion_table(str(made.folder), made.ranks, made.errors))
+    plain_console().print(conversion_table(str(made.folder), made.ranks, made.errors))
 
 
 def _ablate(options: argparse.Namespace) -> None:
@@ -347,7 +347,7 @@ def _ablate(options: argparse.Namespace) -> None:
     from lora_lab.studies.display import plan
 
     study = read_study(options.study, options.overrides)
-    console = Console()
+    console = plain_console()
     if options.run:
         from lora_lab.studies.sweep import run_one
 
@@ -385,7 +385,7 @@ def _executor(options: argparse.Namespace, logs: Path) -> Executor:
 def _methods(options: argparse.Namespace) -> None:
     from lora_lab.report.terminal import controllers_table, methods_table
 
-    console = Console()
+    console = plain_console()
     console.print(methods_table())
     console.print(controllers_table())
 
@@ -395,9 +395,9 @@ def _describe(options: argparse.Namespace) -> None:
     from lora_lab.report.terminal import description, topics_table
 
     if options.name is None:
-        Console().print(topics_table())
+        plain_console().print(topics_table())
     elif options.name in known():
-        Console().print(description(options.name))
+        plain_console().print(description(options.name))
     else:
         raise ConfigError(f"nothing is known about '{options.name}'{suggest(options.name, known())}")
 
@@ -406,7 +406,7 @@ def _fetch(options: argparse.Namespace) -> None:
     from lora_lab.assets import describe, fetch
     from lora_lab.report.terminal import assets_table
 
-    console = Console()
+    console = plain_console()
     for name in options.assets:
         console.print(f"{name}: {fetch(name)}", soft_wrap=True)
     if not options.assets:

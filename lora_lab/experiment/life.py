@@ -12,7 +12,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
-from rich.console import Console
 from torch import Tensor
 
 from lora_lab.adapters import AdapterSet
@@ -20,6 +19,7 @@ from lora_lab.adapters.storage import TENSORS, stored_lineage
 from lora_lab.config.compose import compose
 from lora_lab.config.schema import ExperimentConfig
 from lora_lab.data import TaskData
+from lora_lab.documents.console import plain_console
 from lora_lab.documents.reading import yaml_text
 from lora_lab.documents.writing import write_text
 from lora_lab.errors import CheckpointError, ConfigError, DataError, LabError
@@ -121,7 +121,8 @@ class OpenRun:
         if process_rank() == 0:
             if self.before:
                 state = f"{_state(self.before)} before; it continues from step {done_steps}"
-                Console(stderr=True).print(f"{self.folder.path}: {state}.", soft_wrap=True, highlight=False)
+                text = f"{self.folder.path}: {state}."
+                plain_console(stderr=True).print(text, soft_wrap=True, highlight=False)
             else:
                 # While `starting`, the remains of an overwritten run are ignored.
                 self.folder.write({**self.record, "status": "starting"})

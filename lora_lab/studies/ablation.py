@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from lora_lab.config.compose import compose
+from lora_lab.documents.console import plain_console
 from lora_lab.documents.reading import plain, read_yaml
 from lora_lab.errors import ConfigError, DataError, StudyError
 from lora_lab.experiment import check_base
@@ -145,7 +146,7 @@ def ablate(study: Study, executor: Callable[[Path], Executor], console: Console 
     Args:
         study: what `read_study` returned.
         executor: makes the executor, with a folder for its logs.
-        console: where to show the progress.
+        console: where to show the progress; None shows it in the terminal.
 
     Returns:
         All runs, each with its outcome.
@@ -156,7 +157,7 @@ def ablate(study: Study, executor: Callable[[Path], Executor], console: Console 
         CheckpointError: if another process is running the study, or its folder cannot be written to.
         Interruption, KeyboardInterrupt: if the process was asked to end; all runs can be continued then.
     """
-    console = console or Console()
+    console = console or plain_console()
     stop = StopRequest()
     with RunFolder(study.folder).owned("give the study another name=…"), stop.watched():
         progress = Progress(study, study.folder)

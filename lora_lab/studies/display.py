@@ -12,6 +12,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from lora_lab.errors import CheckpointError
 from lora_lab.studies.cells import Job, Study, few
@@ -62,7 +63,7 @@ class Board:
             metric = "" if value is None else f"  {self.progress.study.spec.metric} {value:.4f}"
             done = len(self.progress.outcomes)
             line = f"{done}/{self.progress.total()}  {job.config.run}: {outcome.status}{metric}"
-            self.console.print(line, soft_wrap=True, highlight=False, markup=False)
+            self.console.print(line, soft_wrap=True, highlight=False)
 
     def refresh(self) -> None:
         """Shows the present state."""
@@ -83,7 +84,7 @@ class Board:
         table.add_column(study.spec.metric, justify="right")
         table.add_column("now")
         for cell in study.cells:
-            row = [cell.name]
+            row: list[str | Text] = [cell.name]
             if tuning := study.tuning:
                 whole = tuning.count() * len(tuning.seeds)
                 chosen = progress.chosen.get(cell.name)
@@ -99,14 +100,14 @@ class Board:
         values = [self.progress.metric(job, self.progress.study.spec.metric) for job in jobs]
         return [value for value in values if value is not None]
 
-    def _count(self, cell: str, phase: str, whole: int) -> str:
+    def _count(self, cell: str, phase: str, whole: int) -> Text:
         states = [
             outcome.status
             for job, outcome in self.progress.outcomes.items()
             if (job.cell, job.phase) == (cell, phase)
         ]
         bad = sum(state != "finished" for state in states)
-        return f"{len(states)}/{whole}" + (f" [red]({bad} not finished)[/]" if bad else "")
+        return Text.assemble(f"{len(states)}/{whole}", (f" ({bad} not finished)" if bad else "", "red"))
 
     def _state(self, job: Job) -> str:
         seen, text = self._seen.get(job, (-METRIC_EVERY, ""))
@@ -149,11 +150,10 @@ def plan(progress: Progress, slots: int, probed: float | None = None) -> Iterato
         table.add_column(column, justify="left" if column in ("cell", "method") else "right")
     each = progress.total() // len(study.cells)
     for cell in study.cells:
-        size = ""
+        size = Text()
         if match := cell.match:
-            size = f"{match.parameters:,} ({match.field} {match.value})" + (
-                " [red]misses[/]" if match.misses else ""
-            )
+            size.append(f"{match.parameters:,} ({match.field} {match.value})")
+            size.append(" misses" if match.misses else "", "red")
         done = sum(job.cell == cell.name for job in progress.outcomes)
         mark = " (baseline)" if cell.name == spec.baseline else ""
         table.add_row(cell.name + mark, cell.config.adapter.method, size, str(done), str(each))

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from lora_lab.cli import main
+from lora_lab.documents.console import plain_console
 from lora_lab.errors import CheckpointError, ConfigError, DataError, StudyError
 from lora_lab.experiment import run
 from lora_lab.models.conversion import save_model
@@ -21,6 +22,7 @@ from lora_lab.models.tiny import character_tokenizer
 from lora_lab.report.pages import report
 from lora_lab.studies import ablate, read_study
 from lora_lab.studies.ablation import Progress
+from lora_lab.studies.display import Board
 from lora_lab.studies.executors import Executor, LocalExecutor
 from lora_lab.studies.worker import execute
 from tests.adapters.tiny import tiny_bert
@@ -366,6 +368,24 @@ def test_a_tracked_study_has_a_group_of_runs_and_one_summary(tmp_path):
     assert page.read_text() == made.html()
     ablate(read_study(found.source), Inline)  # makes no run, and no second summary
     assert offline_folders(found.folder / "summary") == [own]
+
+
+def test_texts_are_shown_as_they_are_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
+    listed = {"b[/]": {"adapter.rank": 1}, "[query, value] :cat:": {"adapter.rank": 3}}
+    changes = {"question": "Does [query, value] beat [all-linear]?", "list": listed, "seeds": [0]}
+    found = study(tmp_path, experiment=STUDY["experiment"] | QUICK, baseline="b[/]", grid=None, **changes)
+    assert main(["ablate", str(found.source), "--plan"]) == 0
+    planned = capsys.readouterr().out
+    ablate(found, Inline)
+    ended = capsys.readouterr().out
+    for text in (changes["question"], *listed):
+        assert text in planned
+        assert text in ended
+    console = plain_console()
+    with console.capture() as shown:
+        console.print(Board(Progress(found, None), Inline(tmp_path), console)._table())
+    assert all(name in shown.get() for name in listed)
 
 
 def test_a_plan_writes_nothing(tmp_path, capsys, monkeypatch):
