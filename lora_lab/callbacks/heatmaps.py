@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -49,7 +50,8 @@ def rank_heatmap(places: Sequence[Place]) -> Picture | None:
         value = values[row, column]
         colour = "black" if value > 0.6 * largest else "white"
         axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=8)
-    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor", fontsize=8)
+    slanted: Any = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(len(columns)), columns, fontsize=8, parse_math=False, **slanted)
     axes.set_yticks(range(len(layers)), [str(layer) for layer in layers], fontsize=8)
     axes.set_ylabel("layer")
     axes.set_title("effective rank", fontsize=10)
@@ -79,7 +81,7 @@ def history_heatmap(
     figure, axes, _ = _draw(values, (8.0, 1.3 + 0.17 * len(rows)))
     marks = np.unique(np.linspace(0, len(chosen) - 1, 9).round().astype(int))
     axes.set_xticks(marks, [str(steps[chosen[mark]]) for mark in marks], fontsize=8)
-    axes.set_yticks(range(len(rows)), rows, fontsize=6)
+    axes.set_yticks(range(len(rows)), rows, fontsize=6, parse_math=False)
     axes.set_xlabel("optimizer step")
     axes.set_title("rank in use", fontsize=10)
     return _pixels(figure)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from lora_lab.report.drawing import COLOURS, Drawing, drawing
@@ -22,6 +23,8 @@ COSTS = {
     "peak_megabytes": "peak memory (MB)",
     "step_seconds": "seconds per step",
 }
+LITERAL: Any = {"parse_math": False}
+"""For texts of users, in which `$` is no formula."""
 SHOWN = 6
 """Number of cells with a colour; further ones are grey."""
 MODULES = 48
@@ -55,13 +58,14 @@ def forest(analysis: Analysis, width: float = 4.4) -> Drawing | None:
                 axes.axvspan(-analysis.margin, analysis.margin, color=COLOURS["even"], alpha=0.1, linewidth=0)
         for row, cell in enumerate(cells):
             _forest_row(one, analysis, cell, row, write)
-        axes.set_yticks(range(len(cells)), [_cut(cell.name, int(width * 5.5)) for cell in cells])
+        names = [_cut(cell.name, int(width * 5.5)) for cell in cells]
+        axes.set_yticks(range(len(cells)), names, **LITERAL)
         axes.tick_params(axis="y", length=0, labelcolor=COLOURS["ink"])
         axes.set_ylim(len(cells) - 0.4, -0.6)
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x")
         axes.xaxis.set_major_locator(MaxNLocator(5 if width < 5 else 8))
-        axes.set_xlabel(what)
+        axes.set_xlabel(what, **LITERAL)
     return one
 
 
@@ -172,7 +176,13 @@ def _label(one: Drawing, points: Sequence[tuple[float, float, str]]) -> None:
     for x, y, name in reversed(points):
         for offset, aligned in places:
             text = one.axes.annotate(
-                _cut(name, 22), (x, y), offset, textcoords="offset points", ha=aligned, fontsize=8.5
+                _cut(name, 22),
+                (x, y),
+                offset,
+                textcoords="offset points",
+                ha=aligned,
+                fontsize=8.5,
+                **LITERAL,
             )
             box = text.get_window_extent(renderer)
             fits = whole.x0 <= box.x0 and box.x1 <= whole.x1 + 12
@@ -195,7 +205,7 @@ def rates(gathered: Gathered, analysis: Analysis) -> Drawing | None:
     places = {value: value if numeric else place for place, value in enumerate(choices)}
     runs = runs.assign(place=numbers if numeric else runs[key].astype(str).map(places))
     with drawing(f"{by} over {key}") as one:
-        axes = one.axes
+        axes, named = one.axes, dict[str, Line2D]()
         for cell, colour, strong in _lines(analysis):
             own = runs[(runs["cell"] == cell) & np.isfinite(runs[by])]
             if own.empty:
@@ -203,9 +213,11 @@ def rates(gathered: Gathered, analysis: Analysis) -> Drawing | None:
             found = own.groupby("place")[by].agg(["mean", "min", "max"])
             (line,) = axes.plot(
                 found.index, found["mean"], "o-", color=colour, markersize=3.5,
-                label=cell if strong else None, linewidth=1.6 if strong else 0.9, zorder=3 if strong else 2,
+                linewidth=1.6 if strong else 0.9, zorder=3 if strong else 2,
             )  # fmt: skip
             one.tip(line, cell)
+            if strong:
+                named[cell] = line
             if strong and len(own) > len(found):
                 axes.fill_between(
                     found.index, found["min"], found["max"], color=colour, alpha=0.15, linewidth=0
@@ -218,11 +230,11 @@ def rates(gathered: Gathered, analysis: Analysis) -> Drawing | None:
             axes.set_xscale("log")
             axes.xaxis.set_minor_locator(NullLocator())
         if len(choices) <= 8:
-            axes.set_xticks([places[value] for value in choices], [_plain(value) for value in choices])
+            axes.set_xticks([places[value] for value in choices], list(map(_plain, choices)), **LITERAL)
         _robust(one, runs[by], higher_is_better(by))
         axes.grid()
         axes.set(xlabel=key, ylabel=by)
-        _legend(one)
+        _legend(one, named)
     return one
 
 
@@ -238,7 +250,7 @@ def curves(rows: pd.DataFrame, metric: str, analysis: Analysis) -> Drawing | Non
     if rows.groupby("cell")["step"].nunique().max() in (np.nan, 0, 1) or rows.empty:
         return None
     with drawing(f"{metric} over steps") as one:
-        axes = one.axes
+        axes, named = one.axes, dict[str, Line2D]()
         ends = []
         for cell, colour, strong in _lines(analysis):
             own = rows[rows["cell"] == cell]
@@ -250,10 +262,12 @@ def curves(rows: pd.DataFrame, metric: str, analysis: Analysis) -> Drawing | Non
             if len(found) > 200:
                 found = found.iloc[np.unique(np.linspace(0, len(found) - 1, 200).astype(int))]
             (line,) = axes.plot(
-                found.index, found["mean"], color=colour, label=cell if strong else None,
+                found.index, found["mean"], color=colour,
                 linewidth=1.6 if strong else 0.8, alpha=1 if strong else 0.6, zorder=3 if strong else 2,
             )  # fmt: skip
             one.tip(line, cell)
+            if strong:
+                named[cell] = line
             ends.append(found["mean"])
             if strong and found["count"].max() > 1:
                 axes.fill_between(
@@ -263,7 +277,7 @@ def curves(rows: pd.DataFrame, metric: str, analysis: Analysis) -> Drawing | Non
             _robust(one, pd.concat(ends), False)
         axes.grid()
         axes.set(xlabel="optimizer step", ylabel=metric)
-        _legend(one)
+        _legend(one, named)
     return one
 
 
@@ -299,10 +313,9 @@ def module_ranks(ranks: pd.DataFrame, cells: Sequence[str]) -> Drawing | None:
                     )
                     one.tip(bar, f"{cell}, {module}: rank {value:.3g}")
             axes.axvline(column, color=COLOURS["line"], linewidth=0.8)
-        axes.set_yticks(range(len(table)), _module_names(list(table.index)), fontsize=7.5)
-        axes.set_xticks(
-            [place + 0.46 for place in range(len(cells))], [_cut(cell, 44 // len(cells)) for cell in cells]
-        )
+        axes.set_yticks(range(len(table)), _module_names(list(table.index)), fontsize=7.5, **LITERAL)
+        names = [_cut(cell, 44 // len(cells)) for cell in cells]
+        axes.set_xticks([place + 0.46 for place in range(len(cells))], names, **LITERAL)
         axes.set_xlabel(f"rank; full width is {top:.3g}")
         axes.set(ylim=(len(table) - 0.4, -0.6), xlim=(0, len(cells)))
         axes.tick_params(length=0)
@@ -342,12 +355,14 @@ def _robust(one: Drawing, values: pd.Series, higher: bool) -> None:
         one.axes.set_ylim(top=high + room)
 
 
-def _legend(one: Drawing) -> None:
-    handles, labels = one.axes.get_legend_handles_labels()
-    if handles:
-        columns = 2 if max(map(len, labels)) <= 24 else 1
-        cut = [_cut(label, 26 if columns == 2 else 52) for label in labels]
-        one.figure.legend(handles, cut, loc="outside lower center", ncols=columns)
+def _legend(one: Drawing, named: Mapping[str, Line2D]) -> None:
+    if named:
+        columns = 2 if max(map(len, named)) <= 24 else 1
+        # Matplotlib leaves out labels that start with `_`; the names take their places.
+        places = [str(place) for place in range(len(named))]
+        legend = one.figure.legend(list(named.values()), places, loc="outside lower center", ncols=columns)
+        for text, name in zip(legend.get_texts(), named, strict=True):
+            text.set(text=_cut(name, 26 if columns == 2 else 52), **LITERAL)
 
 
 def _plain(value: Any) -> str:

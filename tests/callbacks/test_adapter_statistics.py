@@ -15,7 +15,7 @@ from lora_lab.adapters.methods.ia3 import IA3Spec
 from lora_lab.adapters.methods.lora import LoRASpec
 from lora_lab.callbacks.adapter_rows import adapter_rows, sparsity
 from lora_lab.callbacks.adapter_statistics import final_statistics
-from lora_lab.callbacks.heatmaps import rank_heatmap
+from lora_lab.callbacks.heatmaps import history_heatmap, rank_heatmap
 from lora_lab.tracking import read_metrics
 from tests.tracked_run import train
 from tests.wandb_file import offline_folders, read_offline_run
@@ -165,3 +165,9 @@ def test_heat_map_separates_equal_roles_of_two_stacks():
     assert both.shape[1] > one.shape[1]
     assert both.shape[0] >= one.shape[0]
     assert rank_heatmap([(None, "x", "x", 1.0), (0, "y", "y", None)]) is None
+
+
+def test_a_heat_map_reads_no_name_as_a_formula():
+    places = [(0, "x$^$", "x$^$", 1.0)]
+    assert rank_heatmap(places) is not None
+    assert history_heatmap(places, [0, 1], np.array([[1.0], [2.0]])) is not None

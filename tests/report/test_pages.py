@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -213,6 +214,17 @@ def test_markdown_csv_and_picture_say_the_same(folder, made, tmp_path, capsys):
     assert (tmp_path / "a.html").read_text() == made.html()
     for name in pictures:
         ElementTree.parse(tmp_path / name)
+
+
+def test_pictures_show_names_as_they_are_written(tmp_path):
+    cells = ("ada$^$", "_a$b$", "_<i>")
+    found = report([study(tmp_path / "names", dict.fromkeys(cells, 0.0), noise=0.05)])
+    for title, shown in (("The search for", 3), ("Learning", 3), ("Ranks", 1)):
+        (drawings,) = [section.figures for section in found.sections if section.title.startswith(title)]
+        for text in (f">{escape(name)}</text>" for name in cells[:shown]):
+            assert all(text in drawing for drawing in drawings)
+    assert found.answer is not None
+    assert all(f">{escape(name)}</text>" in found.answer[0] for name in cells[1:])
 
 
 def test_a_study_reports_without_its_runs_folders_searches_and_examples(folder, tmp_path):
