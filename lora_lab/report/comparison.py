@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,18 @@ def spread(values: pd.Series[Any], form: str = ".3f") -> str:
     if values.empty:
         return ""
     return f"{values.mean():{form}} ({values.min():{form}} to {values.max():{form}})"
+
+
+def escaped(text: str) -> str:
+    """Returns a text in one line that Markdown shows as it is written, in a table too."""
+    # `_` within a word, and `<` and `&` where they begin no tag or entity, mean nothing.
+    special = r"[\\`*\[\]|~$]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])"
+    return re.sub(special, r"\\\g<0>", " ".join(text.split()))
+
+
+def paragraph(text: str) -> str:
+    """Returns `escaped`, for a line of its own, which is to begin no list or heading."""
+    return re.sub(r"^(\d+(?=[.)](?:\s|$))|(?=[#>+-]))", r"\1\\", escaped(text))
 
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

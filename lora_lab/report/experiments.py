@@ -17,7 +17,7 @@ import pandas as pd
 import yaml
 
 from lora_lab.documents.writing import write_text
-from lora_lab.report.comparison import markdown_table
+from lora_lab.report.comparison import escaped, markdown_table
 from lora_lab.report.gathering import RESULTS, STUDY, Gathered, read_study
 from lora_lab.report.pages import cells_table, judge, search_table
 from lora_lab.report.wording import Numbers, outcome, verdict
@@ -55,7 +55,7 @@ def findings(folder: Path) -> str:
     """Returns verdict and tables of one study."""
     gathered = read_study(folder)
     analysis = judge(gathered)
-    parts = [f"**{verdict(analysis)}**", _cells(gathered, analysis)]
+    parts = [f"**{escaped(verdict(analysis))}**", _cells(gathered, analysis)]
     if gathered.tuning:
         parts.append(search_table(gathered).markdown())
     return "\n\n".join(parts)
@@ -77,7 +77,7 @@ def studies_table(experiments: Path) -> str:
         size = f"{len(analysis.cells)} cells, {seeds} seed{'s' if seeds > 1 else ''}"
         size += f", {len(gathered.runs)} runs"
         link = f"[{folder.name}]({folder.name}/{README})"
-        rows.append([link, str(gathered.question), size, verdict(analysis)])
+        rows.append([link, escaped(str(gathered.question)), size, escaped(verdict(analysis))])
     return markdown_table(["study", "question", "size", "verdict"], rows)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ from rich.text import Text
 from lora_lab.documents.writing import write_text
 from lora_lab.errors import IncompatibleError
 from lora_lab.report import figures
-from lora_lab.report.comparison import markdown_table
+from lora_lab.report.comparison import escaped, markdown_table, paragraph
 from lora_lab.report.drawing import THEMES, alone
 from lora_lab.report.gathering import WAITING, Gathered, gather
 from lora_lab.report.search import good_values, search_margin
@@ -49,7 +50,7 @@ class Table:
 
     def markdown(self) -> str:
         """Returns it in Markdown."""
-        return markdown_table(self.headings, [[_escape(text) for text in row] for row in self.rows])
+        return markdown_table(list(map(escaped, self.headings)), [map(escaped, row) for row in self.rows])
 
 
 @dataclass
@@ -108,24 +109,24 @@ class Report:
         Args:
             stem: as in `pictures`, if these are stored; else there are none.
         """
-        parts = [f"# {self.title}"]
-        parts += [self.question] if self.question else []
-        parts.append(f"**{self.verdict}**")
-        parts += [f"![{self.verdict}]({stem}.svg)"] if stem and self.answer else []
+        parts = [f"# {escaped(self.title)}"]
+        parts += [paragraph(self.question)] if self.question else []
+        parts.append(f"**{escaped(self.verdict)}**")
+        parts += [_picture(self.verdict, f"{stem}.svg")] if stem and self.answer else []
         drawn = 0
         for section in self.sections:
             if section.pictures_only and not stem:
                 continue
-            parts.append(f"## {section.title}")
-            parts += section.texts
+            parts.append(f"## {escaped(section.title)}")
+            parts += map(paragraph, section.texts)
             names = [f"{stem}-{drawn + number}.svg" for number in range(1, len(section.figures) + 1)]
             drawn += len(names)
-            parts += [f"![{section.title}]({name})" for name in names if stem]
+            parts += [_picture(section.title, name) for name in names if stem]
             if section.table:
                 parts.append(section.table.markdown())
             if section.code:
                 parts.append("```bash\n" + "\n".join(section.code) + "\n```")
-            parts += section.notes
+            parts += map(paragraph, section.notes)
         return "\n\n".join(parts) + "\n"
 
     def write(
@@ -542,5 +543,5 @@ def _text(value: Any) -> str:
     return NONE if value is None or (isinstance(value, float) and np.isnan(value)) else str(value)
 
 
-def _escape(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+def _picture(text: str, name: str) -> str:
+    return f"![{escaped(text)}]({quote(name)})"

@@ -9,11 +9,13 @@ import time
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import pandas as pd
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 
 from lora_lab.cli import main
 from lora_lab.documents.reading import yaml_text
@@ -214,6 +216,21 @@ def test_markdown_csv_and_picture_say_the_same(folder, made, tmp_path, capsys):
     assert (tmp_path / "a.html").read_text() == made.html()
     for name in pictures:
         ElementTree.parse(tmp_path / name)
+
+
+def test_markdown_shows_texts_as_they_are_written(tmp_path):
+    cells = ("lora_drop", """<b>"x"&'""", "_a_ *b* `c` [d](e) ~f~ &lt; \\_ $g$ | h")
+    question = "1. Is <b> | __better__ at r=8, 1e-3 < 2?"
+    found = report([study(tmp_path / "names", dict.fromkeys(cells, 0.0), question=question, noise=0.05)])
+    path = tmp_path / "my #1 report.md"
+    found.write(markdown=path)
+    text = path.read_text()
+    assert "| lora_drop | baseline |" in text
+    assert "r=8, 1e-3 < 2?" in text
+    page = Page(MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(text))
+    assert {unquote(link) for link in page.links} == {file.name for file in tmp_path.glob("*.svg")}
+    rows = "".join(page.words).split("\n")
+    assert {question, found.verdict, *cells, *found.sections[0].notes} <= {*rows}
 
 
 def test_pictures_show_names_as_they_are_written(tmp_path):
