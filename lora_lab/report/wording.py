@@ -10,6 +10,8 @@ from lora_lab.statistics import Analysis, Comparison, Interval
 OUTCOMES = ("better", "worse", "equivalent", "cannot be told apart", "not tested")
 NAMED = 4
 """Most cells that a sentence names; more are counted."""
+ROUNDING = 1e-12
+"""Share of a metric's typical value that sums of floating-point numbers may be off."""
 
 
 class Numbers:
@@ -20,8 +22,10 @@ class Numbers:
     """
 
     def __init__(self, scale: float):
-        size = math.floor(math.log10(scale)) if scale > 0 and math.isfinite(scale) else 0
-        self.decimals = min(max(3 - size, 0), 8)
+        usable = scale > 0 and math.isfinite(scale)
+        size = math.floor(math.log10(scale)) if usable else 0
+        self.noise = ROUNDING * scale if usable else 0.0
+        self.form = ".3e" if size < -5 else f".{max(3 - size, 0)}f"
 
     @classmethod
     def of(cls, analysis: Analysis) -> Numbers:
@@ -30,11 +34,24 @@ class Numbers:
 
     def value(self, number: float | None) -> str:
         """Writes a value; a dash for none."""
-        return "–" if number is None else _minus(f"{number:.{self.decimals}f}")
+        return "–" if number is None else self._written(number, "")
 
     def difference(self, number: float | None) -> str:
         """Writes a difference with its sign."""
-        return "–" if number is None else _minus(f"{number:+.{self.decimals}f}")
+        return "–" if number is None else self._written(number, "+")
+
+    def exact(self, number: float) -> str:
+        """Writes a number above 0 that was chosen, such as a margin, with the digits that it has."""
+        text = self.value(number)
+        return text if float(text) == number else f"{number:g}"
+
+    def _written(self, number: float, sign: str) -> str:
+        if abs(number) <= self.noise:
+            return f"{0:{self.form}}".partition("e")[0]
+        text = f"{number:{sign}{self.form}}"
+        if not text.strip("+-0."):  # it would seem to be 0
+            text = f"{number:{sign}.2g}"
+        return text.replace("-", "−", 1) if text.startswith("-") else text
 
     def range(self, interval: Interval | None, signed: bool = False) -> str:
         """Writes an interval as `low to high`; `no interval` for none."""
@@ -83,7 +100,7 @@ def _clause(analysis: Analysis, name: str, cells: Sequence[str]) -> str:
         by = ", ".join(_amount(write, one) for one in found) if len(cells) <= NAMED else _most(write, found)
         return f"{who} {'are' if plural else 'is'} {name} than {baseline} ({by})"
     if name == "equivalent":
-        margin = write.value(analysis.margin)
+        margin = write.exact(analysis.margin or 0.0)
         return f"{who} {'are' if plural else 'is'} as good as {baseline} within {margin}"
     if name == "not tested" and len(found[0].differences) > 1:
         by = _most(write, found) if plural else write.difference(found[0].mean)
@@ -143,8 +160,3 @@ def _without_baseline(analysis: Analysis) -> str:
     if rivals:
         found += f", but with other seeds {names(rivals)} could have it"
     return f"{found}; without a baseline no difference is tested."
-
-
-def _minus(text: str) -> str:
-    zero = text.strip("+-0.") == ""
-    return text.lstrip("+-") if zero else text.replace("-", "−")

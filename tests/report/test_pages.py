@@ -84,6 +84,11 @@ BASE = [0.80, 0.81, 0.79]
             "In test/accuracy, dora is as good as lora within 0.0100.",
         ),
         (
+            {"lora": [300, 301, 299], "dora": [300.000, 301.001, 298.999]},
+            0.02,
+            "In test/accuracy, dora is as good as lora within 0.02.",
+        ),
+        (
             {"lora": BASE, "dora": [0.80, None, None]},
             None,
             "In test/accuracy, dora has too few finished seeds in common with lora for a test; 2 of 6 runs "
@@ -115,8 +120,16 @@ def test_a_verdict_counts_cells_where_it_would_name_many_and_names_no_winner_wit
 def test_numbers_have_the_digits_of_their_size():
     assert Numbers(0.85).value(0.84321) == "0.8432"
     assert Numbers(23.4).difference(-1.239) == "−1.24"
-    assert Numbers(0.85).difference(-0.00001) == "0.0000"
     assert Numbers(12345.0).value(12345.6) == "12346"
+    assert Numbers(2.3e-10).value(2.3456e-10) == "2.346e-10"
+    # Only what is 0, to the last digit that a sum may have, is written as 0.
+    assert Numbers(0.85).difference(-0.00001) == "−1e-05"
+    assert Numbers(0.85).difference(0.1 + 0.2 - 0.3) == "0.0000"
+    assert Numbers(2.3e-10).difference(-1e-26) == "0.000"
+    # 0.6 in 12,345 would be written as 1.
+    assert [Numbers(scale).exact(number) for scale, number in ((300, 0.02), (12345, 0.6), (0.85, 0.02))] == [
+        "0.02", "0.6", "0.0200",
+    ]  # fmt: skip
 
 
 def test_the_front_holds_what_no_cheaper_cell_equals():
