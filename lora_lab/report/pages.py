@@ -50,7 +50,8 @@ class Table:
 
     def markdown(self) -> str:
         """Returns it in Markdown."""
-        return markdown_table(list(map(escaped, self.headings)), [map(escaped, row) for row in self.rows])
+        headings, *rows = [[escaped(text) for text in row] for row in (self.headings, *self.rows)]
+        return markdown_table(headings, rows)
 
 
 @dataclass

@@ -93,12 +93,12 @@ class Tuning:
             if len(numbers) != len(self.values) or len(numbers) < 2 or best not in (numbers[0], numbers[-1]):
                 return None
             end, inner = (numbers[0], numbers[1]) if best == numbers[0] else (numbers[-1], numbers[-2])
-            further = end * (end / inner) if numbers[0] > 0 else 2 * end - inner
-            if all(isinstance(number, int) for number in numbers):
-                further = round(further)
-            else:  # to the fewest digits, from two on, that lie beyond the end
-                rounded = (float(f"{further:.{digits}g}") for digits in range(2, 17))
-                further = next((v for v in rounded if (v - end) * (end - inner) > 0), further)
+            whole = all(isinstance(number, int) for number in numbers)
+            beyond = end * (end / inner) if numbers[0] > 0 else 2 * end - inner
+            # To the fewest digits, from two on, that lie beyond the end; whole if the key takes only such.
+            rounded = (float(f"{beyond:.{digits}g}") for digits in range(2, 17))
+            further = next((v for v in rounded if (v - end) * (end - inner) > 0), beyond)
+            further = round(beyond) if whole and not fits(further) else further
             setting = f"'tune.values={sorted([*numbers, further])}'"
         else:
             low, high = cast(float, self.low), cast(float, self.high)
@@ -110,7 +110,7 @@ class Tuning:
             if best in inside:
                 return None
             upper = places[best] > 0.5
-            inner = (max if upper else min)(inside, default=None)
+            inner = max(inside, default=None) if upper else min(inside, default=None)
             if self.log:
                 further = high * 10 if upper else low / 10
             else:

@@ -311,6 +311,7 @@ RANGE = {"values": "absent", "low": 0.001, "high": 1.0, "trials": 3}
         ({"values": [0.001, 0.01, 0.1]}, {0.001: 0.7, 0.01: 0.5, 0.1: 0.6}, None),
         ({"values": [1.01, 1.02]}, {1.01: 0.7, 1.02: 0.5}, "'tune.values=[1.01, 1.02, 1.03]'"),
         ({"key": "optimization.weight_decay", "values": [0, 0.01]}, {0: 0.5, 0.01: 0.6}, None),
+        ({"values": [1, 2]}, {1: 0.5, 2: 0.6}, "'tune.values=[0.5, 1, 2]'"),
         ({"key": "adapter.rank", "values": [3, 4]}, {3: 0.5, 4: 0.6}, "'tune.values=[2, 3, 4]'"),
         ({"key": "adapter.rank", "values": [1, 2]}, {1: 0.5, 2: 0.6}, None),
         (RANGE, {0.9: 0.5, 0.8: 0.5, 0.1: 0.6}, "tune.high=10"),
