@@ -68,7 +68,8 @@ def find_adapter(
     """Finds a stored adapter and its model; neither is loaded yet.
 
     Args:
-        path: the folder of a finished run, or of an adapter.
+        path: the folder of a finished run, its `adapter/`, or the folder of an adapter by itself, wherever it
+            lies.
         base: the base model, as `model.name`; None takes the run's, or the one that the adapter names.
         any_base: whether it may have other weights than the one that the adapter was trained on.
 
@@ -78,7 +79,7 @@ def find_adapter(
     """
     quiet_libraries()
     path = Path(path)
-    run = next((folder for folder in (path, path.parent) if (folder / "run.json").is_file()), None)
+    run = path if RunFolder(path).record.is_file() else run_of(path)
     if run is None and not (path / CONFIG).is_file():
         raise CheckpointError(f"{path}: holds neither a run nor an adapter ({CONFIG}). Name such a folder.")
     record = config = None
@@ -92,6 +93,13 @@ def find_adapter(
     if base is not None:
         model = replace(model, name=base, revision=None)
     return StoredAdapter(path, adapter, model, record, config, any_base)
+
+
+def run_of(path: Path) -> Path | None:
+    """Returns the run whose own adapter a folder is; None for every other folder, also in a run."""
+    path = path.absolute()  # "." has no parent
+    run = RunFolder(path.parent)
+    return run.path if path == run.adapter and run.record.is_file() else None
 
 
 def open_adapter(source: StoredAdapter) -> tuple[PreTrainedModel, Any]:

@@ -156,6 +156,16 @@ def test_heads_mix_if_they_are_of_one_kind_and_nothing_of_the_untrained_one_stay
         assert message in capsys.readouterr().err.replace("\n", " ")
 
 
+def test_the_folder_that_is_named_is_used_in_a_run_too(base, runs, tmp_path):
+    export(runs[0], runs[0] / "small", rank=1)
+    assert set(export(runs[0] / "adapter", tmp_path / "whole").ranks.values()) == {4}
+    merge(runs[0] / "small", tmp_path / "merged")
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(torch.arange(5, 17)[None]).logits
+    torch.testing.assert_close(merged, stored_logits(base, runs[0] / "small"), atol=1e-5, rtol=1e-5)
+    assert set(combine([runs[0] / "small", runs[1]], tmp_path / "mixed").ranks.values()) == {4}
+
+
 def test_python_takes_paths_as_text(runs, tmp_path):
     run, other = map(str, runs)
     assert merge(run, str(tmp_path / "merged")).folder == tmp_path / "merged"
