@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lora_lab.adapters.storage import load_adapter
 from lora_lab.artifacts.converting import Converted, as_lora, check_size, store, updates
-from lora_lab.artifacts.opening import StoredAdapter, find_adapter
+from lora_lab.artifacts.opening import check_out, find_adapter
 from lora_lab.artifacts.peft_mixtures import PeftMethod, peft_factors, peft_mixture
 from lora_lab.errors import ConfigError, IncompatibleError
 from lora_lab.linalg.updates import Update
@@ -64,7 +64,7 @@ def combine(
 
     Args:
         paths: folders of runs or adapters, all on the same base model.
-        out: the new adapter's folder.
+        out: the new adapter's folder; one that export, combine or import made is replaced.
         weights: the factor of each source; None means 1 / number of sources for each, and 1 for methods of
             TIES, which take a mean themselves.
         method: how they are mixed.
@@ -79,12 +79,15 @@ def combine(
         any_base: whether it may have other weights than the one that was trained on.
 
     Raises:
+        CheckpointError: if a source is no adapter, or the new folder would replace one that was trained.
         ConfigError: if a setting is out of range or has no meaning here.
         IncompatibleError: if the sources belong to different models, or have different heads and `heads` is
             None.
     """
     check_size(rank, energy)
     weights = _checked(paths, weights, method, rank, energy, density)
+    if isinstance(heads, int) and not 1 <= heads <= len(paths):
+        raise ConfigError(f"--heads: must be a source's number, 1 to {len(paths)}, or average; got {heads}")
     sources = [find_adapter(path, base, any_base) for path in paths]
     for source in sources[1:]:
         if source.model != sources[0].model:
@@ -92,6 +95,7 @@ def combine(
                 f"{source.path} belongs to another base model or task than {sources[0].path} "
                 f"({source.model.name}, {sources[0].model.name}). Mix adapters of one base."
             )
+    check_out(out, *sources)
     model = sources[0].build().eval()
     found, factors, trained, lineages = [], [], [], []
     for source in sources:
@@ -109,7 +113,7 @@ def combine(
         )
         if source is not sources[-1]:
             adapters.remove()
-    head = _head(sources, trained, weights, heads)
+    head = _head(trained, weights, heads)
     sites = dict.fromkeys(path for own in found for path in own)
     if factors:
         order = [path for path, _ in model.named_modules() if path in sites]
@@ -234,7 +238,6 @@ def _whole(found: Mapping[str, Update]) -> dict[str, Tensor]:
 
 
 def _head(
-    sources: Sequence[StoredAdapter],
     trained: Sequence[State],
     weights: Sequence[float],
     heads: int | Literal["average"] | None,
@@ -254,8 +257,6 @@ def _head(
     if any(own.keys() != trained[-1].keys() for own in trained):
         raise IncompatibleError("the adapters fully train different modules; only adapters of one head mix.")
     if heads != "average":
-        if not 1 <= heads <= len(sources):
-            raise ConfigError(f"--heads: must be a source's number, 1 to {len(sources)}; got {heads}")
         return trained[heads - 1]
     total = sum(weights)
     if not total:

@@ -19,7 +19,7 @@ from lora_lab.adapters.maps import stacked
 from lora_lab.adapters.protocols import NestedRank
 from lora_lab.adapters.sites import exact_targets
 from lora_lab.adapters.storage import read_label_names, save_adapter
-from lora_lab.artifacts.opening import StoredAdapter, find_adapter, open_adapter
+from lora_lab.artifacts.opening import StoredAdapter, check_out, find_adapter, open_adapter
 from lora_lab.errors import ConfigError, IncompatibleError
 from lora_lab.linalg.norms import nonfinite
 from lora_lab.linalg.updates import Update
@@ -51,7 +51,7 @@ def export(
 
     Args:
         path: the folder of a finished run, or of an adapter of a language model.
-        out: the new adapter's folder.
+        out: the new adapter's folder; one that export, combine or import made is replaced.
         form: `lora`, a plain LoRA that any library opens; `peft`, the method's own form.
         rank: largest number of components of a module; None sets no limit.
         energy: the share of each ‖ΔW‖²_F to keep, in (0, 1].
@@ -60,6 +60,7 @@ def export(
         any_base: whether it may have other weights than the one that was trained on.
 
     Raises:
+        CheckpointError: if there is no such adapter, or the new folder would replace one that was trained.
         ConfigError: if a setting is out of range or has no meaning here.
         IncompatibleError: if the adapter has no such form.
     """
@@ -67,6 +68,7 @@ def export(
     if form == "peft" and (rank is not None or energy < 1):
         raise ConfigError("export: --rank and --energy cut a LoRA; a method's own form cannot be cut.")
     source = find_adapter(path, base, any_base)
+    check_out(out, source)
     _, adapters = open_adapter(source)
     if active_rank is not None:
         _activate(adapters, active_rank)

@@ -36,7 +36,7 @@ from lora_lab.adapters.methods import METHODS
 from lora_lab.adapters.sites import exact_targets
 from lora_lab.adapters.storage import read_tensors
 from lora_lab.artifacts.converting import Converted, store
-from lora_lab.artifacts.opening import StoredAdapter
+from lora_lab.artifacts.opening import StoredAdapter, check_out
 from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError
 from lora_lab.experiment import quiet_libraries
 from lora_lab.linalg.rank import widened
@@ -74,7 +74,7 @@ def import_file(
 
     Args:
         file: a safetensors file of sd-scripts or LyCORIS.
-        out: the new adapter's folder.
+        out: the new adapter's folder; one that export, combine or import made is replaced.
         base: the base model, as `model.name`.
         prefix: see `place_file`.
 
@@ -82,6 +82,7 @@ def import_file(
         LabError: as `place_file`, or if the base cannot be built or the folder not be written.
     """
     quiet_libraries()
+    check_out(out)
     path = Path(file)
     source = StoredAdapter(path, path, ModelConfig(name=base, task="causal_lm"), None, None)
     tensors = read_tensors(path)

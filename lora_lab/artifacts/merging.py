@@ -12,7 +12,7 @@ import yaml
 
 from lora_lab.adapters.injection import AdapterSet
 from lora_lab.artifacts.converting import Converted, as_lora, check_size, cut
-from lora_lab.artifacts.opening import StoredAdapter, find_adapter, open_adapter
+from lora_lab.artifacts.opening import StoredAdapter, check_out, find_adapter, open_adapter
 from lora_lab.documents.writing import new_folder
 from lora_lab.errors import CheckpointError, ConfigError
 from lora_lab.models.build import ModelConfig, build_tokenizer
@@ -63,6 +63,7 @@ def merge(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: exists already, and nothing in it is replaced. Name a new folder.")
     source = find_adapter(path, base, any_base)
+    check_out(out, source)
     written = getattr(torch, dtype or source.model.dtype)
     tokenizer = build_tokenizer(source.model)
     model, adapters = open_adapter(replace(source, model=_as_stored(source.model)))

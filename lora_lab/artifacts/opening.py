@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from lora_lab.adapters.storage import CONFIG, load_adapter, read_label_names
+from lora_lab.adapters.storage import CONFIG, load_adapter, read_label_names, stored_lineage
 from lora_lab.config.schema import ExperimentConfig
 from lora_lab.documents.reading import DocumentError, read_json
 from lora_lab.errors import CheckpointError, ConfigError
@@ -100,6 +100,28 @@ def run_of(path: Path) -> Path | None:
     path = path.absolute()  # "." has no parent
     run = RunFolder(path.parent)
     return run.path if path == run.adapter and run.record.is_file() else None
+
+
+def check_out(out: str | os.PathLike[str], *sources: StoredAdapter) -> None:
+    """Checks that a new folder would replace no adapter but one that was made of others.
+
+    Args:
+        out: the new folder.
+        sources: what it is made of.
+
+    Raises:
+        CheckpointError: if it is a run's own adapter, one that was trained, or a source.
+    """
+    place = Path(out).resolve()
+    if run_of(place) is not None:
+        fault = "is the place of a run's own adapter"
+    elif any(place.is_relative_to(source.adapter.resolve()) for source in sources):
+        fault = "is or lies in a source, which it would change"
+    elif (place / CONFIG).is_file() and "made" not in stored_lineage(place):
+        fault = "holds an adapter that export, combine or import did not make, and that would be lost"
+    else:
+        return
+    raise CheckpointError(f"{out}: {fault}. Name a new folder.")
 
 
 def open_adapter(source: StoredAdapter) -> tuple[PreTrainedModel, Any]:

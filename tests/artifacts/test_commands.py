@@ -9,8 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from lora_lab import evaluate
 from lora_lab.adapters.storage import CARD, CONFIG, OWN, TENSORS, load_adapter, stored_lineage
-from lora_lab.artifacts import combine, export, merge
+from lora_lab.artifacts import combine, export, import_file, merge
 from lora_lab.cli import main
+from lora_lab.errors import CheckpointError
 from lora_lab.experiment.mixtures import evaluate_mixture
 from lora_lab.models.build import ModelConfig, build_model, build_tokenizer
 from lora_lab.models.conversion import save_model
@@ -166,6 +167,31 @@ def test_the_folder_that_is_named_is_used_in_a_run_too(base, runs, tmp_path):
     assert set(combine([runs[0] / "small", runs[1]], tmp_path / "mixed").ranks.values()) == {4}
 
 
+def test_no_adapter_is_lost_to_an_out_folder(runs, tmp_path):
+    run, other, own = *runs, runs[0] / "adapter"
+    before = (own / TENSORS).read_bytes()
+    made = export(run, tmp_path / "made").folder
+    combine([run, other], made)
+    shutil.copytree(own, tmp_path / "trained")
+    (tmp_path / "link").symlink_to(own)
+    lost = tmp_path / "lost"
+    shutil.copytree(run, lost)
+    shutil.rmtree(lost / "adapter")
+    for make in (
+        lambda: export(other, own),
+        lambda: export(run, tmp_path / "link"),
+        lambda: export(run, own / "inner"),
+        lambda: export(made, made),
+        lambda: combine([run, made], made),
+        lambda: combine([run, other], tmp_path / "trained"),
+        lambda: merge(run, lost / "adapter"),
+        lambda: import_file(tmp_path / "file.safetensors", own, "random:llama"),
+    ):
+        with pytest.raises(CheckpointError, match="Name a new folder"):
+            make()
+    assert (own / TENSORS).read_bytes() == before
+
+
 def test_python_takes_paths_as_text(runs, tmp_path):
     run, other = map(str, runs)
     assert merge(run, str(tmp_path / "merged")).folder == tmp_path / "merged"
@@ -192,6 +218,7 @@ def test_python_takes_paths_as_text(runs, tmp_path):
         (["combine", "RUN", "RUN", "--method", "dare", "--density", "0"], "above 0 for dare"),
         (["combine", "RUN", "RUN", "--method", "svd"], "needs --rank or --energy"),
         (["combine", "RUN", "RUN", "--weights", "1"], "one for each adapter"),
+        (["combine", "RUN", "RUN", "--heads", "0"], "--heads: must be a source's number, 1 to 2"),
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_written(runs, tmp_path, capsys, arguments, message):
