@@ -19,6 +19,7 @@ chooses them matrix by matrix, and most of its methods mix A and B, which is no 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -169,6 +170,8 @@ def _checked(
         return [1.0 if "ties" in method else 1 / len(paths)] * len(paths)
     if len(weights) != len(paths):
         raise ConfigError(f"--weights: needs one for each adapter, {len(paths)}; got {len(weights)}")
+    if not all(map(math.isfinite, weights)):
+        raise ConfigError(f"--weights: must be finite; got {', '.join(map(str, weights))}")
     return weights
 
 

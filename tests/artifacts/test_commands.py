@@ -218,6 +218,7 @@ def test_python_takes_paths_as_text(runs, tmp_path):
         (["combine", "RUN", "RUN", "--method", "dare", "--density", "0"], "above 0 for dare"),
         (["combine", "RUN", "RUN", "--method", "svd"], "needs --rank or --energy"),
         (["combine", "RUN", "RUN", "--weights", "1"], "one for each adapter"),
+        (["combine", "RUN", "RUN", "--weights", "1", "nan"], "--weights: must be finite; got 1.0, nan"),
         (["combine", "RUN", "RUN", "--heads", "0"], "--heads: must be a source's number, 1 to 2"),
     ],
 )
