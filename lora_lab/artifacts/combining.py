@@ -29,9 +29,9 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from lora_lab.adapters.storage import load_adapter
+from lora_lab.adapters.storage import load_adapter, read_label_names
 from lora_lab.artifacts.converting import Converted, as_lora, check_size, store, updates
-from lora_lab.artifacts.opening import check_out, find_adapter
+from lora_lab.artifacts.opening import StoredAdapter, check_out, find_adapter
 from lora_lab.artifacts.peft_mixtures import PeftMethod, peft_factors, peft_mixture
 from lora_lab.errors import ConfigError, IncompatibleError
 from lora_lab.linalg.updates import Update
@@ -75,7 +75,8 @@ def combine(
             [0, 1].
         seed: seed of `dare`, and of PEFT's.
         heads: the fully trained modules (task heads) of the mixture: the number of a source, counted from 1,
-            or their weighted average; None if they are the same in all sources.
+            or their weighted average; None if they are the same in all sources. The names of the classes are
+            those of the head.
         base: the base model, as `model.name`.
         any_base: whether it may have other weights than the one that was trained on.
 
@@ -83,7 +84,7 @@ def combine(
         CheckpointError: if a source is no adapter, or the new folder would replace one that was trained.
         ConfigError: if a setting is out of range or has no meaning here.
         IncompatibleError: if the sources belong to different models, or have different heads and `heads` is
-            None.
+            None, or different classes and `heads` is no number.
     """
     check_size(rank, energy)
     weights = _checked(paths, weights, method, rank, energy, density)
@@ -97,6 +98,7 @@ def combine(
                 f"({source.model.name}, {sources[0].model.name}). Mix adapters of one base."
             )
     check_out(out, *sources)
+    named = _named(sources, heads)
     model = sources[0].build().eval()
     found, factors, trained, lineages = [], [], [], []
     for source in sources:
@@ -137,7 +139,7 @@ def combine(
     options = {"rank": rank, "energy": energy, "density": density, "seed": seed, "heads": heads}
     made = {"by": "combine", "method": method, "weights": [*weights], **options, "errors": errors}
     lora.lineage = {"base": lineages[0]["base"]} if "base" in lineages[0] else {}
-    store(lora, out, sources[0], {"made": made, "sources": lineages})
+    store(lora, out, named, {"made": made, "sources": lineages})
     return Converted(Path(out), ranks, errors)
 
 
@@ -173,6 +175,20 @@ def _checked(
     if not all(map(math.isfinite, weights)):
         raise ConfigError(f"--weights: must be finite; got {', '.join(map(str, weights))}")
     return weights
+
+
+def _named(sources: Sequence[StoredAdapter], heads: int | Literal["average"] | None) -> StoredAdapter:
+    """Returns the source whose classes those of the mixture are."""
+    if isinstance(heads, int):
+        return sources[heads - 1]
+    found = [source for source in sources if read_label_names(source.adapter)]
+    for source in found[1:]:
+        if (own := read_label_names(source.adapter)) != (first := read_label_names(found[0].adapter)):
+            raise IncompatibleError(
+                f"{source.path}, {found[0].path}: have other classes ({', '.join(own)}; {', '.join(first)}), "
+                "and no mixture of heads predicts both. Take one source's head and classes: --heads 1, 2, …"
+            )
+    return (found or sources)[0]
 
 
 def _present(

@@ -5,13 +5,22 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lora_lab import evaluate
-from lora_lab.adapters.storage import CARD, CONFIG, OWN, TENSORS, load_adapter, stored_lineage
+from lora_lab.adapters.storage import (
+    CARD,
+    CONFIG,
+    OWN,
+    TENSORS,
+    load_adapter,
+    read_label_names,
+    stored_lineage,
+)
 from lora_lab.artifacts import combine, export, import_file, merge
 from lora_lab.cli import main
-from lora_lab.errors import CheckpointError
+from lora_lab.errors import CheckpointError, IncompatibleError
 from lora_lab.experiment.mixtures import evaluate_mixture
 from lora_lab.models.build import ModelConfig, build_model, build_tokenizer
 from lora_lab.models.conversion import save_model
@@ -190,6 +199,25 @@ def test_no_adapter_is_lost_to_an_out_folder(runs, tmp_path):
         with pytest.raises(CheckpointError, match="Name a new folder"):
             make()
     assert (own / TENSORS).read_bytes() == before
+
+
+def test_a_mixture_has_the_classes_of_its_head(tmp_path):
+    run = trained(tmp_path, "random:bert", "one", "adapter.targets=[query]", "data.max_length=12")
+    other = shutil.copytree(run, tmp_path / "other")
+    tensors = load_file(other / "adapter" / TENSORS)
+    (head,) = [name for name in tensors if name.endswith("classifier.weight")]
+    save_file(tensors | {head: tensors[head] + 1}, other / "adapter" / TENSORS)
+    own = other / "adapter" / OWN
+    own.write_text(own.read_text().replace("classes:\n- '0'\n- '1'", "classes: [spam, ham]"))
+    for heads, source, classes in ((1, run, ["0", "1"]), (2, other, ["spam", "ham"])):
+        mixed = combine([run, other], tmp_path / "mixed", heads=heads).folder
+        assert read_label_names(mixed) == classes
+        expected = load_file(source / "adapter" / TENSORS)[head]
+        assert torch.equal(load_file(mixed / TENSORS)[head], expected)
+    for heads in ("average", None):
+        with pytest.raises(IncompatibleError, match=r"other classes \(spam, ham; 0, 1\).*--heads 1"):
+            combine([run, other], tmp_path / "refused", heads=heads)
+    assert not (tmp_path / "refused").exists()
 
 
 def test_python_takes_paths_as_text(runs, tmp_path):
