@@ -53,7 +53,8 @@ def merge(
     Raises:
         CheckpointError: if there is no such adapter, or the folder holds something or cannot be written.
         ConfigError: if a setting is out of range.
-        IncompatibleError: if the method cannot be merged, or has no update to cut to a rank.
+        IncompatibleError: if the method cannot be merged, or has no update to cut to a rank, or adds a bias
+            to a map without one.
     """
     out = Path(out)
     check_size(rank, 1.0)

@@ -182,9 +182,10 @@ class SplitMultiheadAttention(nn.Module):
             tensors["in_proj_weight"] = torch.cat(weights)
         else:
             tensors |= {f"{name}_proj_weight": weight for name, weight in zip("qkv", weights, strict=True)}
-        if "query.bias" in given:
-            tensors["in_proj_bias"] = torch.cat([given[f"{part}.bias"] for part in ("query", "key", "value")])
-        return tensors
+        names = [f"{part}.bias" for part in ("query", "key", "value")]
+        biases = {name: given[name] for name in names if name in given}
+        # Some of them alone, which an adapter added, have no name there.
+        return tensors | ({"in_proj_bias": torch.cat([*biases.values()])} if len(biases) == 3 else biases)
 
     def _mask(
         self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, dtype: torch.dtype

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.serialization._base import parse_size_to_int
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.pytorch_utils import Conv1D
@@ -121,6 +120,8 @@ def save_model(
     Raises:
         ConfigError: if the size cannot be read.
         CheckpointError: if the folder cannot be written.
+        IncompatibleError: if the model has a tensor that the architecture does not have, such as a bias
+            of an adapter; nothing is written then.
     """
     check_shard_size(shard_size)
     weights = _weights(model, changed or {})
@@ -182,13 +183,17 @@ def _weights(model: PreTrainedModel, changed: Mapping[str, Tensor]) -> dict[str,
         if isinstance(module, FusedProjection):
             for tensor in ("weight", "bias"):
                 names = [f"{path}.{part}.{tensor}" for part in module.rows]
-                if names[0] in weights:
+                if all(name in weights for name in names):
                     weights[f"{path}.{tensor}"] = module.joined([weights.pop(name) for name in names], 0)
         if isinstance(module, SplitMultiheadAttention):
             own = {name: weights.pop(f"{path}.{name}") for name in module.state_dict()}
             weights |= {f"{path}.{name}": tensor for name, tensor in module.fused_tensors(own).items()}
-    for path in _transposed_layers(model):
-        weights[f"{path}.weight"] = weights[f"{path}.weight"].T
+    prefix = f"{model.encoder_name}." if isinstance(model, PooledEncoder) else ""
+    plain = _plain(model)
+    _check_known(model, weights, {prefix + name for name in plain.state_dict()})
+    for path, module in plain.named_modules():
+        if isinstance(module, Conv1D):
+            weights[f"{prefix}{path}.weight"] = weights[f"{prefix}{path}.weight"].T
     for name in model._keys_to_ignore_on_save or ():
         weights.pop(name, None)
     return cast(dict[str, Tensor], revert_weight_conversion(model, weights))
@@ -200,16 +205,24 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return LazyTensor.of(lambda: now(tensor).to(dtype), tensor.shape, dtype)
 
 
-def _transposed_layers(model: PreTrainedModel) -> list[str]:
-    """Returns the paths of linear layers that the architecture's class has as `Conv1D`."""
-    pooled = isinstance(model, PooledEncoder)
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns the model, or its encoder, as the architecture's class builds it, without values."""
     own = model.body if isinstance(model, PooledEncoder) else model
-    if not hasattr(sys.modules[type(own).__module__], Conv1D.__name__):
-        return []
     with torch.device("meta"):
-        original = AutoModel.from_config(model.config) if pooled else type(own)(model.config)
-    prefix = f"{model.encoder_name}." if isinstance(model, PooledEncoder) else ""
-    return [prefix + path for path, module in original.named_modules() if isinstance(module, Conv1D)]
+        return type(own)(model.config)
+
+
+def _check_known(model: PreTrainedModel, weights: Mapping[str, Tensor], known: set[str]) -> None:
+    """Raises for a tensor that transformers would drop when it opens the folder."""
+    if isinstance(model, PooledEncoder):
+        known = known | {f"classifier.{name}" for name in ("weight", "bias")}
+    if unknown := [name for name in weights if name not in known]:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise IncompatibleError(
+            f"{unknown[0]}{more}: {type(model).__name__} has no such tensor, and transformers would drop it "
+            "when it opens the folder. A bias that an adapter adds (lora_bias) to a map without one cannot "
+            "be merged: keep the adapter apart, or export it as a LoRA, which is exact."
+        )
 
 
 class FusedProjection(nn.Module):

@@ -6,20 +6,20 @@ import weakref
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from lora_lab.adapters import METHODS, inject
 from lora_lab.adapters.methods.lora import LoRASpec
 from lora_lab.adapters.storage import load_adapter, save_adapter
-from lora_lab.artifacts import merge
+from lora_lab.artifacts import export, merge
 from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError
 from lora_lab.linalg.lazy import LazyTensor
 from lora_lab.models import conversion
 from lora_lab.models.build import ModelConfig, build_model
-from lora_lab.models.conversion import save_model
+from lora_lab.models.conversion import save_model, split_fused_projections
 from lora_lab.models.tiny import character_tokenizer
 from tests.adapters.test_storage import OPTIONS
-from tests.adapters.tiny import mixtral, relative, shake, tiny_bert, tiny_llama
+from tests.adapters.tiny import EXPERTS, mixtral, relative, shake, shaken, tiny_bert, tiny_llama
 
 TOKENS = torch.arange(5, 17)[None]
 
@@ -204,3 +204,29 @@ def test_what_edits_hidden_states_is_refused_with_a_way_out(tmp_path):
     with pytest.raises(IncompatibleError, match=r"cannot be merged.*Keep the adapter in place"):
         merge(adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_bias_that_the_architecture_lacks_is_refused_and_an_export_has_it(tmp_path):
+    """transformers drops what its class does not have, without an error."""
+    spec = LoRASpec(rank=2, targets=["value"], modules_to_save=[], lora_bias=True)
+    base, adapter, expected = folders(tmp_path, "llama", spec)
+    with pytest.raises(
+        IncompatibleError, match=r"v_proj\.bias and 1 more: LlamaForCausalLM has no .* export"
+    ):
+        merge(adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    export(adapter, tmp_path / "exported")
+    model = build_model(ModelConfig(name=str(base), task="causal_lm"))
+    load_adapter(model, tmp_path / "exported")
+    assert relative(outputs(model), expected) < 1e-5
+
+    config = Phi3Config(**EXPERTS, pad_token_id=0)
+    for targets in (["value"], ["query", "value"], ["query", "key", "value"]):
+        for lazy in (True, False):
+            model = split_fused_projections(shaken(Phi3ForCausalLM(config)))
+            adapters = inject(model, LoRASpec(rank=2, targets=targets, lora_bias=True))
+            shake(adapters)
+            changed = adapters.merge_lazily()[1] if lazy else {}
+            model = model if lazy else adapters.merge()
+            with pytest.raises(IncompatibleError, match=r"qkv_proj\.(value\.|query\.)?bias and \d more"):
+                save_model(model, tmp_path / "fused", changed=changed)
