@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 import yaml
+from transformers import PreTrainedModel
 
 from lora_lab.adapters.injection import AdapterSet
 from lora_lab.artifacts.converting import Converted, as_lora, check_size, cut
@@ -17,6 +18,8 @@ from lora_lab.documents.writing import new_folder
 from lora_lab.errors import CheckpointError, ConfigError
 from lora_lab.models.build import ModelConfig, build_tokenizer
 from lora_lab.models.conversion import check_shard_size, save_model
+from lora_lab.models.pooled_encoder import PooledEncoder
+from lora_lab.models.sources import DRAWN
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 STORED: dict[str, Dtype] = {"BF16": "bfloat16", "F16": "float16"}
@@ -39,7 +42,8 @@ def merge(
 
     If the base is in safetensors files, memory holds only two merged weights and the adapter: each is read
     and merged while the one before is written. Completely in memory are random bases, bases that are
-    quantised or cast to fewer bits, GPT-2's transposed maps, and experts that the files hold one by one.
+    quantised, cast to fewer bits or without a frozen weight in their half-precision files, GPT-2's transposed
+    maps, and experts that the files hold one by one.
 
     Args:
         path: the folder of a finished run, or of an adapter of a language model.
@@ -67,7 +71,7 @@ def merge(
     check_out(out, source)
     written = getattr(torch, dtype or source.model.dtype)
     tokenizer = build_tokenizer(source.model)
-    model, adapters = open_adapter(replace(source, model=_as_stored(source.model)))
+    model, adapters = _open(source)
     method = adapters.spec
     found = Converted(out, {}, {})
     if rank is not None:
@@ -82,6 +86,25 @@ def merge(
             tokenizer.save_pretrained(fresh)
         (fresh / "README.md").write_text(card, encoding="utf-8")
     return found
+
+
+def _open(source: StoredAdapter) -> tuple[PreTrainedModel, AdapterSet]:
+    """Opens a source in its files' half precision, unless the run drew frozen weights in float32."""
+    stored = _as_stored(source.model)
+    model, adapters = open_adapter(replace(source, model=stored))
+    trained = tuple(f"{path}." for path in adapters.saved)
+    if stored == source.model or all(name.startswith(trained) for name in _drawn(model)):
+        return model, adapters
+    del model, adapters  # not both at once
+    return open_adapter(source)
+
+
+def _drawn(model: PreTrainedModel) -> list[str]:
+    """Returns the weights that are not in the model's files."""
+    if isinstance(model, PooledEncoder):
+        inside = [name for name in model.body.__dict__.get(DRAWN, ()) if not name.startswith("pooler.")]
+        return ["classifier.weight", *(f"{model.encoder_name}.{name}" for name in inside)]
+    return list(model.__dict__.get(DRAWN, ()))
 
 
 def _as_stored(model: ModelConfig) -> ModelConfig:

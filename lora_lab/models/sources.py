@@ -41,6 +41,9 @@ from lora_lab.models.tiny import SPECIAL_TOKENS, TINY, character_tokenizer
 EMBEDDED = {"minilm": "bert", "smollm2": "llama"}
 """Models that `embedded:<name>` fetches, and the architecture of each."""
 
+DRAWN = "drawn_weights"
+"""Attribute of a model with the names of its weights that were not in its files."""
+
 AutoClass = type[_BaseAutoModelClass]
 """`AutoModel`, `AutoModelForCausalLM` and so on."""
 
@@ -110,7 +113,7 @@ class Source(ABC):
 
     @abstractmethod
     def weights(self, auto_class: AutoClass, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-        """Returns the model.
+        """Returns the model; its attribute DRAWN, if it has one, names the weights that the files lack.
 
         Raises:
             CheckpointError: if weights are damaged, missing or have other shapes.
@@ -293,6 +296,7 @@ class PretrainedSource(Source):
                 output_loading_info=True,
                 **self._options(),
             )
+        model.__dict__[DRAWN] = frozenset(report["missing_keys"])
         parts = {site.path for site in find_roles(model) if site.role not in ("block", "head")}
         missing = [key for key in sorted(report["missing_keys"]) if key.rpartition(".")[0] in parts]
         if missing:

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, BertForMaskedLM
 
 from lora_lab import evaluate
 from lora_lab.adapters.storage import (
@@ -19,6 +19,7 @@ from lora_lab.adapters.storage import (
     stored_lineage,
 )
 from lora_lab.artifacts import combine, export, import_file, merge
+from lora_lab.artifacts.opening import find_adapter, open_adapter
 from lora_lab.cli import main
 from lora_lab.errors import CheckpointError, IncompatibleError
 from lora_lab.experiment.mixtures import evaluate_mixture
@@ -96,6 +97,19 @@ def test_a_classifier_keeps_its_head(tmp_path):
     assert main(["merge", str(run), "--out", str(tmp_path / "merged")]) == 0
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert model.config.num_labels == 2
+
+
+def test_frozen_weights_that_the_files_lack_are_merged_as_they_were_drawn(tmp_path):
+    """BERT's pooler, on files in bfloat16 of a language model, in a run in float32."""
+    language = BertForMaskedLM(build_model(ModelConfig(name="random:bert")).config).to(torch.bfloat16)
+    language.save_pretrained(tmp_path / "base")
+    character_tokenizer(language.config).save_pretrained(tmp_path / "base")
+    run = trained(tmp_path, str(tmp_path / "base"), "one", "adapter.targets=[query]", "data.max_length=12")
+    merge(run, tmp_path / "merged")
+    _, adapters = open_adapter(find_adapter(run))
+    expected, found = adapters.merge().state_dict(), load_file(tmp_path / "merged" / "model.safetensors")
+    for name in ("bert.pooler.dense.weight", "classifier.weight"):
+        assert torch.equal(found[name], expected[name]), name
 
 
 def test_a_run_puts_its_adapter_and_lineage_out_as_an_artifact(base, runs):
