@@ -67,7 +67,7 @@ def place(model: nn.Module, spec: AdapterSpec, seed: int = 0, untied: bool = Fal
         if isinstance(module, Adapter):
             raise IncompatibleError(
                 f"the model holds adapters already ({path}: {type(module).__name__}); call remove() or "
-                "merge() of their AdapterSet before you inject others."
+                "merge() of their AdapterSet, or named.remove(name), before you inject others."
             )
     sites = _sites(model, spec, method, seed)
     adapters = method.build(sites, spec)
@@ -229,6 +229,7 @@ class AdapterSet:
         saved: the fully trained modules next to them (task heads), by path.
         owners: path of each adapter that uses another's tensors → the other's path; see `share`.
         lineage: where loaded adapters come from, see `lineage`; {} for fresh ones.
+        held: the name under which the model holds them beside others, see `switching`; None in general.
     """
 
     def __init__(
@@ -246,6 +247,7 @@ class AdapterSet:
         self.saved = dict(saved)
         self.owners: dict[str, str] = {}
         self.lineage: dict[str, Any] = {}
+        self.held: str | None = None
         self._requires_grad = dict(requires_grad)
         self._hooks = list(hooks)
         self._all: dict[str, Adapter] = {**self.adapters, **self.saved}
@@ -431,8 +433,8 @@ class AdapterSet:
             The model, with nothing of lora_lab left in it.
 
         Raises:
-            IncompatibleError: if the method cannot be merged, or a number of an adapter or of a merged weight
-                is not finite; the model is unchanged then.
+            IncompatibleError: if the method cannot be merged, a number of an adapter or of a merged weight is
+                not finite, or the adapters are held by name; the model is unchanged then.
         """
         self._place(self._merged_modules())
         self._leave()
@@ -449,8 +451,8 @@ class AdapterSet:
             number of it is not finite; fully trained modules are in memory.
 
         Raises:
-            IncompatibleError: if the method cannot be merged, or a number of it is not finite; the model is
-                unchanged then.
+            IncompatibleError: if the method cannot be merged, a number of it is not finite, or the adapters
+                are held by name; the model is unchanged then.
         """
         self._check_mergeable()
         paths: dict[int, list[str]] = {}
@@ -466,7 +468,11 @@ class AdapterSet:
 
     @contextmanager
     def merged(self) -> Iterator[nn.Module]:
-        """Merges inside the context. Leaving it puts the adapters back, without any rounding."""
+        """Merges inside the context. Leaving it puts the adapters back, without any rounding.
+
+        Raises:
+            IncompatibleError: as `merge`.
+        """
         plain = self._merged_modules()
         self._place(plain)
         try:
@@ -475,7 +481,12 @@ class AdapterSet:
             self._place(self._all)
 
     def remove(self) -> nn.Module:
-        """Puts the base's own modules back, bitwise as they were, and unfreezes what was trainable before."""
+        """Puts the base's own modules back, bitwise as they were, and unfreezes what was trainable before.
+
+        Raises:
+            IncompatibleError: if the adapters are held by name; the model is unchanged then.
+        """
+        self._check_not_held()
         self._place({path: adapter.base for path, adapter in self._all.items()})
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._requires_grad.get(name, True))
@@ -510,7 +521,15 @@ class AdapterSet:
             hook.remove()
         unwatch(self)
 
+    def _check_not_held(self) -> None:
+        if self.held is not None:
+            raise IncompatibleError(
+                f"the model holds these adapters by name, beside others. named.remove({self.held!r}) takes "
+                "them out of it; to merge them, load their folder without a name: load_adapter(model, folder)"
+            )
+
     def _check_mergeable(self) -> None:
+        self._check_not_held()
         if not self._in_place():
             raise IncompatibleError("the adapters are not in the model (merged or removed already).")
         for adapter in self.everything():

@@ -228,7 +228,7 @@ class NamedAdapters:
         return len(self._sets)
 
     def __getitem__(self, name: str) -> AdapterSet:
-        """Returns the adapters of a name, to save them or to read their tensors.
+        """Returns the adapters of a name, to save them or to read their tensors; `remove` takes them out.
 
         Raises:
             ConfigError: if there are none.
@@ -266,6 +266,7 @@ class NamedAdapters:
     def take(self, name: str, adapters: AdapterSet) -> None:
         """Holds adapters that stand in the model under a name; called inside `base_in_place`."""
         adapters.leave_place()
+        adapters.held = name
         self._sets[name] = adapters
         for path, adapter in adapters._all.items():
             if path not in self._switches:
@@ -324,7 +325,9 @@ class NamedAdapters:
             raise ConfigError(f"remove: {name!r} is in use beside others; choose without it first")
         self._use.weights.pop(name, None)
         with self.base_in_place():
-            for path in self._sets.pop(name)._all:
+            adapters = self._sets.pop(name)
+            adapters.held = None
+            for path in adapters._all:
                 del self._switches[path].adapters[name]
                 if not self._switches[path].adapters:
                     del self._switches[path]

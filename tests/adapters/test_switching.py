@@ -188,6 +188,26 @@ def test_what_cannot_be_is_refused_and_changes_nothing(tmp_path):
     assert traces(model) == before
 
 
+def test_held_adapters_leave_the_model_through_their_name_alone(tmp_path):
+    alone = {name: stored(tiny_bert, LoRASpec(rank=2), tmp_path / name, seed=ord(name)) for name in "ab"}
+    model = tiny_bert()
+    before = traces(model)
+    for name in "ab":
+        named = load_adapter(model, tmp_path / name, name=name)
+    own = named["b"]
+    for leave in (own.merge, own.remove, own.merge_lazily, own.merged().__enter__):
+        with pytest.raises(IncompatibleError, match=r"named\.remove\('b'\)"):
+            leave()
+    for name in "ab":
+        with named.using(name):
+            assert torch.equal(outputs(model), alone[name])
+    for name in "ab":
+        named.remove(name)
+    assert traces(model) == before
+    with pytest.raises(IncompatibleError, match="removed already"):
+        own.merge()
+
+
 def test_rows_are_refused_where_they_cannot_be_followed(tmp_path):
     save_adapter(inject(linear(4, 4), LoRASpec(rank=1, targets=["0"], modules_to_save=[])), tmp_path / "a")
     fresh = linear(4, 4)
