@@ -147,6 +147,9 @@ def _lineage_of(adapters: AdapterSet, base: Lineage, given: Mapping[str, Any]) -
     """Returns the lineage of adapters that are about to be stored; their first base stays theirs."""
     if "base" in adapters.lineage:
         base = adapters.lineage["base"]
+    elif adapters.held is not None:
+        with NamedAdapters.of(adapters.model).base_in_place():
+            base = base_lineage(adapters.model, (), adapters.saved) | base
     else:
         base = base_lineage(adapters.model, adapters._all, adapters.saved) | base
     base = base | given.get("base", {})

@@ -66,6 +66,20 @@ def test_another_base_is_refused_by_name_and_allowed_on_the_record(tmp_path):
     load_adapter(tiny_llama(), tmp_path / "two")
 
 
+def test_adapters_held_by_name_are_stored_with_their_base_alone(tmp_path):
+    for name, targets in (("a", ["query"]), ("b", ["query", "up"])):
+        save_adapter(inject(tiny_llama(), LoRASpec(rank=2, targets=targets)), tmp_path / name)
+        (tmp_path / name / OWN).unlink()  # as PEFT's folders, which have no lineage
+    model = tiny_llama()
+    for name in "ab":
+        named = load_adapter(model, tmp_path / name, name=name)
+    named.use("b")
+    for name in "ab":
+        save_adapter(named[name], tmp_path / "again")
+        assert stored_lineage(tmp_path / "again")["base"]["weights"] == fingerprint(tiny_llama()), name
+        load_adapter(tiny_llama(), tmp_path / "again")
+
+
 def test_folders_of_before_open_and_broken_lineages_do_not(tmp_path):
     save_adapter(inject(tiny_llama(), SPEC), tmp_path / "one")
     path = tmp_path / "one" / OWN
