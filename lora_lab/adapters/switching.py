@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from inspect import signature
 from typing import Any, cast
 
@@ -28,6 +28,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from lora_lab.adapters.base import Adapter, HiddenStateAdapter
 from lora_lab.adapters.families.positions import PLAIN, Positions
@@ -40,8 +46,15 @@ Choice = str | Mapping[str, float] | Sequence[str | None] | None
 
 OWNER = "named_adapters"
 """Attribute of a model that holds named adapters."""
-TIME_FIRST = ("xlnet",)
-"""Model types whose maps get (time, batch, …)."""
+TIME_FIRST = ("fsmt", "led", "longformer", "xlnet")
+"""Model types of transformers whose maps get (time, batch, …)."""
+KNOWN = {
+    *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    *MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+}
+"""Model types whose other maps get (batch, …). In text models this was tried with as many rows as tokens."""
 
 
 class _Use:
@@ -53,6 +66,8 @@ class _Use:
         self.repeated = 1
         """Rows of the model's input for each name: beams of a generation."""
         self.time: int | None = None
+        self.known = False
+        """Whether the model is of a known type."""
 
     def rows_of(self, path: str, x: Tensor) -> dict[str | None, Int[Tensor, " rows"]]:
         """Returns which rows of a map's input belong to which name.
@@ -67,6 +82,12 @@ class _Use:
             raise IncompatibleError(
                 f"{path}: got {len(x)} rows for a batch of {batch}, so that it cannot be told which adapter "
                 "each is for. Use one adapter at a time in this model, or leave the module out of targets."
+            )
+        if not self.known and x.ndim > 2 and x.shape[1] == batch:
+            raise IncompatibleError(
+                f"{path}: got {tuple(x.shape)} for a batch of {batch}, and it is not known which of the "
+                "equal axes is the batch in a model of this type. Pad the batch to another length, or use "
+                "one adapter at a time."
             )
         each = len(x) // len(self.names)
         found: dict[str | None, list[int]] = {}
@@ -207,6 +228,7 @@ class NamedAdapters:
         self._sets: dict[str, AdapterSet] = {}
         self._switches: dict[str, Switch] = {}
         self._use = _Use()
+        self._use.known = getattr(getattr(model, "config", None), "model_type", None) in KNOWN
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self._names = list(signature(model.forward).parameters)
         self._hooks: list[RemovableHandle] = [
@@ -348,7 +370,9 @@ class NamedAdapters:
         """Raises for a model in which rows of the batch cannot be followed."""
         config: Any = getattr(self.model, "config", None)
         getter = getattr(self.model, "get_input_embeddings", None)
-        first = getter() if callable(getter) else None
+        first = None
+        with suppress(NotImplementedError):  # Canine has several
+            first = getter() if callable(getter) else None
         reason = None
         if getattr(config, "model_type", None) in TIME_FIRST:
             reason = f"{config.model_type} has the batch on its second axis"

@@ -10,6 +10,7 @@ from lora_lab.adapters import METHODS, inject
 from lora_lab.adapters.methods.lora import LoRASpec
 from lora_lab.adapters.storage import load_adapter, save_adapter
 from lora_lab.adapters.switching import NamedAdapters
+from lora_lab.bench.tiny_architectures import tiny_model
 from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError
 from tests.adapters.test_storage import OPTIONS
 from tests.adapters.tiny import VOCABULARY, linear, mixtral, relative, shake, tiny_bert, tiny_llama
@@ -233,3 +234,34 @@ def test_rows_are_refused_where_they_cannot_be_followed(tmp_path):
     load_adapter(reading, tmp_path / "b", name="b").use(["b", None])
     with pytest.raises(IncompatibleError, match="reads the weight"):
         reading(torch.ones(2, 4))
+
+
+@pytest.mark.filterwarnings("ignore:adapter.targets")
+@pytest.mark.parametrize("model_type", ["fsmt", "led", "longformer", "xlnet", "canine", None])
+def test_a_batch_as_long_as_its_texts_is_not_mixed_up(model_type, tmp_path):
+    """Where the time comes first, the rows of such a batch would get the adapters of positions."""
+
+    class TimeFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.map = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.map(x.mT)
+
+    task = "sequence_to_sequence" if model_type in ("fsmt", "led") else "sequence_classification"
+    model = tiny_model(task, model_type) if model_type else TimeFirst()
+    targets = "all-linear" if model_type else ["map"]
+    adapters = inject(model, LoRASpec(rank=1, targets=targets, modules_to_save=[]))
+    save_adapter(adapters, tmp_path / "a")
+    adapters.remove()
+    named = load_adapter(model, tmp_path / "a", name="a")
+    if model_type == "canine":
+        named.use(["a", None])
+    elif model_type:
+        with pytest.raises(IncompatibleError, match=f"{model_type} has the batch on its second axis"):
+            named.use(["a", None])
+    else:
+        named.use(["a", None, None, "a"])
+        with pytest.raises(IncompatibleError, match="not known which of the equal axes"):
+            model(torch.ones(4, 4, 4))
