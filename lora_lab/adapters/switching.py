@@ -63,6 +63,7 @@ class _Use:
     def __init__(self) -> None:
         self.weights: dict[str, float] = {}
         self.names: list[str | None] | None = None
+        self.generating = False
         self.repeated = 1
         """Rows of the model's input for each name: beams of a generation."""
         self.time: int | None = None
@@ -220,6 +221,12 @@ def _rows(value: Any, index: Tensor, count: int) -> Any:
     return value[index] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
 
 
+def _inputs(given: Mapping[str, Any]) -> Tensor | None:
+    """Returns the tensor of a call that has a row for each of the batch."""
+    names = ("inputs", "input_ids", "inputs_embeds", *given)
+    return next((given[name] for name in names if isinstance(given.get(name), Tensor)), None)
+
+
 class NamedAdapters:
     """The adapters that a model holds by name."""
 
@@ -236,6 +243,8 @@ class NamedAdapters:
             model.register_forward_hook(self._after),
         ]
         object.__setattr__(model, OWNER, self)
+        if callable(getattr(model, "generate", None)):
+            model.__dict__["generate"] = self._generate
 
     @classmethod
     def of(cls, model: nn.Module) -> NamedAdapters:
@@ -300,8 +309,8 @@ class NamedAdapters:
 
         Args:
             choice: one name; names with weights, for a sum; a name or None for each row of the batch; or
-                None, the base. Rows of a generation with beams belong to the names in blocks, as transformers
-                orders them.
+                None, the base. In `model.generate` these are the rows of the prompts: each one's beams and
+                returned sequences have its adapter.
 
         Raises:
             ConfigError: if a name is unknown, or a weight is not finite.
@@ -365,6 +374,7 @@ class NamedAdapters:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._requires_grad.get(name, True))
         del self.model.__dict__[OWNER]
+        self.model.__dict__.pop("generate", None)
 
     def _check_rows(self, names: set[str]) -> None:
         """Raises for a model in which rows of the batch cannot be followed."""
@@ -396,17 +406,11 @@ class NamedAdapters:
         """Reads the batch of a call; takes `prompt_lengths` out of it where an adapter reads them."""
         use = self._use
         given = {**dict(zip(self._names, arguments, strict=False)), **keywords}
-        inputs = [
-            given[n] for n in ("input_ids", "inputs_embeds", *given) if isinstance(given.get(n), Tensor)
-        ]
-        if use.names is not None and inputs:
-            batch = len(inputs[0])
-            if batch % len(use.names):
-                raise IncompatibleError(
-                    f"use: {len(use.names)} rows were given a name, and the batch has {batch}. Name each row."
-                )
-            use.repeated = batch // len(use.names)
-            use.time = inputs[0].shape[1] if inputs[0].ndim in (2, 3) else None
+        if use.names is not None and (inputs := _inputs(given)) is not None:
+            if not use.generating or len(inputs) % len(use.names):
+                self._check_batch(len(inputs))
+            use.repeated = len(inputs) // len(use.names)
+            use.time = inputs.shape[1] if inputs.ndim in (2, 3) else None
         chosen = {*use.weights, *(name for name in use.names or () if name)}
         readers = {
             id(adapter.positions): adapter.positions
@@ -419,6 +423,24 @@ class NamedAdapters:
         if any(adapter.reads_prompt_lengths for own in self._sets.values() for adapter in own):
             keywords = {name: value for name, value in keywords.items() if name != "prompt_lengths"}
         return arguments, keywords
+
+    def _check_batch(self, rows: int) -> None:
+        names = self._use.names
+        if names is not None and rows != len(names):
+            raise IncompatibleError(
+                f"use: {len(names)} rows were given a name, and the batch has {rows}. Name each row."
+            )
+
+    def _generate(self, *arguments: Any, **keywords: Any) -> Any:
+        """Stands for the model's `generate`: in it alone, rows may be the beams of a prompt."""
+        given = {**dict(zip(["inputs"], arguments, strict=False)), **keywords}
+        if (inputs := _inputs(given)) is not None:
+            self._check_batch(len(inputs))
+        self._use.generating, self._use.repeated = True, 1
+        try:
+            return cast(Any, type(self.model)).generate(self.model, *arguments, **keywords)
+        finally:
+            self._use.generating, self._use.repeated = False, 1
 
     def _after(self, model: nn.Module, arguments: object, output: object) -> None:
         for path, switch in self._switches.items() if self._use.names is not None else ():

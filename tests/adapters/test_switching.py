@@ -126,6 +126,14 @@ def test_rows_keep_their_adapters_in_generation_and_among_experts(tmp_path):
         for row, name in enumerate(specs):
             length = min(mixed.shape[1], alone[name].shape[1])
             assert torch.equal(mixed[row, :length], alone[name][row, :length]), (make.__name__, name)
+        # In blocks only the beams of a generation, not other rows.
+        for call in (model, model.generate):
+            with pytest.raises(IncompatibleError, match="2 rows were given a name, and the batch has 4"):
+                call(ids.repeat(2, 1))
+        for name in specs:
+            named.use(None)
+            named.remove(name)
+        assert "generate" not in vars(model)
 
 
 def test_a_hundred_are_held_and_chosen_within_a_millisecond(tmp_path):
