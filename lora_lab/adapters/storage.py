@@ -169,7 +169,8 @@ def load_adapter(
 ) -> AdapterSet | NamedAdapters:
     """Puts the adapters of a folder, ours or PEFT's, into a model.
 
-    The names of a classifier's classes, if the folder has them, are written into the model's config.
+    The names of a classifier's classes, if the folder has them, are written into the model's config; of
+    adapters held by name, those of the chosen one.
 
     Args:
         model: the base model; it is unchanged after an error.
@@ -190,15 +191,18 @@ def load_adapter(
         ConfigError: if the name is taken.
     """
     if name is None:
-        return _load(model, Path(folder), any_base)
+        adapters, classes = _load(model, Path(folder), any_base)
+        name_classes(getattr(model, "config", None), classes)
+        return adapters
     named = NamedAdapters.of(model)
     with named.base_in_place():
         named.check_name(name)
-        named.take(name, _load(model, Path(folder), any_base))
+        named.take(name, *_load(model, Path(folder), any_base))
     return named
 
 
-def _load(model: nn.Module, folder: Path, any_base: bool) -> AdapterSet:
+def _load(model: nn.Module, folder: Path, any_base: bool) -> tuple[AdapterSet, list[str]]:
+    """Returns the adapters of a folder, now in the model, and the names of a classifier's classes."""
     shapes = read_shapes(folder)
     foreign: PeftFolder | None = None
     if (folder / OWN).exists():
@@ -248,8 +252,7 @@ def _load(model: nn.Module, folder: Path, any_base: bool) -> AdapterSet:
         adapters.remove()
         raise
     adapters.spec = spec
-    name_classes(getattr(model, "config", None), names)
-    return adapters
+    return adapters, names
 
 
 def _texts(own: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from lora_lab.adapters.injection import AdapterSet, place_modules
 from lora_lab.errors import ConfigError, IncompatibleError, suggest
 from lora_lab.linalg.rank import widened
 from lora_lab.models.attention import SplitMultiheadAttention
+from lora_lab.tasks import name_classes
 
 Choice = str | Mapping[str, float] | Sequence[str | None] | None
 
@@ -234,8 +235,13 @@ class NamedAdapters:
         self.model = model
         self._sets: dict[str, AdapterSet] = {}
         self._switches: dict[str, Switch] = {}
+        self._classes: dict[str | None, Sequence[str]] = {}
+        config = getattr(model, "config", None)
+        self._base_classes = {
+            field: getattr(config, field) for field in ("id2label", "label2id") if hasattr(config, field)
+        }
         self._use = _Use()
-        self._use.known = getattr(getattr(model, "config", None), "model_type", None) in KNOWN
+        self._use.known = getattr(config, "model_type", None) in KNOWN
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self._names = list(signature(model.forward).parameters)
         self._hooks: list[RemovableHandle] = [
@@ -294,11 +300,17 @@ class NamedAdapters:
             if not self._sets:
                 self._leave()
 
-    def take(self, name: str, adapters: AdapterSet) -> None:
-        """Holds adapters that stand in the model under a name; called inside `base_in_place`."""
+    def take(self, name: str, adapters: AdapterSet, classes: Sequence[str] = ()) -> None:
+        """Holds adapters that stand in the model under a name; called inside `base_in_place`.
+
+        Args:
+            name: a new name.
+            adapters: those in the model.
+            classes: names of their classifier's classes in the order of its outputs.
+        """
         adapters.leave_place()
         adapters.held = name
-        self._sets[name] = adapters
+        self._sets[name], self._classes[name] = adapters, classes
         for path, adapter in adapters._all.items():
             if path not in self._switches:
                 self._switches[path] = Switch(path, adapter.base, self._use).train(adapter.training)
@@ -306,6 +318,8 @@ class NamedAdapters:
 
     def use(self, choice: Choice) -> None:
         """Chooses what the model computes with from now on.
+
+        The model's config names the classes of what is chosen, or the base's if they differ or are unknown.
 
         Args:
             choice: one name; names with weights, for a sum; a name or None for each row of the batch; or
@@ -334,6 +348,7 @@ class NamedAdapters:
             self._check_rows({name for name in names if name is not None})
         self._use.weights, self._use.names = weights, names
         self._use.repeated, self._use.time = 1, None
+        self._name_classes()
 
     @contextmanager
     def using(self, choice: Choice) -> Iterator[nn.Module]:
@@ -344,6 +359,7 @@ class NamedAdapters:
             yield self.model
         finally:
             self._use.weights, self._use.names = before
+            self._name_classes()
 
     def remove(self, name: str) -> None:
         """Takes an adapter out of the model and of memory; with the last one, every trace of all of them.
@@ -355,13 +371,23 @@ class NamedAdapters:
         if self._use.weights.keys() - {name} and name in self._use.weights or name in (self._use.names or ()):
             raise ConfigError(f"remove: {name!r} is in use beside others; choose without it first")
         self._use.weights.pop(name, None)
+        self._name_classes()
         with self.base_in_place():
             adapters = self._sets.pop(name)
             adapters.held = None
+            del self._classes[name]
             for path in adapters._all:
                 del self._switches[path].adapters[name]
                 if not self._switches[path].adapters:
                     del self._switches[path]
+
+    def _name_classes(self) -> None:
+        config: Any = getattr(self.model, "config", None)
+        for field, value in self._base_classes.items():
+            setattr(config, field, value)
+        found = {tuple(self._classes.get(n, ())) for n in (*self._use.weights, *(self._use.names or ()))}
+        if len(found) == 1:
+            name_classes(config, found.pop())
 
     def _put(self, modules: Mapping[str, nn.Module], inwards: bool) -> None:
         """Puts modules in their places; of modules in one another the inner ones first, or the outer ones."""

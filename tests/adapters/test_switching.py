@@ -217,6 +217,34 @@ def test_held_adapters_leave_the_model_through_their_name_alone(tmp_path):
         own.merge()
 
 
+def test_the_config_names_the_classes_of_what_is_chosen(tmp_path):
+    classes = {"a": ["x", "y", "z"], "b": ["u", "v", "w"], "c": ["x", "y", "z"], "d": []}
+    for name, names in classes.items():
+        save_adapter(inject(tiny_bert(), LoRASpec(rank=1)), tmp_path / name, label_names=names)
+    model = tiny_bert()
+    before = dict(model.config.id2label), dict(model.config.label2id)
+    for name in classes:
+        named = load_adapter(model, tmp_path / name, name=name)
+    base = [*model.config.id2label.values()]
+    for choice, expected in (
+        ("a", classes["a"]),
+        ("b", classes["b"]),
+        ({"a": 0.5, "c": 0.5}, classes["a"]),
+        ({"a": 0.5, "b": 0.5}, base),
+        (["b", None], base),
+        ("d", base),
+        (None, base),
+    ):
+        with named.using(choice):
+            assert [*model.config.id2label.values()] == expected, choice
+            assert model.config.label2id == {name: number for number, name in enumerate(expected)}
+        assert [*model.config.id2label.values()] == base
+    named.use("b")
+    for name in classes:
+        named.remove(name)
+    assert (model.config.id2label, model.config.label2id) == before
+
+
 def test_rows_are_refused_where_they_cannot_be_followed(tmp_path):
     save_adapter(inject(linear(4, 4), LoRASpec(rank=1, targets=["0"], modules_to_save=[])), tmp_path / "a")
     fresh = linear(4, 4)
