@@ -88,6 +88,7 @@ class Tuning:
             margin: the difference that counts as none, as `search_margin` returns it.
             fits: says whether a value is valid.
         """
+        inner: Any
         if self.values is not None:
             numbers = sorted(v for v in self.values if isinstance(v, int | float) and not isinstance(v, bool))
             if len(numbers) != len(self.values) or len(numbers) < 2 or best not in (numbers[0], numbers[-1]):
