@@ -197,8 +197,16 @@ def _warn_of_experts(model: nn.Module, spec: AdapterSpec, adapters: Mapping[str,
         kinds = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in stacked)
         modules = {name.rpartition(".")[0] for name in stacked}
         ends = sorted({module.rpartition(".")[2] for module in modules})
-        able = all(METHODS[spec.method].accepts(model.get_submodule(module)) for module in modules)
-        way = f"Add {', '.join(ends)} to targets" if able else f"{spec.method} cannot adapt these; lora can"
+        able = [
+            name
+            for name in (spec.method, "lora")
+            if all(METHODS[name].accepts(model.get_submodule(module)) for module in modules)
+        ]
+        way = "No method adapts these"
+        if able:
+            way = f"{spec.method} cannot adapt these; lora can"
+        if spec.method in able:
+            way = f"Add {', '.join(ends)} to targets"
         warnings.warn(
             f"adapter.targets: {spec.targets} leaves {share:.0%} of the model's weights without an adapter: "
             f"{', '.join(kinds)} hold all experts in one parameter each, not in linear maps. {way}.",
