@@ -109,9 +109,14 @@ def _keep_others(old: Path, new: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def sync(path: Path) -> None:
+    """Waits until a file is on the disk."""
+    with path.open("rb") as file, suppress(OSError):  # some network file systems refuse it
+        os.fsync(file.fileno())
+
+
 def _sync(folder: Path) -> None:
     """Waits until the folder's files are on the disk: a power failure must not leave empty files."""
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("rb") as file, suppress(OSError):  # some network file systems refuse it
-                os.fsync(file.fileno())
+            sync(path)

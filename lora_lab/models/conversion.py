@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from lora_lab.documents.writing import sync
 from lora_lab.errors import CheckpointError, ConfigError, IncompatibleError
 from lora_lab.linalg.lazy import LazyTensor, now
 from lora_lab.models.architectures import find_roles, head_width, widths
@@ -136,8 +138,11 @@ def save_model(
         split = split_torch_state_dict_into_shards(
             weights, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_size
         )
-        for file, names in split.filename_to_tensors.items():
-            write_weights(Path(folder) / file, {name: weights.pop(name) for name in names}, mapped)
+        with ThreadPoolExecutor(1) as disk:  # gets each file while the next one is computed
+            for file, names in split.filename_to_tensors.items():
+                path = Path(folder) / file
+                write_weights(path, {name: weights.pop(name) for name in names}, mapped)
+                disk.submit(sync, path)
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (Path(folder) / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
