@@ -69,16 +69,13 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
 
-for _tag, _pattern, _first in _RESOLVERS:
-    _Loader.add_implicit_resolver(_tag, _pattern, ["" if c == "\0" else c for c in _first])
-
-
 class _Dumper(yaml.SafeDumper):
     """PyYAML's safe dumper, which also quotes texts that `_Loader` would take for something else: '1e-3'."""
 
 
 for _tag, _pattern, _first in _RESOLVERS:
-    _Dumper.add_implicit_resolver(_tag, _pattern, ["" if c == "\0" else c for c in _first])
+    for _kind in (_Loader, _Dumper):
+        _kind.add_implicit_resolver(_tag, _pattern, ["" if c == "\0" else c for c in _first])
 
 
 def yaml_text(tree: Mapping[str, Any]) -> str:
