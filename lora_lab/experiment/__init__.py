@@ -16,7 +16,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from lora_lab.adapters import AdapterSet, inject
-from lora_lab.adapters.lineage import base_lineage, same_base
+from lora_lab.adapters.lineage import Lineage, base_lineage, same_base
 from lora_lab.adapters.storage import load_adapter, read_label_names, save_adapter, stored_lineage
 from lora_lab.config.compose import compose
 from lora_lab.config.schema import ExperimentConfig
@@ -65,7 +65,7 @@ def run(
         data = (loaded or LoadedData()).of(config)
         this.check_data(data)
         if this.finished:
-            check_base(this.folder, config, data)
+            check_base(this.folder, config, folder_base(config, data))
             return this.finished
         model = build_base(config, data, keep_weights=config.adapter.reads_full_weights)
         adapters = inject(model, config.adapter, config.seed)
@@ -234,17 +234,23 @@ def build_base(config: ExperimentConfig, data: TaskData, keep_weights: bool = Fa
     return model
 
 
-def check_base(folder: RunFolder, config: ExperimentConfig, data: TaskData) -> None:
-    """Checks that the base of a finished run, if it is a folder, has the weights that the run was trained on.
+def folder_base(config: ExperimentConfig, data: TaskData) -> Lineage:
+    """Returns the lineage of a base that is a folder, as it is now; {} for others, which stay the same."""
+    return base_lineage(build_base(config, data)) if Path(config.model.name).is_dir() else {}
+
+
+def check_base(folder: RunFolder, config: ExperimentConfig, today: Lineage) -> None:
+    """Checks that a finished run was trained on the weights that its base has now.
+
+    Args:
+        folder: of the run.
+        config: of the run.
+        today: what `folder_base` returns for it.
 
     Raises:
-        CheckpointError: if it has others.
+        CheckpointError: if it was trained on others.
     """
-    if not Path(config.model.name).is_dir():
-        return
-    if not same_base(
-        stored_lineage(folder.adapter).get("base") or {}, base_lineage(build_base(config, data))
-    ):
+    if not same_base(stored_lineage(folder.adapter).get("base") or {}, today):
         raise CheckpointError(
             f"{folder.path}: its run was trained on other weights than those that are now in "
             f"{config.model.name}. Choose another name=… or run=…, or restore the former files."

@@ -11,11 +11,12 @@ from typing import Any
 
 from rich.console import Console
 
+from lora_lab.adapters.lineage import Lineage
 from lora_lab.config.compose import compose
 from lora_lab.documents.console import plain_console
 from lora_lab.documents.reading import plain, read_yaml
 from lora_lab.errors import ConfigError, DataError, StudyError
-from lora_lab.experiment import check_base
+from lora_lab.experiment import check_base, folder_base
 from lora_lab.experiment.folder import Record, RunFolder
 from lora_lab.experiment.loaded import LoadedData
 from lora_lab.report.search import search_margin
@@ -219,17 +220,19 @@ def check_sources(progress: Progress) -> None:
         DataError: if a run had other data.
         CheckpointError: if a run had a base, from a folder, with other weights.
     """
-    today, bases = LoadedData(), set[str]()
+    today, bases = LoadedData(), dict[str, Lineage]()
     for job, record in progress.records.items():
         data = today.of(job.config)
-        if record["status"] == "finished" and (base := repr(job.config.model)) not in bases:
-            bases.add(base)
-            check_base(job.folder, job.config, data)
         if record.get("data_fingerprint") != data.fingerprint:
             raise DataError(
                 f"{job.folder.path}: was trained on other data: a file, or how it is read, has changed. "
                 "Give the study another name=…, or restore the former data."
             )
+        if record["status"] == "finished":
+            model = repr(job.config.model)
+            if model not in bases:
+                bases[model] = folder_base(job.config, data)
+            check_base(job.folder, job.config, bases[model])
 
 
 def _run_all(progress: Progress, executor: Executor, console: Console) -> None:
